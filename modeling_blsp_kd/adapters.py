@@ -1,0 +1,156 @@
+"""Adapters from encoder frames to LLM input vectors: CFormer (as many as text tokens) and Subsampler (a fixed rate).
+
+CFormer follows arXiv 2405.19041 and the authors' public code (blsp-emo, src/modeling_adapter.py at e27b8da), with two
+corrections: pre-CIF layers do not attend to padding, and CIF rows are independent. Subsampler is the adapter of BLSP
+(arXiv 2309.00916). Leaves out: the integration itself, see `cif.py`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import WhisperConfig
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.models.whisper.modeling_whisper import WhisperEncoderLayer
+from transformers.utils import ModelOutput
+
+from .cif import continuous_integrate_and_fire
+
+
+@dataclass
+class AdapterOutput(ModelOutput):
+    """What an adapter makes of A clips. S = largest number of speech tokens, D LLM width, T encoder frames.
+
+    Args:
+        speech_embeds (`torch.FloatTensor` of shape (A, S, D)): vectors for the LLM's input.
+        num_speech_tokens (`torch.LongTensor` of shape (A,)): valid ones of each clip.
+        alphas (`torch.FloatTensor` of shape (A, T), *optional*): unscaled CIF weight of each frame.
+        alpha_sum (`torch.FloatTensor` of shape (A,), *optional*): their sum, the predicted token count.
+        firing_places (`torch.FloatTensor` of shape (A, S), *optional*): see [`CifOutput`].
+    """
+
+    speech_embeds: torch.FloatTensor | None = None
+    num_speech_tokens: torch.LongTensor | None = None
+    alphas: torch.FloatTensor | None = None
+    alpha_sum: torch.FloatTensor | None = None
+    firing_places: torch.FloatTensor | None = None
+
+
+def _transformer_layers(num_layers, width, num_heads, ffn_dim, dropout, attn_implementation):
+    """Whisper's encoder layers, as the authors use, and the config that their attention masks are made from."""
+    config = WhisperConfig(
+        d_model=width,
+        encoder_attention_heads=num_heads,
+        encoder_ffn_dim=ffn_dim,
+        dropout=dropout,
+        attention_dropout=dropout,
+        activation_dropout=dropout,
+        attn_implementation=attn_implementation,
+    )
+    return nn.ModuleList(WhisperEncoderLayer(config) for _ in range(num_layers)), config
+
+
+def _run_layers(layers, config, hidden_states, mask):
+    attention_mask = create_bidirectional_mask(config, hidden_states, mask)
+    for layer in layers:
+        hidden_states = layer(hidden_states, attention_mask)
+    return hidden_states
+
+
+class CFormer(nn.Module):
+    """Transformer layers over frames, CIF, transformer layers over tokens, projection to the LLM's width.
+
+    Args:
+        input_dim (`int`): encoder width H.
+        output_dim (`int`): LLM width D.
+        num_pre_layers, num_post_layers (`int`): layers before and after CIF.
+        num_attention_heads (`int`), ffn_dim (`int`), dropout (`float`): of these layers.
+        attn_implementation (`str`): attention of these layers, as in transformers.
+    """
+
+    one_to_one = True
+
+    def __init__(
+        self,
+        input_dim: int,
+        output_dim: int,
+        num_pre_layers: int,
+        num_post_layers: int,
+        num_attention_heads: int,
+        ffn_dim: int,
+        dropout: float,
+        attn_implementation: str,
+    ):
+        super().__init__()
+        layer_options = (input_dim, num_attention_heads, ffn_dim, dropout, attn_implementation)
+        self.pre_layers, self.layer_config = _transformer_layers(num_pre_layers, *layer_options)
+        self.post_layers, _ = _transformer_layers(num_post_layers, *layer_options)
+        self.cif_proj = nn.Linear(input_dim - 1, input_dim)
+        self.output_proj = nn.Linear(input_dim, output_dim)
+
+    def forward(self, hidden_states, frame_mask, target_lengths=None) -> AdapterOutput:
+        """
+        Args:
+            hidden_states (A, T, H), frame_mask (A, T) bool: encoder frames of A clips.
+            target_lengths (`torch.LongTensor` of shape (A,), *optional*): tokens to fire; omitted, they are predicted.
+        """
+        hidden_states = _run_layers(self.pre_layers, self.layer_config, hidden_states, frame_mask)
+        alphas = torch.sigmoid(hidden_states[..., -1].float()).masked_fill(~frame_mask, 0.0)
+        cif = continuous_integrate_and_fire(hidden_states[..., :-1], alphas, frame_mask, target_lengths)
+        token_mask = torch.arange(cif.speech_tokens.shape[1], device=alphas.device) < cif.num_speech_tokens[:, None]
+        tokens = _run_layers(self.post_layers, self.layer_config, self.cif_proj(cif.speech_tokens), token_mask)
+        return AdapterOutput(
+            speech_embeds=self.output_proj(tokens),
+            num_speech_tokens=cif.num_speech_tokens,
+            alphas=alphas,
+            alpha_sum=cif.alpha_sum,
+            firing_places=cif.firing_places,
+        )
+
+
+class Subsampler(nn.Module):
+    """Three stride-2 convolutions with GLU, a residual bottleneck, LayerNorm: a fixed number of tokens per second.
+
+    Args:
+        input_dim (`int`): encoder width H.
+        output_dim (`int`): LLM width D.
+        num_layers (`int`): convolutions, each halves the rate.
+        kernel_size (`int`): odd.
+        bottleneck_dim (`int`): width of the bottleneck.
+    """
+
+    one_to_one = False
+
+    def __init__(self, input_dim: int, output_dim: int, num_layers: int, kernel_size: int, bottleneck_dim: int):
+        super().__init__()
+        widths = [input_dim] * num_layers + [output_dim]
+        self.convolutions = nn.ModuleList(
+            nn.Conv1d(width_in, 2 * width_out, kernel_size, stride=2, padding=kernel_size // 2)
+            for width_in, width_out in zip(widths[:-1], widths[1:])
+        )
+        self.down_proj = nn.Linear(output_dim, bottleneck_dim, bias=False)
+        self.up_proj = nn.Linear(bottleneck_dim, output_dim, bias=False)
+        self.layer_norm = nn.LayerNorm(output_dim)
+
+    def forward(self, hidden_states, frame_mask, target_lengths=None) -> AdapterOutput:
+        """
+        Args:
+            hidden_states (A, T, H), frame_mask (A, T) bool: encoder frames of A clips.
+            target_lengths: must be None, the rate is fixed.
+        """
+        if target_lengths is not None:
+            raise ValueError(
+                "The subsampler adapter has a fixed rate and cannot make a given number of tokens. Leave "
+                "target_lengths out, or use adapter='cformer'."
+            )
+        hidden_states = hidden_states.transpose(1, 2)
+        mask = frame_mask
+        for convolution in self.convolutions:
+            # Masked before each convolution: a clip's last frames must not depend on what pads them.
+            hidden_states = nn.functional.glu(convolution(hidden_states * mask[:, None]), dim=1)
+            mask = mask[:, ::2]
+        hidden_states = hidden_states.transpose(1, 2)
+        bottleneck = self.up_proj(nn.functional.gelu(self.down_proj(hidden_states)))
+        return AdapterOutput(
+            speech_embeds=self.layer_norm(hidden_states + bottleneck), num_speech_tokens=mask.sum(1)
+        )

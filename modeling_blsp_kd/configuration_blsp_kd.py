@@ -1,0 +1,251 @@
+"""`BlspKdConfig`: a speech encoder, an LLM, an adapter between them, partial LoRA and the distillation losses.
+
+Defaults follow arXiv 2405.19041 and the authors' public code. Everything is checked together when the config is made;
+the parts themselves take plain numbers. Leaves out: training arguments, which belong to the Trainer.
+"""
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar
+
+from transformers import AutoConfig
+from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
+
+MODEL_TYPE = "blsp_kd"
+
+
+@dataclass(frozen=True)
+class CFormerOptions:
+    """Options of `adapter={"type": "cformer", ...}`.
+
+    Args:
+        num_pre_layers, num_post_layers (`int`): transformer layers before and after CIF, at least 0.
+        num_attention_heads (`int`, *optional*): must divide the encoder width; omitted: the encoder's own.
+        ffn_dim (`int`, *optional*): omitted: the encoder's own.
+        dropout (`float`): in [0, 1).
+    """
+
+    num_pre_layers: int = 4
+    num_post_layers: int = 4
+    num_attention_heads: int | None = None
+    ffn_dim: int | None = None
+    dropout: float = 0.0
+
+
+@dataclass(frozen=True)
+class SubsamplerOptions:
+    """Options of `adapter={"type": "subsampler", ...}`.
+
+    Args:
+        num_layers (`int`): stride-2 convolutions; three make 6.25 tokens/s of 50 frames/s.
+        kernel_size (`int`): odd.
+        bottleneck_dim (`int`): width of the bottleneck.
+    """
+
+    num_layers: int = 3
+    kernel_size: int = 5
+    bottleneck_dim: int = 512
+
+
+@dataclass(frozen=True)
+class PartialLoraOptions:
+    """Options of `plora={...}`, named as in `peft.LoraConfig`.
+
+    Args:
+        r (`int`): rank, at least 1.
+        lora_alpha (`int`): the update is scaled by `lora_alpha / r`.
+        lora_dropout (`float`): in [0, 1).
+        target_modules (`str` or `list[str]`): `"all-linear"`: all attention and MLP projections.
+    """
+
+    r: int = 16
+    lora_alpha: int = 16
+    lora_dropout: float = 0.05
+    target_modules: Any = "all-linear"
+
+
+@dataclass(frozen=True)
+class DistillationOptions:
+    """Weights of the losses, at least 0 each (0: not computed in training), and the temperature of the KLs.
+
+    Args:
+        response_kl (`float`): KL over response tokens.
+        input_kl (`float`, *optional*): KL over content positions; needs one token per text token. Omitted: 1 with
+            the CFormer, 0 with the subsampler.
+        quantity (`float`, *optional*): CIF's token count. Omitted: as `input_kl`.
+        response_ce (`float`): cross-entropy of the response (the BLSP baseline).
+        transcript_ce (`float`): cross-entropy of the transcript read off the speech tokens (ASR).
+        temperature (`float`): above 0; no temperature^2 factor follows.
+    """
+
+    response_kl: float = 1.0
+    input_kl: float | None = None
+    quantity: float | None = None
+    response_ce: float = 0.0
+    transcript_ce: float = 0.0
+    temperature: float = 2.0
+
+
+# What transformers itself adds to any config beyond its declared fields.
+GENERAL_OPTIONS = {
+    "_attn_implementation",
+    "_commit_hash",
+    "_experts_implementation",
+    "_name_or_path",
+    "attn_implementation",
+    "custom_pipelines",
+    "experts_implementation",
+    "model_type",
+    "name_or_path",
+    "num_labels",
+    "output_attentions",
+    "quantization_config",
+    "tie_word_embeddings",
+    "torch_dtype",
+    "use_cache",
+}
+ADAPTERS = {"cformer": CFormerOptions, "subsampler": SubsamplerOptions}
+
+
+def _options(options_class, given: dict, where: str):
+    known = [field.name for field in fields(options_class)]
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise ValueError(f"Unknown option(s) {unknown} in {where}. Known: {known}.")
+    return options_class(**given)
+
+
+def _require(condition: bool, expected: str, got):
+    if not condition:
+        raise ValueError(f"{expected}, got {got!r}.")
+
+
+def _is_count(value, at_least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= at_least
+
+
+class BlspKdConfig(PreTrainedConfig):
+    """Configuration of [`BlspKdForCausalLM`].
+
+    Args:
+        speech_config (`PreTrainedConfig` or `dict`): of the speech encoder; model type "whisper".
+        text_config (`PreTrainedConfig` or `dict`): of the LLM; any type that `AutoModelForCausalLM` knows.
+        adapter (`str` or `dict`): `"cformer"` or `"subsampler"`, or a dict of `type` and the options of
+            [`CFormerOptions`] or [`SubsamplerOptions`].
+        plora (`bool` or `dict`): partial LoRA off, on, or on with [`PartialLoraOptions`].
+        distillation (`dict`, *optional*): [`DistillationOptions`].
+        freeze_speech_encoder (`bool`): keep the encoder as it is. The LLM is always frozen.
+        audio_token_id (`int`): id of the one placeholder that stands for an audio in a prompt. It may lie outside the
+            LLM's vocabulary, since it is never embedded.
+
+    Raises:
+        ValueError: an unknown or contradictory option.
+    """
+
+    model_type = MODEL_TYPE
+    sub_configs_defaults: ClassVar = {
+        "speech_config": SubConfigSpec(AutoConfig, "whisper"),
+        "text_config": SubConfigSpec(AutoConfig, "llama"),
+    }
+
+    speech_config: Any = None
+    text_config: Any = None
+    adapter: Any = "cformer"
+    plora: Any = False
+    distillation: Any = None
+    freeze_speech_encoder: bool = True
+    audio_token_id: int = 0
+    auto_map: Any = None
+
+    def __post_init__(self, **kwargs):
+        unknown = sorted(set(kwargs) - GENERAL_OPTIONS)
+        if unknown:
+            known = [name for name in self.__annotations__ if name != "sub_configs_defaults"]
+            raise ValueError(f"Unknown option(s) {unknown} in BlspKdConfig. Known: {known}.")
+        super().__post_init__(**kwargs)
+        self.adapter = self._checked_adapter()
+        self.plora = self._checked_plora()
+        self.distillation = self._checked_distillation()
+        _require(_is_count(self.audio_token_id, 0), "audio_token_id must be a token id of at least 0", self.audio_token_id)
+        _require(
+            isinstance(self.freeze_speech_encoder, bool),
+            "freeze_speech_encoder must be True or False",
+            self.freeze_speech_encoder,
+        )
+        self.tie_word_embeddings = getattr(self.text_config.get_text_config(), "tie_word_embeddings", False)
+        if self.auto_map is None:
+            model = "modeling_blsp_kd.BlspKdForCausalLM"
+            self.auto_map = {
+                "AutoConfig": "configuration_blsp_kd.BlspKdConfig",
+                "AutoModel": model,
+                "AutoModelForCausalLM": model,
+                "AutoModelForMultimodalLM": model,
+            }
+
+    def _checked_adapter(self) -> dict:
+        given = {"type": self.adapter} if isinstance(self.adapter, str) else dict(self.adapter)
+        kind = given.pop("type", None)
+        _require(kind in ADAPTERS, f"adapter must be one of {sorted(ADAPTERS)}, or a dict whose 'type' is", kind)
+        if self.speech_config.model_type != "whisper":
+            raise ValueError(
+                "speech_config must be of model type 'whisper' (the speech encoder is Whisper's), got "
+                f"{self.speech_config.model_type!r}."
+            )
+        options = asdict(_options(ADAPTERS[kind], given, f"the {kind} adapter"))
+        if kind == "cformer":
+            options["num_attention_heads"] = options["num_attention_heads"] or self.speech_config.encoder_attention_heads
+            options["ffn_dim"] = options["ffn_dim"] or self.speech_config.encoder_ffn_dim
+            for name in ("num_pre_layers", "num_post_layers"):
+                _require(_is_count(options[name], 0), f"adapter option {name} must be an integer of at least 0", options[name])
+            width, heads = self.speech_config.d_model, options["num_attention_heads"]
+            _require(
+                _is_count(heads, 1) and width % heads == 0,
+                f"adapter option num_attention_heads must divide the encoder width {width}",
+                heads,
+            )
+            _require(0 <= options["dropout"] < 1, "adapter option dropout must lie in [0, 1)", options["dropout"])
+        else:
+            _require(_is_count(options["num_layers"], 1), "num_layers must be at least 1", options["num_layers"])
+            _require(
+                _is_count(options["kernel_size"], 1) and options["kernel_size"] % 2 == 1,
+                "adapter option kernel_size must be odd",
+                options["kernel_size"],
+            )
+        return {"type": kind, **options}
+
+    def _checked_plora(self) -> dict | None:
+        if self.plora is None or self.plora is False:
+            return None
+        given = {} if self.plora is True else dict(self.plora)
+        if given.get("use_dora"):
+            raise ValueError(
+                "plora does not support use_dora: DoRA rescales the LLM's own weights, which would reach text positions."
+            )
+        if given.get("lora_bias") or given.get("bias", "none") != "none":
+            raise ValueError(
+                "plora does not support lora_bias: a bias after B is added at every position, text included."
+            )
+        options = asdict(_options(PartialLoraOptions, given, "plora"))
+        _require(_is_count(options["r"], 1), "plora option r must be an integer of at least 1", options["r"])
+        _require(0 <= options["lora_dropout"] < 1, "plora option lora_dropout must lie in [0, 1)", options["lora_dropout"])
+        return options
+
+    def _checked_distillation(self) -> dict:
+        options = asdict(_options(DistillationOptions, dict(self.distillation or {}), "distillation"))
+        one_to_one = self.adapter["type"] == "cformer"
+        for name in ("input_kl", "quantity"):
+            if options[name] is None:
+                options[name] = float(one_to_one)
+        for name, value in options.items():
+            _require(isinstance(value, (int, float)) and value >= 0, f"distillation option {name} must be at least 0", value)
+        _require(options["temperature"] > 0, "distillation option temperature must be above 0", options["temperature"])
+        if not one_to_one:
+            for name in ("input_kl", "quantity", "transcript_ce"):
+                if options[name]:
+                    raise ValueError(
+                        f"distillation option {name}={options[name]} needs one speech token per text token, which the "
+                        "subsampler adapter does not make. Set it to 0, or use adapter='cformer'."
+                    )
+        return options
+
+
+BlspKdConfig.register_for_auto_class()

@@ -1,0 +1,149 @@
+"""The losses of BLSP-KD as pure functions: forward KL from hidden states, cross-entropy, quantity loss.
+
+Follows arXiv 2405.19041 and its authors' public code, with the one-step shift that the code lacks: the distribution
+that predicts token j stands at position j - 1. Leaves out: which positions are compared, see `modeling_blsp_kd.py`.
+
+All sums run over rows (token positions), all softmaxes are float32. Callers divide by the token count of the whole
+optimiser step, which keeps the loss the same under gradient accumulation and several processes. N rows, D LLM width,
+V vocabulary.
+"""
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+
+def predicts_next(selected: torch.Tensor) -> torch.Tensor:
+    """Move a mask of tokens to the positions that predict them: (B, L) bool -> (B, L) bool, one step to the left.
+
+    A token at position 0 has no predictor and drops out.
+    """
+    return nn.functional.pad(selected[:, 1:], (0, 1), value=False)
+
+
+def postprocess_logits(logits, scale: float = 1.0, softcap: float | None = None) -> torch.Tensor:
+    """What some LLMs do after the output head: `softcap * tanh(scale * logits / softcap)`, in float32."""
+    logits = logits.float()
+    if scale != 1.0:
+        logits = logits * scale
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
+    return logits
+
+
+class _LinearKL(torch.autograd.Function):
+    """Sum over rows of KL(teacher || student) from hidden states, with the gradient made in the forward pass.
+
+    Rows are taken in chunks, so that only chunk x V logits exist at a time.
+    """
+
+    @staticmethod
+    def forward(ctx, student_hidden, teacher_hidden, weight, bias, temperature, scale, softcap, chunk_rows):
+        needs_grad = ctx.needs_input_grad[0]
+        gradient = torch.empty_like(student_hidden) if needs_grad else None
+        total = student_hidden.new_zeros((), dtype=torch.float32)
+        for start in range(0, student_hidden.shape[0], chunk_rows):
+            rows = slice(start, start + chunk_rows)
+            student_raw = nn.functional.linear(student_hidden[rows], weight, bias)
+            teacher_raw = nn.functional.linear(teacher_hidden[rows], weight, bias)
+            student_logits = postprocess_logits(student_raw, scale, softcap)
+            student = torch.log_softmax(student_logits / temperature, dim=-1)
+            teacher = torch.log_softmax(postprocess_logits(teacher_raw, scale, softcap) / temperature, dim=-1)
+            teacher_probs = teacher.exp()
+            total += (teacher_probs * (teacher - student)).sum()
+            if needs_grad:
+                d_logits = (student.exp() - teacher_probs) * (scale / temperature)
+                if softcap is not None:
+                    d_logits *= 1 - (student_logits / softcap) ** 2
+                gradient[rows] = d_logits.to(weight.dtype) @ weight
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        (gradient,) = ctx.saved_tensors
+        return (gradient * grad_output.to(gradient.dtype), *[None] * 7)
+
+
+def linear_kl(
+    student_hidden,
+    teacher_hidden,
+    lm_head_weight,
+    temperature: float = 2.0,
+    *,
+    lm_head_bias=None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    reduction: str = "mean",
+    chunk_rows: int = 128,
+) -> torch.Tensor:
+    """Forward KL(teacher || student) of the next-token distributions, straight from hidden states.
+
+    Both distributions are softmax(logits / temperature); there is no temperature^2 factor, as in the authors' public
+    code. Identical rows give 0. No row gives a 0 that still has a graph. Differentiable once, with respect to
+    `student_hidden` only: the output head belongs to the teacher and must be frozen.
+
+    Args:
+        student_hidden (`torch.FloatTensor` of shape (N, D)): last hidden states after the speech prompt.
+        teacher_hidden (`torch.FloatTensor` of shape (N, D)): the same positions after the text prompt.
+        lm_head_weight (`torch.FloatTensor` of shape (V, D)): the LLM's output head.
+        temperature (`float`): above 0.
+        lm_head_bias (`torch.FloatTensor` of shape (V,), *optional*).
+        scale (`float`): factor on the logits (Cohere, Granite).
+        softcap (`float`, *optional*): tanh soft-capping of the logits (Gemma-2).
+        reduction (`str`): `"mean"` or `"sum"` over the rows.
+        chunk_rows (`int`): rows whose logits exist at one time.
+
+    Returns:
+        `torch.FloatTensor`: float32 scalar, in nats.
+
+    Raises:
+        ValueError: shapes or options do not fit, or the head asks for a gradient.
+    """
+    if student_hidden.shape != teacher_hidden.shape or student_hidden.shape[-1] != lm_head_weight.shape[-1]:
+        raise ValueError(
+            "Expected student and teacher hidden states of one shape (N, D) and a head of shape (V, D), but got "
+            f"{tuple(student_hidden.shape)}, {tuple(teacher_hidden.shape)} and {tuple(lm_head_weight.shape)}."
+        )
+    if temperature <= 0:
+        raise ValueError(f"temperature must be above 0, got {temperature}.")
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}.")
+    if torch.is_grad_enabled() and lm_head_weight.requires_grad:
+        raise ValueError(
+            "linear_kl gives no gradient to the output head, but lm_head_weight.requires_grad is True. The LLM is "
+            "the teacher: freeze it (requires_grad_(False)), and adapt it with partial LoRA instead."
+        )
+    weight = lm_head_weight.to(student_hidden.dtype)
+    bias = None if lm_head_bias is None else lm_head_bias.to(student_hidden.dtype)
+    teacher_hidden = teacher_hidden.detach().to(student_hidden.dtype)
+    total = _LinearKL.apply(student_hidden, teacher_hidden, weight, bias, temperature, scale, softcap, chunk_rows)
+    return total / max(student_hidden.shape[0], 1) if reduction == "mean" else total
+
+
+def linear_cross_entropy(hidden, targets, weight, *, lm_head_bias=None, scale=1.0, softcap=None) -> torch.Tensor:
+    """Cross-entropy of target tokens from hidden states, summed over rows. Its minimum is 0.
+
+    Args:
+        hidden (`torch.FloatTensor` of shape (N, D)): states that predict the targets.
+        targets (`torch.LongTensor` of shape (N,)): token ids.
+        weight (`torch.FloatTensor` of shape (V, D)): output head (or token embeddings).
+        lm_head_bias, scale, softcap: as in [`linear_kl`].
+
+    Returns:
+        `torch.FloatTensor`: float32 scalar, in nats. No row gives a 0 that still has a graph.
+    """
+    bias = None if lm_head_bias is None else lm_head_bias.to(hidden.dtype)
+    logits = nn.functional.linear(hidden, weight.to(hidden.dtype), bias)
+    return nn.functional.cross_entropy(postprocess_logits(logits, scale, softcap), targets, reduction="sum")
+
+
+def quantity_loss(alpha_sum, num_tokens) -> torch.Tensor:
+    """|sum of unscaled alphas - U| / U, summed over clips: makes CIF fire as often as the transcript has tokens.
+
+    Args:
+        alpha_sum (`torch.FloatTensor` of shape (A,)): predicted token counts of A clips.
+        num_tokens (`torch.LongTensor` of shape (A,)): true ones, at least 1.
+    """
+    return ((alpha_sum - num_tokens).abs() / num_tokens).sum()

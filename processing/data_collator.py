@@ -1,0 +1,127 @@
+"""`BlspKdDataCollator`: (audio, transcript, instruction, response) rows to teacher and student batches.
+
+Follows arXiv 2405.19041: both prompts are instruction + content; the content is the transcript for the teacher, the
+audio for the student. Leaves out: where rows come from, and responses, which the LLM itself should have written.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+
+@dataclass
+class BlspKdDataCollator:
+    """Makes the inputs of a distillation step.
+
+    Each row is a mapping with
+
+    - `audio`: a clip as in [`load_audio`], or `input_features` (num_mel_bins, num_mel_frames) made ahead of time;
+    - `text`: what is said in it;
+    - `response`: the LLM's answer to instruction and text;
+    - `instruction` (optional): what to do with the content.
+
+    The prompt is tokenised in pieces around the content, so the transcript's tokens are the same in the teacher's
+    prompt as alone, and their number is what CIF has to fire.
+
+    Args:
+        processor ([`BlspKdProcessor`]).
+    """
+
+    processor: Any
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        """Collate B rows; L student and L' teacher length, right-padded.
+
+        Returns:
+            `dict` of `input_ids`, `attention_mask`, `labels` (B, L); `teacher_input_ids`, `teacher_attention_mask`,
+            `teacher_is_content`, `teacher_is_response` (B, L'); `input_features`, `input_features_mask`;
+            `num_speech_tokens` (B,), the transcripts' token counts.
+
+        Raises:
+            ValueError: a row lacks a field, or holds an unusable one; the message names the row in the batch.
+        """
+        pieces = [self._tokenize(index, row) for index, row in enumerate(rows)]
+        audio_token_id = self.processor.audio_token_id
+        student = [(prefix, [audio_token_id], suffix, response) for prefix, _, suffix, response in pieces]
+        input_ids, attention_mask, _, is_response = self._join(student)
+        teacher_input_ids, teacher_attention_mask, teacher_is_content, teacher_is_response = self._join(pieces)
+        return {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "labels": input_ids.masked_fill(~is_response, -100),
+            "teacher_input_ids": teacher_input_ids,
+            "teacher_attention_mask": teacher_attention_mask,
+            "teacher_is_content": teacher_is_content,
+            "teacher_is_response": teacher_is_response,
+            "num_speech_tokens": torch.tensor([len(content) for _, content, _, _ in pieces]),
+            **self._features(rows),
+        }
+
+    def _tokenize(self, index: int, row: dict) -> tuple[list[int], list[int], list[int], list[int]]:
+        """Token ids of what stands before the content, of the content, between content and response, of the response."""
+        for field in ("text", "response"):
+            if not isinstance(row.get(field), str) or not row[field].strip():
+                raise ValueError(
+                    f"Row {index} of the batch needs a non-empty string {field!r}, got {row.get(field)!r} "
+                    f"(row: { {key: row[key] for key in row if key not in ('audio', 'input_features')} })."
+                )
+        prefix, suffix, response = split_prompt(self.processor, row.get("instruction"), row["response"])
+        if self.processor.audio_token in row["text"] + response:
+            raise ValueError(
+                f"Row {index} of the batch holds the audio placeholder {self.processor.audio_token!r} in its text or "
+                "response. Remove it: the collator places it."
+            )
+        tokenized = self.processor.tokenizer([prefix, row["text"], suffix, response], add_special_tokens=False)
+        return tuple(tokenized["input_ids"])
+
+    def _join(self, pieces):
+        """Concatenate the four pieces of each row, pad, and mark content and response."""
+        pad_token_id = self.processor.tokenizer.pad_token_id
+        ids = [torch.tensor([*prefix, *content, *suffix, *response]) for prefix, content, suffix, response in pieces]
+        lengths = torch.tensor([len(row) for row in ids])[:, None]
+        position = torch.arange(int(lengths.max()))
+        content_start = torch.tensor([len(prefix) for prefix, _, _, _ in pieces])[:, None]
+        content_stop = torch.tensor([len(prefix) + len(content) for prefix, content, _, _ in pieces])[:, None]
+        response_start = lengths - torch.tensor([len(response) for _, _, _, response in pieces])[:, None]
+        return (
+            pad_sequence(ids, batch_first=True, padding_value=pad_token_id),
+            (position < lengths).long(),
+            (position >= content_start) & (position < content_stop),
+            (position >= response_start) & (position < lengths),
+        )
+
+    def _features(self, rows) -> dict[str, torch.Tensor]:
+        if all("input_features" in row for row in rows):
+            mels = [torch.as_tensor(row["input_features"]).float().T for row in rows]
+            mask = pad_sequence([torch.ones(len(mel), dtype=torch.long) for mel in mels], batch_first=True)
+            return {
+                "input_features": pad_sequence(mels, batch_first=True).transpose(1, 2),
+                "input_features_mask": mask,
+            }
+        for index, row in enumerate(rows):
+            if row.get("audio") is None:
+                raise ValueError(f"Row {index} of the batch has no 'audio' (its fields: {sorted(row)}).")
+        features = self.processor.extract_features([row["audio"] for row in rows])
+        return {name: torch.from_numpy(values) for name, values in features.items()}
+
+
+def split_prompt(processor, instruction: str | None, response: str) -> tuple[str, str, str]:
+    """Render one dialogue with the LLM's chat template and cut it around the content.
+
+    Returns:
+        `tuple[str, str, str]`: what stands before the content, what stands between content and response, and the
+        response with the end of the turn.
+    """
+    content = [{"type": "audio"}]
+    if instruction:
+        content.insert(0, {"type": "text", "text": instruction})
+    user_turn = [{"role": "user", "content": content}]
+    prompt = processor.apply_chat_template(user_turn, add_generation_prompt=True)
+    prefix, suffix = prompt.split(processor.audio_token)
+    dialogue = processor.apply_chat_template([*user_turn, {"role": "assistant", "content": response}])
+    if dialogue.startswith(prompt):
+        # White space after the end of the turn is never generated.
+        return prefix, suffix, dialogue[len(prompt) :].rstrip()
+    return prefix, suffix, response + processor.tokenizer.eos_token

@@ -1,0 +1,221 @@
+"""`BlspKdProcessor`: text with audio placeholders, and audio clips, to the inputs of `BlspKdForCausalLM`.
+
+A feature extractor, a tokenizer and the LLM's chat template under one roof, as in transformers' audio LLMs. Unlike
+them it leaves one placeholder per audio: how many positions an audio takes is predicted by the model. Leaves out:
+training batches, see `data_collator.py`.
+"""
+
+import numbers
+import os
+
+import numpy as np
+from transformers import AutoFeatureExtractor, AutoTokenizer
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, Unpack
+from transformers.utils import logging
+
+from .audio_loading import load_audio
+
+logger = logging.get_logger(__name__)
+
+AUDIO_TOKEN = "<|audio|>"
+AUDIO_KEYS = ("audio", "path", "bytes", "url")
+
+# Put before an LLM's own chat template: turns each message's list of blocks into the string that the LLM's template
+# expects, with the placeholder for each audio, and one line per block.
+FLATTEN_CONTENT = """\
+{%- set flat = namespace(messages=[]) -%}
+{%- for message in messages -%}
+{%- if message.content is defined and message.content is not string -%}
+{%- set text = namespace(lines=[]) -%}
+{%- for block in message.content -%}
+{%- if block.type == "audio" -%}
+{%- set text.lines = text.lines + ["AUDIO_TOKEN"] -%}
+{%- elif block.type == "text" -%}
+{%- set text.lines = text.lines + [block.text] -%}
+{%- else -%}
+{{- raise_exception("Message content must be of type 'text' or 'audio', got '" ~ block.type ~ "'.") -}}
+{%- endif -%}
+{%- endfor -%}
+{%- set flat.messages = flat.messages + [dict(message, content=text.lines | join("\\n"))] -%}
+{%- else -%}
+{%- set flat.messages = flat.messages + [message] -%}
+{%- endif -%}
+{%- endfor -%}
+{%- set messages = flat.messages -%}
+"""
+# For an LLM without a chat template: its text, one turn per line.
+PLAIN_TEMPLATE = """\
+{{- bos_token or "" -}}
+{%- for message in messages -%}
+{{- message.content ~ (eos_token if message.role == "assistant" else "\\n") -}}
+{%- endfor -%}
+"""
+
+
+class BlspKdProcessorKwargs(ProcessingKwargs, total=False):
+    _defaults = {
+        "text_kwargs": {"padding": True, "padding_side": "left"},
+        "common_kwargs": {"return_tensors": "pt"},
+    }
+
+
+class BlspKdProcessor(ProcessorMixin):
+    """Prepares prompts with audio.
+
+    Args:
+        feature_extractor ([`WhisperFeatureExtractor`]).
+        tokenizer ([`PreTrainedTokenizerBase`]): the LLM's, with `audio_token` among its special tokens.
+        chat_template (`str`, *optional*): renders messages whose content is text, or a list of text and audio blocks.
+        audio_token (`str`): the placeholder for one audio.
+    """
+
+    valid_processor_kwargs = BlspKdProcessorKwargs
+
+    def __init__(self, feature_extractor, tokenizer, chat_template=None, audio_token=AUDIO_TOKEN):
+        if audio_token not in tokenizer.get_vocab():
+            raise ValueError(
+                f"The tokenizer does not know the audio token {audio_token!r}. Build the processor with "
+                "BlspKdProcessor.from_backbones, which adds it."
+            )
+        self.audio_token = audio_token
+        self.audio_token_id = tokenizer.convert_tokens_to_ids(audio_token)
+        super().__init__(feature_extractor, tokenizer, chat_template=chat_template)
+
+    @classmethod
+    def from_backbones(cls, speech_model, text_model, audio_token: str = AUDIO_TOKEN, **kwargs) -> "BlspKdProcessor":
+        """Join the feature extractor of a speech model with the tokenizer and chat template of an LLM.
+
+        Args:
+            speech_model, text_model (`str` or `os.PathLike`): Hub ids or folders.
+            audio_token (`str`): added to the tokenizer unless it has it; the LLM's embeddings are not resized, since
+                the placeholder is never embedded.
+            kwargs: for both `from_pretrained` calls (`revision` does not belong here, the models differ).
+        """
+        feature_extractor = AutoFeatureExtractor.from_pretrained(speech_model, **kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(text_model, **kwargs)
+        if audio_token not in tokenizer.get_vocab():
+            tokenizer.add_special_tokens(
+                {"additional_special_tokens": [audio_token]}, replace_extra_special_tokens=False
+            )
+        if tokenizer.pad_token is None:
+            # Padding is masked, so any token will do.
+            tokenizer.pad_token = tokenizer.eos_token
+        chat_template = FLATTEN_CONTENT.replace("AUDIO_TOKEN", audio_token) + (tokenizer.chat_template or PLAIN_TEMPLATE)
+        return cls(feature_extractor, tokenizer, chat_template=chat_template, audio_token=audio_token)
+
+    @property
+    def model_input_names(self):
+        return ["input_ids", "attention_mask", "input_features", "input_features_mask"]
+
+    def __call__(self, text=None, audio=None, sampling_rate=None, **kwargs: Unpack[BlspKdProcessorKwargs]) -> BatchFeature:
+        """Prepare prompts and their audio.
+
+        Args:
+            text (`str` or `list[str]`): prompts, with `audio_token` once for every audio.
+            audio (*optional*): one clip or a list of clips in reading order, each as in [`load_audio`].
+            sampling_rate (`int`, *optional*): of clips given as bare arrays, Hz. Omitted: the feature extractor's.
+            kwargs: for the tokenizer, as in all processors. Batches are left-padded and returned as torch tensors
+                unless told otherwise.
+
+        Returns:
+            `BatchFeature`: `input_ids` and `attention_mask` (B, L); with audio also `input_features`
+            (A, num_mel_bins, num_mel_frames) and `input_features_mask` (A, num_mel_frames).
+
+        Raises:
+            ValueError: placeholders and audios do not match, or a clip is unusable (see [`load_audio`]).
+        """
+        if text is None:
+            raise ValueError(f"BlspKdProcessor needs text: a prompt with {self.audio_token!r} once for every audio.")
+        if "audios" in kwargs:
+            raise ValueError("Unknown argument 'audios'. The argument is called 'audio'.")
+        merged = self._merge_kwargs(
+            BlspKdProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
+        )
+        text_kwargs = merged["text_kwargs"]
+        return_tensors = text_kwargs.pop("return_tensors", None)
+
+        prompts = [text] if isinstance(text, str) else list(text)
+        num_placeholders = [prompt.count(self.audio_token) for prompt in prompts]
+        clips = [] if audio is None else _as_clips(audio)
+        if sum(num_placeholders) != len(clips):
+            raise ValueError(
+                f"The text holds {sum(num_placeholders)} {self.audio_token!r} placeholder(s) (per prompt: "
+                f"{num_placeholders}), but {len(clips)} audio(s) were given. Write it exactly once for every audio."
+            )
+        data = dict(self.tokenizer(prompts, **text_kwargs))
+        num_kept = sum(list(ids).count(self.audio_token_id) for ids in data["input_ids"])
+        if num_kept != len(clips):
+            raise ValueError(
+                f"Truncation would drop {len(clips) - num_kept} of {len(clips)} audio placeholder(s). Raise max_length, "
+                "or shorten the text."
+            )
+        if clips:
+            data |= self.extract_features(clips, sampling_rate)
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    def extract_features(self, clips: list, sampling_rate: int | None = None) -> dict[str, np.ndarray]:
+        """Log-mel features of clips, each on its true length, then zero-padded to the longest.
+
+        Each clip is taken alone, so its features do not depend on the batch.
+
+        Args:
+            clips (`list`): each as in [`load_audio`].
+            sampling_rate (`int`, *optional*): of bare arrays, Hz.
+
+        Returns:
+            `dict` of `input_features` (A, num_mel_bins, num_mel_frames) float32, and `input_features_mask`
+            (A, num_mel_frames) int64.
+        """
+        rate = self.feature_extractor.sampling_rate
+        if sampling_rate is None and any(not _knows_rate(clip) for clip in clips):
+            logger.warning_once(
+                f"Audio arrays came without a sampling_rate and are taken as {rate} Hz. Pass sampling_rate=... (or "
+                "(array, rate) pairs) to be sure."
+            )
+        features = []
+        for clip in clips:
+            waveform = load_audio(clip, rate, sampling_rate, max_duration_s=self.feature_extractor.chunk_length)
+            if len(waveform) < self.feature_extractor.n_fft:
+                raise ValueError(
+                    f"An audio clip is too short: {len(waveform) / rate:.4f} s, expected at least one analysis window "
+                    f"of {self.feature_extractor.n_fft / rate:.3f} s."
+                )
+            mel = self.feature_extractor(
+                waveform, sampling_rate=rate, padding="do_not_pad", truncation=False, return_tensors="np"
+            )
+            features.append(mel["input_features"][0])
+        num_mel_frames = max(mel.shape[1] for mel in features)
+        padded = np.zeros((len(features), features[0].shape[0], num_mel_frames), dtype=np.float32)
+        mask = np.zeros((len(features), num_mel_frames), dtype=np.int64)
+        for index, mel in enumerate(features):
+            padded[index, :, : mel.shape[1]] = mel
+            mask[index, : mel.shape[1]] = 1
+        return {"input_features": padded, "input_features_mask": mask}
+
+    def _multimodal_inputs_from_conversations(self, conversations, *args, **kwargs):
+        # `apply_chat_template` collects the media here. Ours leaves loading to `__call__`, which takes more kinds of
+        # audio and checks them.
+        audio = [
+            next(block[key] for key in AUDIO_KEYS if block.get(key) is not None)
+            for conversation in conversations
+            for message in conversation
+            if not isinstance(message.get("content") or "", str)
+            for block in message["content"]
+            if block.get("type") == "audio" and any(block.get(key) is not None for key in AUDIO_KEYS)
+        ]
+        return [], [], audio, {}
+
+
+def _knows_rate(clip) -> bool:
+    return isinstance(clip, (str, bytes, bytearray, os.PathLike, dict, tuple))
+
+
+def _as_clips(audio) -> list:
+    """One clip or a list of clips to a list; a flat list of numbers is one clip."""
+    if isinstance(audio, list) and not (audio and isinstance(audio[0], numbers.Number)):
+        return audio
+    return [audio]
+
+
+BlspKdProcessor.register_for_auto_class()
