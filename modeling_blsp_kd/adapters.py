@@ -151,6 +151,4 @@ class Subsampler(nn.Module):
             mask = mask[:, ::2]
         hidden_states = hidden_states.transpose(1, 2)
         bottleneck = self.up_proj(nn.functional.gelu(self.down_proj(hidden_states)))
-        return AdapterOutput(
-            speech_embeds=self.layer_norm(hidden_states + bottleneck), num_speech_tokens=mask.sum(1)
-        )
+        return AdapterOutput(speech_embeds=self.layer_norm(hidden_states + bottleneck), num_speech_tokens=mask.sum(1))

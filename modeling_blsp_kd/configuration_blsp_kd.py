@@ -165,7 +165,9 @@ class BlspKdConfig(PreTrainedConfig):
         self.adapter = self._checked_adapter()
         self.plora = self._checked_plora()
         self.distillation = self._checked_distillation()
-        _require(_is_count(self.audio_token_id, 0), "audio_token_id must be a token id of at least 0", self.audio_token_id)
+        _require(
+            _is_count(self.audio_token_id, 0), "audio_token_id must be a token id of at least 0", self.audio_token_id
+        )
         _require(
             isinstance(self.freeze_speech_encoder, bool),
             "freeze_speech_encoder must be True or False",
@@ -192,10 +194,16 @@ class BlspKdConfig(PreTrainedConfig):
             )
         options = asdict(_options(ADAPTERS[kind], given, f"the {kind} adapter"))
         if kind == "cformer":
-            options["num_attention_heads"] = options["num_attention_heads"] or self.speech_config.encoder_attention_heads
+            options["num_attention_heads"] = (
+                options["num_attention_heads"] or self.speech_config.encoder_attention_heads
+            )
             options["ffn_dim"] = options["ffn_dim"] or self.speech_config.encoder_ffn_dim
             for name in ("num_pre_layers", "num_post_layers"):
-                _require(_is_count(options[name], 0), f"adapter option {name} must be an integer of at least 0", options[name])
+                _require(
+                    _is_count(options[name], 0),
+                    f"adapter option {name} must be an integer of at least 0",
+                    options[name],
+                )
             width, heads = self.speech_config.d_model, options["num_attention_heads"]
             _require(
                 _is_count(heads, 1) and width % heads == 0,
@@ -226,7 +234,9 @@ class BlspKdConfig(PreTrainedConfig):
             )
         options = asdict(_options(PartialLoraOptions, given, "plora"))
         _require(_is_count(options["r"], 1), "plora option r must be an integer of at least 1", options["r"])
-        _require(0 <= options["lora_dropout"] < 1, "plora option lora_dropout must lie in [0, 1)", options["lora_dropout"])
+        _require(
+            0 <= options["lora_dropout"] < 1, "plora option lora_dropout must lie in [0, 1)", options["lora_dropout"]
+        )
         return options
 
     def _checked_distillation(self) -> dict:
@@ -236,7 +246,9 @@ class BlspKdConfig(PreTrainedConfig):
             if options[name] is None:
                 options[name] = float(one_to_one)
         for name, value in options.items():
-            _require(isinstance(value, (int, float)) and value >= 0, f"distillation option {name} must be at least 0", value)
+            _require(
+                isinstance(value, (int, float)) and value >= 0, f"distillation option {name} must be at least 0", value
+            )
         _require(options["temperature"] > 0, "distillation option temperature must be above 0", options["temperature"])
         if not one_to_one:
             for name in ("input_kl", "quantity", "transcript_ce"):

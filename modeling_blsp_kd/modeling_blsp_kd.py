@@ -440,7 +440,9 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, GenerationMixin):
             input_ids, attention_mask, position_ids = prompt.input_ids, prompt.attention_mask, prompt.position_ids
             labels, is_speech, speech_embeds = prompt.labels, prompt.is_speech, prompt.speech_embeds
             if past_key_values is not None and past_key_values.get_seq_length():
-                raise ValueError("New audio after a key-value cache is not supported: pass the whole conversation again.")
+                raise ValueError(
+                    "New audio after a key-value cache is not supported: pass the whole conversation again."
+                )
         if speech_embeds is not None:
             # Without a cache, generated text grows past the mask of the prompt.
             is_speech = nn.functional.pad(is_speech, (0, input_ids.shape[1] - is_speech.shape[1]), value=False)
@@ -617,7 +619,9 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, GenerationMixin):
             return super().generate(None, generation_config, *args, streamer=streamer, **kwargs)
 
         if input_ids is None:
-            raise ValueError("Audio needs a prompt: pass input_ids with one placeholder per audio (the processor does).")
+            raise ValueError(
+                "Audio needs a prompt: pass input_ids with one placeholder per audio (the processor does)."
+            )
         prompt, _ = self._hear_prompt(
             input_ids, kwargs.pop("attention_mask", None), None, input_features, input_features_mask, None
         )

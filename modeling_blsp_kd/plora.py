@@ -67,7 +67,9 @@ class PartialLora:
     def parameters(self) -> list[nn.Parameter]:
         """The trainable matrices A and B of every layer."""
         return [
-            matrix.weight for layer in self.layers for matrix in (layer.lora_A[ADAPTER_NAME], layer.lora_B[ADAPTER_NAME])
+            matrix.weight
+            for layer in self.layers
+            for matrix in (layer.lora_A[ADAPTER_NAME], layer.lora_B[ADAPTER_NAME])
         ]
 
     @contextmanager

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutput
-from transformers.models.whisper.modeling_whisper import WhisperEncoder, sinusoids
+from transformers.models.whisper.modeling_whisper import WhisperEncoder, WhisperModel, sinusoids
 
 
 @dataclass
@@ -64,6 +64,9 @@ class TrueLengthWhisperEncoder(WhisperEncoder):
         mel_mask = input_features_mask.bool()
         frame_mask = mel_mask[:, ::2]
 
+        if self.training and self.config.apply_spec_augment:
+            # Whisper's own SpecAugment, which only its full model applies. It writes in place.
+            input_features = WhisperModel._mask_input_features(self, input_features.clone(), mel_mask.long())
         hidden_states = (input_features * mel_mask[:, None]).to(self.conv1.weight.dtype)
         hidden_states = nn.functional.gelu(self.conv1(hidden_states)) * mel_mask[:, None]
         hidden_states = nn.functional.gelu(self.conv2(hidden_states)).transpose(1, 2)

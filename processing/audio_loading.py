@@ -57,7 +57,9 @@ def load_audio(audio, sampling_rate: int, source_rate: int | None = None, max_du
         waveform, name = _as_float(audio), "the audio array"
         source_rate = sampling_rate if source_rate is None else source_rate
     if not isinstance(source_rate, (int, np.integer)) or not 1000 <= source_rate <= 768_000:
-        raise ValueError(f"The sampling rate of {name} must be a whole number of Hz (1000 to 768000), got {source_rate!r}.")
+        raise ValueError(
+            f"The sampling rate of {name} must be a whole number of Hz (1000 to 768000), got {source_rate!r}."
+        )
     if waveform.ndim == 2:
         waveform = waveform.mean(axis=1)
 

@@ -101,14 +101,18 @@ class BlspKdProcessor(ProcessorMixin):
         if tokenizer.pad_token is None:
             # Padding is masked, so any token will do.
             tokenizer.pad_token = tokenizer.eos_token
-        chat_template = FLATTEN_CONTENT.replace("AUDIO_TOKEN", audio_token) + (tokenizer.chat_template or PLAIN_TEMPLATE)
+        chat_template = FLATTEN_CONTENT.replace("AUDIO_TOKEN", audio_token) + (
+            tokenizer.chat_template or PLAIN_TEMPLATE
+        )
         return cls(feature_extractor, tokenizer, chat_template=chat_template, audio_token=audio_token)
 
     @property
     def model_input_names(self):
         return ["input_ids", "attention_mask", "input_features", "input_features_mask"]
 
-    def __call__(self, text=None, audio=None, sampling_rate=None, **kwargs: Unpack[BlspKdProcessorKwargs]) -> BatchFeature:
+    def __call__(
+        self, text=None, audio=None, sampling_rate=None, **kwargs: Unpack[BlspKdProcessorKwargs]
+    ) -> BatchFeature:
         """Prepare prompts and their audio.
 
         Args:
@@ -129,9 +133,7 @@ class BlspKdProcessor(ProcessorMixin):
             raise ValueError(f"BlspKdProcessor needs text: a prompt with {self.audio_token!r} once for every audio.")
         if "audios" in kwargs:
             raise ValueError("Unknown argument 'audios'. The argument is called 'audio'.")
-        merged = self._merge_kwargs(
-            BlspKdProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
-        )
+        merged = self._merge_kwargs(BlspKdProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
         text_kwargs = merged["text_kwargs"]
         return_tensors = text_kwargs.pop("return_tensors", None)
 

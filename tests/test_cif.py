@@ -1,0 +1,235 @@
+"""CIF against a literal float64 loop, and the laws that any CIF must keep."""
+
+import numpy as np
+import pytest
+import torch
+
+from modeling_blsp_kd.cif import continuous_integrate_and_fire, flush_stream, stream_integrate_and_fire
+
+
+def literal_tokens(frames, alphas, num_tokens):
+    """One row, by the definition: integrate frame by frame, split a frame whenever the integral reaches a whole number."""
+    tokens = [torch.zeros(frames.shape[1], dtype=frames.dtype) for _ in range(num_tokens)]
+    integral = torch.zeros((), dtype=alphas.dtype)
+    for frame, alpha in zip(frames, alphas):
+        left = alpha
+        while float(left) > 0:
+            token = int(torch.floor(integral.detach() + 1e-12))
+            if token >= num_tokens:
+                break
+            room = (token + 1) - integral
+            taken = torch.minimum(left, room)
+            tokens[token] = tokens[token] + taken * frame
+            integral = integral + taken
+            left = left - taken
+            if float(left) <= 1e-12:
+                break
+    return torch.stack(tokens)
+
+
+def literal_cif(frames, alphas, mask, target_lengths):
+    """All rows, each on its own, unpadded, in float64."""
+    rows = []
+    for row_frames, row_alphas, row_mask, target in zip(frames, alphas, mask, target_lengths.tolist()):
+        row_frames, row_alphas = row_frames[row_mask], row_alphas[row_mask]
+        total = row_alphas.sum()
+        scaled = row_alphas * (target / total) if float(total) else row_alphas
+        rows.append(literal_tokens(row_frames, scaled, target))
+    return rows
+
+
+def random_case(seed, batch_size=4, num_frames=23, num_channels=5, max_tokens=12):
+    generator = torch.Generator().manual_seed(seed)
+    frames = torch.randn(batch_size, num_frames, num_channels, generator=generator)
+    alphas = torch.rand(batch_size, num_frames, generator=generator) + 1e-3
+    lengths = torch.randint(1, num_frames + 1, (batch_size,), generator=generator)
+    targets = torch.randint(1, max_tokens + 1, (batch_size,), generator=generator)
+    return frames, alphas, torch.arange(num_frames) < lengths[:, None], targets
+
+
+def assert_equals_loop(frames, alphas, mask, targets, check_gradients=True):
+    frames, alphas = frames.clone().requires_grad_(), alphas.clone().requires_grad_()
+    output = continuous_integrate_and_fire(frames, alphas, mask, targets)
+    exact_frames = frames.detach().double().requires_grad_()
+    exact_alphas = alphas.detach().double().requires_grad_()
+    expected = literal_cif(exact_frames, exact_alphas, mask, targets)
+    direction = torch.randn(output.speech_tokens.shape, generator=torch.Generator().manual_seed(0))
+    total = 0
+    for row, tokens in enumerate(expected):
+        torch.testing.assert_close(output.speech_tokens[row, : len(tokens)].double(), tokens, rtol=1e-6, atol=2e-6)
+        assert (output.speech_tokens[row, len(tokens) :] == 0).all()
+        total = total + (tokens * direction[row, : len(tokens)]).sum()
+    if check_gradients:
+        (output.speech_tokens * direction).sum().backward()
+        total.backward()
+        torch.testing.assert_close(frames.grad.double(), exact_frames.grad, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(alphas.grad.double(), exact_alphas.grad, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_equals_the_literal_loop_in_values_and_gradients(seed):
+    assert_equals_loop(*random_case(seed))
+
+
+@pytest.mark.parametrize("max_tokens", [1, 90])
+def test_one_token_and_more_tokens_than_frames(max_tokens):
+    """The authors' loop and FunASR lose tokens when one frame fires several."""
+    frames, alphas, mask, _ = random_case(3)
+    targets = torch.full((4,), max_tokens)
+    assert_equals_loop(frames, alphas, mask, targets)
+
+
+def test_one_huge_alpha_among_zeros():
+    frames = torch.randn(2, 9, 3, generator=torch.Generator().manual_seed(0))
+    alphas = torch.zeros(2, 9)
+    alphas[0, 4], alphas[1, 0], alphas[1, 8] = 1e4, 1e-4, 1.0
+    mask = torch.ones(2, 9, dtype=torch.bool)
+    targets = torch.tensor([7, 2])
+    assert_equals_loop(frames, alphas, mask, targets, check_gradients=False)
+    tokens = continuous_integrate_and_fire(frames, alphas, mask, targets).speech_tokens
+    torch.testing.assert_close(tokens[0], frames[0, 4].expand(7, 3), rtol=1e-6, atol=1e-6)
+
+
+def test_sums_that_land_on_a_boundary():
+    """Quarters add up exactly: each token ends exactly where a frame ends."""
+    frames = torch.randn(1, 12, 3, generator=torch.Generator().manual_seed(0))
+    alphas = torch.full((1, 12), 0.25)
+    mask = torch.ones(1, 12, dtype=torch.bool)
+    output = continuous_integrate_and_fire(frames, alphas, mask)
+    assert output.num_speech_tokens.tolist() == [3]
+    torch.testing.assert_close(output.speech_tokens[0], frames[0].view(3, 4, 3).mean(1))
+    assert output.firing_places.tolist() == [[4.0, 8.0, 12.0]]
+    assert_equals_loop(frames, alphas, mask, torch.tensor([3]), check_gradients=False)
+
+
+def test_gradient_is_exact_by_finite_differences():
+    frames, alphas, mask, targets = random_case(5, batch_size=2, num_frames=7, num_channels=3, max_tokens=5)
+    frames, alphas = frames.double(), alphas.double()
+
+    def total(alphas):
+        # float32 sums are too coarse for differences, so sum the interval weights: frames of one-hot channels.
+        tokens = continuous_integrate_and_fire(frames, alphas, mask, targets).speech_tokens
+        return (tokens.double() * torch.arange(tokens.numel()).view(tokens.shape).cos()).sum()
+
+    alphas.requires_grad_()
+    (gradient,) = torch.autograd.grad(total(alphas), alphas)
+    step = 1e-3
+    for row, frame in [(0, 0), (0, 1), (1, 0)]:
+        nudge = torch.zeros_like(alphas)
+        nudge[row, frame] = step
+        numeric = (total(alphas.detach() + nudge) - total(alphas.detach() - nudge)) / (2 * step)
+        assert abs(float(numeric - gradient[row, frame])) < 2e-2 * max(1.0, abs(float(numeric)))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_rows_do_not_see_each_other_nor_their_padding(seed):
+    """A public loop let one row's double fire take weight from other rows."""
+    frames, alphas, mask, targets = random_case(seed, max_tokens=60)
+    frames = frames.masked_fill(~mask[..., None], float("nan"))
+    batch = continuous_integrate_and_fire(frames, alphas, mask, targets)
+    for row in range(4):
+        alone = continuous_integrate_and_fire(
+            frames[row : row + 1, mask[row]], alphas[row : row + 1, mask[row]], None, targets[row : row + 1]
+        )
+        assert torch.equal(batch.speech_tokens[row, : targets[row]], alone.speech_tokens[0])
+        assert torch.equal(batch.firing_places[row, : targets[row]], alone.firing_places[0])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_weights_of_a_token_sum_to_one(seed):
+    _, alphas, mask, targets = random_case(seed)
+    ones = torch.ones(*alphas.shape, 1)
+    tokens = continuous_integrate_and_fire(ones, alphas, mask, targets).speech_tokens[..., 0]
+    is_token = torch.arange(tokens.shape[1]) < targets[:, None]
+    torch.testing.assert_close(tokens, is_token.float(), rtol=0, atol=1e-5)
+
+
+def test_predicted_count_is_the_rounded_sum_and_at_least_one():
+    alphas = torch.tensor([[0.1, 0.1, 0.1], [0.9, 0.9, 0.8], [0.5, 0.5, 0.4]])
+    output = continuous_integrate_and_fire(torch.randn(3, 3, 2), alphas)
+    assert output.num_speech_tokens.tolist() == [1, 3, 1]
+    torch.testing.assert_close(output.alpha_sum, torch.tensor([0.3, 2.6, 1.4]))
+
+
+def test_alpha_sum_is_unscaled_even_with_target_lengths():
+    alphas = torch.tensor([[0.5, 0.5, 0.5]])
+    output = continuous_integrate_and_fire(torch.randn(1, 3, 2), alphas, target_lengths=torch.tensor([3]))
+    torch.testing.assert_close(output.alpha_sum, torch.tensor([1.5]))
+
+
+def test_firing_places_are_where_the_integral_crosses():
+    alphas = torch.tensor([[0.5, 1.0, 0.5, 2.0]])
+    output = continuous_integrate_and_fire(torch.randn(1, 4, 2), alphas)
+    torch.testing.assert_close(output.firing_places, torch.tensor([[1.5, 3.0, 3.5, 4.0]]))
+
+
+def test_bfloat16_frames_do_not_move_boundaries():
+    """In bf16 an integral of 200 tokens loses whole frames."""
+    generator = torch.Generator().manual_seed(0)
+    frames = torch.randn(1, 1500, 8, generator=generator).bfloat16()
+    alphas = (torch.rand(1, 1500, generator=generator) * 0.3).bfloat16()
+    low = continuous_integrate_and_fire(frames, alphas)
+    full = continuous_integrate_and_fire(frames.float(), alphas.float())
+    assert low.speech_tokens.dtype == torch.bfloat16
+    assert torch.equal(low.firing_places, full.firing_places)
+    assert torch.equal(low.speech_tokens, full.speech_tokens.bfloat16())
+
+
+def test_all_zero_alphas_give_zero_tokens_and_finite_gradients():
+    alphas = torch.zeros(2, 4, requires_grad=True)
+    frames = torch.randn(2, 4, 3, requires_grad=True)
+    output = continuous_integrate_and_fire(frames, alphas, target_lengths=torch.tensor([2, 1]))
+    output.speech_tokens.sum().backward()
+    assert (output.speech_tokens == 0).all()
+    assert alphas.grad.isfinite().all() and frames.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("chunks", [[40], [1] * 40, [3, 0, 17, 20], [39, 1]])
+def test_streaming_equals_the_unscaled_loop_for_every_chunking(chunks):
+    generator = torch.Generator().manual_seed(2)
+    frames = torch.randn(40, 5, generator=generator)
+    alphas = torch.rand(40, generator=generator) * 0.4
+    alphas[11] = 3.7  # several fires in one frame
+    state, tokens, places = None, [], []
+    for start, size in zip(torch.tensor([0, *chunks]).cumsum(0).tolist(), chunks):
+        piece = slice(start, start + size)
+        fired, at, state = stream_integrate_and_fire(frames[piece], alphas[piece], state)
+        tokens.append(fired)
+        places.append(at)
+    tokens, places = torch.cat(tokens), torch.cat(places)
+    num_fired = int(alphas.double().sum())
+    expected = literal_tokens(frames.double(), alphas.double(), num_fired)
+    torch.testing.assert_close(tokens.double(), expected, rtol=1e-6, atol=2e-6)
+    ends = torch.cat([torch.zeros(1), alphas.cumsum(0)])
+    torch.testing.assert_close(torch.from_numpy(_interpolate(ends, num_fired)), places.double(), rtol=0, atol=1e-4)
+
+
+def _interpolate(ends, num_fired):
+    return np.interp(np.arange(1, num_fired + 1), ends.double().numpy(), np.arange(len(ends)))
+
+
+@pytest.mark.parametrize("residue, fires", [(0.49, 0), (0.5, 1), (0.9, 1)])
+def test_a_stream_ends_with_one_more_token_when_half_is_left(residue, fires):
+    frames = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    alphas = torch.tensor([1.0, residue / 2, residue / 2])
+    tokens, _, state = stream_integrate_and_fire(frames, alphas)
+    assert len(tokens) == 1
+    last, places = flush_stream(state)
+    assert len(last) == len(places) == fires
+    if fires:
+        torch.testing.assert_close(last[0], frames[1:].mean(0))
+        assert places.tolist() == [3.0]
+
+
+def test_bad_shapes_and_lengths_are_named():
+    frames, alphas = torch.randn(2, 4, 3), torch.rand(2, 4)
+    with pytest.raises(ValueError, match=r"alphas of shape \(B, T\).*\(2, 3\)"):
+        continuous_integrate_and_fire(frames, alphas[:, :3])
+    with pytest.raises(ValueError, match="frame_mask of shape"):
+        continuous_integrate_and_fire(frames, alphas, torch.ones(2, 3, dtype=torch.bool))
+    with pytest.raises(ValueError, match="one target length per row"):
+        continuous_integrate_and_fire(frames, alphas, target_lengths=torch.tensor([1]))
+    with pytest.raises(ValueError, match="at least 1"):
+        continuous_integrate_and_fire(frames, alphas, target_lengths=torch.tensor([0, 2]))
+    with pytest.raises(ValueError, match=r"shape \(T, C\)"):
+        stream_integrate_and_fire(frames, alphas)

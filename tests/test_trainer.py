@@ -1,0 +1,185 @@
+"""The Trainer glue: equal losses under accumulation and processes, logging, checkpoints with the processor, resuming."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import clip, make_model
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoProcessor, TrainingArguments
+
+from modeling_blsp_kd import BlspKdTrainer
+
+NUM_ROWS = 16
+
+
+def many_rows():
+    words = "the red cat ran to the river and repeat the words".split()
+    return [
+        {
+            "audio": {"array": clip(0.4 + 0.1 * (index % 7), seed=index).tolist(), "sampling_rate": 16_000},
+            "text": " ".join(words[: 1 + index % 5]),
+            "instruction": "repeat the words",
+            "response": " ".join(words[index % 3 : 2 + index % 8]) or "cat",
+        }
+        for index in range(NUM_ROWS)
+    ]
+
+
+def make_trainer(folder, processor, collator, model=None, **overrides):
+    options = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": NUM_ROWS,
+        "max_steps": 1,
+        "learning_rate": 1e-2,
+        "optim": "sgd",
+        "max_grad_norm": 0.0,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "remove_unused_columns": False,
+        "disable_tqdm": True,
+        "seed": 0,
+    }
+    model = make_model(plora={"lora_dropout": 0.0}, distillation={"response_ce": 0.5}) if model is None else model
+    dataset = Dataset.from_list(many_rows())
+    return BlspKdTrainer(
+        model=model,
+        args=TrainingArguments(**{**options, **overrides}),
+        train_dataset=dataset,
+        eval_dataset=dataset,
+        data_collator=collator,
+        processing_class=processor,
+    )
+
+
+def weights_and_log(trainer):
+    trainer.train()
+    weights = {name: value.detach() for name, value in trainer.model.named_parameters() if value.requires_grad}
+    return weights, trainer.state.log_history[0]
+
+
+@pytest.mark.parametrize("accumulation", [2, 4])
+def test_gradient_accumulation_changes_neither_loss_nor_weights(accumulation, tmp_path, processor, collator):
+    """A forward that takes **kwargs and ignores num_items_in_batch trains with a loss multiplied by the accumulation."""
+    expected, expected_log = weights_and_log(make_trainer(tmp_path, processor, collator))
+    trainer = make_trainer(
+        tmp_path,
+        processor,
+        collator,
+        per_device_train_batch_size=NUM_ROWS // accumulation,
+        gradient_accumulation_steps=accumulation,
+    )
+    actual, log = weights_and_log(trainer)
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, rtol=1e-4, atol=1e-5)
+    assert set(log) == set(expected_log)
+    for name in (
+        "loss",
+        "response_kl",
+        "input_kl",
+        "quantity",
+        "response_ce",
+        "token_count_error",
+        "token_count_accuracy",
+    ):
+        assert log[name] == pytest.approx(expected_log[name], rel=1e-4), name
+
+
+def test_two_processes_equal_one(tmp_path, processor, collator):
+    """The same trap, multiplied by the number of processes."""
+    expected, expected_log = weights_and_log(make_trainer(tmp_path, processor, collator))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
+    run = subprocess.run([*command, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-3000:]
+    actual = torch.load(tmp_path / "weights.pt")
+    log = json.loads((tmp_path / "log.json").read_text())
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, rtol=1e-4, atol=1e-5)
+    for name in ("loss", "response_kl", "input_kl", "quantity", "token_count_error"):
+        assert log[name] == pytest.approx(expected_log[name], rel=1e-4), name
+
+
+def test_loss_is_the_weighted_sum_of_its_logged_parts(tmp_path, processor, collator):
+    _, log = weights_and_log(make_trainer(tmp_path, processor, collator))
+    parts = log["response_kl"] + log["input_kl"] + log["quantity"] + 0.5 * log["response_ce"]
+    assert log["loss"] == pytest.approx(parts, rel=1e-5)
+
+
+def test_evaluation_reports_the_same_quantities_as_training(tmp_path, processor, collator):
+    trainer = make_trainer(tmp_path, processor, collator, per_device_eval_batch_size=5, learning_rate=0.0)
+    metrics = trainer.evaluate()
+    _, log = weights_and_log(trainer)
+    for name in ("loss", "response_kl", "input_kl", "quantity", "token_count_accuracy", "token_count_error"):
+        assert metrics[f"eval_{name}"] == pytest.approx(log[name], rel=1e-4), name
+
+
+def test_evaluation_reports_the_kls_even_when_the_loss_does_not_weigh_them(tmp_path, processor, collator):
+    model = make_model(distillation={"response_kl": 0.0, "input_kl": 0.0, "response_ce": 1.0})
+    metrics = make_trainer(tmp_path, processor, collator, model=model).evaluate()
+    assert metrics["eval_response_kl"] > 0 and metrics["eval_input_kl"] > 0
+    assert metrics["eval_loss"] == pytest.approx(metrics["eval_response_ce"] + metrics["eval_quantity"], rel=1e-5)
+
+
+def test_checkpoints_hold_the_processor_and_load(tmp_path, processor, collator):
+    trainer = make_trainer(tmp_path, processor, collator, save_strategy="steps", save_steps=1)
+    trainer.train()
+    checkpoint = tmp_path / "checkpoint-1"
+    loaded = AutoModelForCausalLM.from_pretrained(checkpoint)
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+    prompt = {"text": "repeat<|audio|>", "audio": clip(), "sampling_rate": 16_000}
+    expected, actual = processor(**prompt), AutoProcessor.from_pretrained(checkpoint)(**prompt)
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+def test_resuming_gives_the_uninterrupted_run(tmp_path, processor, collator):
+    options = {"per_device_train_batch_size": 4, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    options |= {"optim": "adamw_torch", "lr_scheduler_type": "linear"}
+    whole = make_trainer(tmp_path, processor, collator, model=make_model(plora=True), **options)
+    whole.train()
+    resumed = make_trainer(tmp_path, processor, collator, model=make_model(seed=9, plora=True), **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], value), name
+    losses = [[entry["loss"] for entry in trainer.state.log_history if "loss" in entry] for trainer in (whole, resumed)]
+    assert losses[0] == losses[1] and len(losses[0]) == 4
+
+
+def test_wrong_arguments_are_named(tmp_path, processor, collator):
+    with pytest.raises(ValueError, match="remove_unused_columns=False"):
+        make_trainer(tmp_path, processor, collator, remove_unused_columns=True)
+
+
+def main(folder):
+    """One of two processes: each takes every other row."""
+    from conftest import make_tokenizer
+    from transformers import WhisperFeatureExtractor
+
+    from processing import BlspKdDataCollator, BlspKdProcessor
+    from processing.processing_blsp_kd import FLATTEN_CONTENT
+
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|audio|>"]})
+    template = FLATTEN_CONTENT.replace("AUDIO_TOKEN", "<|audio|>") + tokenizer.chat_template
+    processor = BlspKdProcessor(WhisperFeatureExtractor(), tokenizer, chat_template=template)
+    trainer = make_trainer(folder, processor, BlspKdDataCollator(processor), per_device_train_batch_size=NUM_ROWS // 2)
+    weights, log = weights_and_log(trainer)
+    if trainer.accelerator.num_processes != 2:
+        raise RuntimeError(f"Expected 2 processes, got {trainer.accelerator.num_processes}.")
+    if trainer.is_world_process_zero():
+        torch.save(
+            {name.removeprefix("module."): value for name, value in weights.items()}, Path(folder) / "weights.pt"
+        )
+        (Path(folder) / "log.json").write_text(json.dumps(log))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
