@@ -226,7 +226,7 @@ class BlspKdConfig(PreTrainedConfig):
         given = {} if self.plora is True else dict(self.plora)
         if given.get("use_dora"):
             raise ValueError(
-                "plora does not support use_dora: DoRA rescales the LLM's own weights, which would reach text positions."
+                "plora does not support use_dora: DoRA rescales the LLM's own weights, at text positions too."
             )
         if given.get("lora_bias") or given.get("bias", "none") != "none":
             raise ValueError(

@@ -72,8 +72,8 @@ def load_audio(audio, sampling_rate: int, source_rate: int | None = None, max_du
         raise ValueError(f"{name} holds NaN or infinite samples. Expected finite floats, usually within [-1, 1].")
     if np.abs(waveform).max() < SILENCE_PEAK:
         raise ValueError(
-            f"{name} is silent: {duration_s:.2f} s with no sample above {SILENCE_PEAK:g} of full scale. Expected speech; "
-            "check the recording and its gain."
+            f"{name} is silent: {duration_s:.2f} s with no sample above {SILENCE_PEAK:g} of full scale. Expected "
+            "speech; check the recording and its gain."
         )
     if source_rate != sampling_rate:
         waveform = soxr.resample(waveform, source_rate, sampling_rate)
@@ -105,7 +105,8 @@ def _decode(audio, max_duration_s):
             return file.read(dtype="float32", always_2d=True), file.samplerate, name
     except soundfile.LibsndfileError as error:
         raise ValueError(
-            f"{name} cannot be decoded: {error}. Expected wav, flac, ogg/opus or mp3; is it damaged, or another format?"
+            f"{name} cannot be decoded: {error.error_string.rstrip('.')}. Expected wav, flac, ogg/opus or mp3; is it "
+            "damaged, or another format?"
         ) from error
 
 
@@ -123,7 +124,10 @@ def _as_float(audio) -> np.ndarray:
             f"Expected audio as a path, bytes, dict, (array, sampling_rate) or an array of numbers, got {type(audio)}."
         )
     if np.issubdtype(waveform.dtype, np.integer):
-        waveform = waveform / float(np.iinfo(waveform.dtype).max)
+        # As libsndfile scales files: -1 is the smallest number of the type, 0 is the middle of an unsigned one.
+        limits = np.iinfo(waveform.dtype)
+        half_range = (float(limits.max) - limits.min + 1) / 2
+        waveform = (waveform - (limits.min + half_range)) / half_range
     if waveform.ndim == 2 and waveform.shape[0] < waveform.shape[1]:
         waveform = waveform.T
     if waveform.ndim not in (1, 2) or (waveform.ndim == 2 and waveform.shape[1] > 8):

@@ -60,7 +60,7 @@ class BlspKdDataCollator:
         }
 
     def _tokenize(self, index: int, row: dict) -> tuple[list[int], list[int], list[int], list[int]]:
-        """Token ids of what stands before the content, of the content, between content and response, of the response."""
+        """Token ids before the content, of the content, between content and response, and of the response."""
         for field in ("text", "response"):
             if not isinstance(row.get(field), str) or not row[field].strip():
                 raise ValueError(

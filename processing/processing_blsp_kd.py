@@ -22,7 +22,8 @@ AUDIO_TOKEN = "<|audio|>"
 AUDIO_KEYS = ("audio", "path", "bytes", "url")
 
 # Put before an LLM's own chat template: turns each message's list of blocks into the string that the LLM's template
-# expects, with the placeholder for each audio, and one line per block.
+# expects, with the placeholder for each audio, and one line per block. It must not strip what follows it: white space
+# at the start of the LLM's template is part of its prompts.
 FLATTEN_CONTENT = """\
 {%- set flat = namespace(messages=[]) -%}
 {%- for message in messages -%}
@@ -42,7 +43,7 @@ FLATTEN_CONTENT = """\
 {%- set flat.messages = flat.messages + [message] -%}
 {%- endif -%}
 {%- endfor -%}
-{%- set messages = flat.messages -%}
+{%- set messages = flat.messages %}
 """
 # For an LLM without a chat template: its text, one turn per line.
 PLAIN_TEMPLATE = """\
@@ -101,9 +102,11 @@ class BlspKdProcessor(ProcessorMixin):
         if tokenizer.pad_token is None:
             # Padding is masked, so any token will do.
             tokenizer.pad_token = tokenizer.eos_token
-        chat_template = FLATTEN_CONTENT.replace("AUDIO_TOKEN", audio_token) + (
-            tokenizer.chat_template or PLAIN_TEMPLATE
-        )
+        flatten, chat_template = FLATTEN_CONTENT.replace("AUDIO_TOKEN", audio_token), tokenizer.chat_template
+        if isinstance(chat_template, dict):  # several, by name
+            chat_template = {name: flatten + template for name, template in chat_template.items()}
+        else:
+            chat_template = flatten + (chat_template or PLAIN_TEMPLATE)
         return cls(feature_extractor, tokenizer, chat_template=chat_template, audio_token=audio_token)
 
     @property
@@ -133,9 +136,12 @@ class BlspKdProcessor(ProcessorMixin):
             raise ValueError(f"BlspKdProcessor needs text: a prompt with {self.audio_token!r} once for every audio.")
         if "audios" in kwargs:
             raise ValueError("Unknown argument 'audios'. The argument is called 'audio'.")
-        merged = self._merge_kwargs(BlspKdProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+        # Without `tokenizer_init_kwargs`, whose padding side (often right) would beat ours: generation needs left.
+        merged = self._merge_kwargs(BlspKdProcessorKwargs, **kwargs)
         text_kwargs = merged["text_kwargs"]
         return_tensors = text_kwargs.pop("return_tensors", None)
+        if sampling_rate is None:
+            sampling_rate = merged["audio_kwargs"].get("sampling_rate")
 
         prompts = [text] if isinstance(text, str) else list(text)
         num_placeholders = [prompt.count(self.audio_token) for prompt in prompts]
@@ -149,8 +155,8 @@ class BlspKdProcessor(ProcessorMixin):
         num_kept = sum(list(ids).count(self.audio_token_id) for ids in data["input_ids"])
         if num_kept != len(clips):
             raise ValueError(
-                f"Truncation would drop {len(clips) - num_kept} of {len(clips)} audio placeholder(s). Raise max_length, "
-                "or shorten the text."
+                f"Truncation would drop {len(clips) - num_kept} of {len(clips)} audio placeholder(s). Raise "
+                "max_length, or shorten the text."
             )
         if clips:
             data |= self.extract_features(clips, sampling_rate)
@@ -176,12 +182,15 @@ class BlspKdProcessor(ProcessorMixin):
                 "(array, rate) pairs) to be sure."
             )
         features = []
-        for clip in clips:
-            waveform = load_audio(clip, rate, sampling_rate, max_duration_s=self.feature_extractor.chunk_length)
+        for index, clip in enumerate(clips):
+            try:
+                waveform = load_audio(clip, rate, sampling_rate, max_duration_s=self.feature_extractor.chunk_length)
+            except (FileNotFoundError, TypeError, ValueError) as error:
+                raise type(error)(f"Audio {index} of the batch: {error}") from error
             if len(waveform) < self.feature_extractor.n_fft:
                 raise ValueError(
-                    f"An audio clip is too short: {len(waveform) / rate:.4f} s, expected at least one analysis window "
-                    f"of {self.feature_extractor.n_fft / rate:.3f} s."
+                    f"Audio {index} of the batch is too short: {len(waveform) / rate:.4f} s, expected at least one "
+                    f"analysis window of {self.feature_extractor.n_fft / rate:.3f} s."
                 )
             mel = self.feature_extractor(
                 waveform, sampling_rate=rate, padding="do_not_pad", truncation=False, return_tensors="np"
@@ -194,6 +203,15 @@ class BlspKdProcessor(ProcessorMixin):
             padded[index, :, : mel.shape[1]] = mel
             mask[index, : mel.shape[1]] = 1
         return {"input_features": padded, "input_features_mask": mask}
+
+    def _prepare_processor_kwargs(self, *args, **kwargs):
+        # A template writes all special tokens itself, as in the tokenizer's own `apply_chat_template` and in training.
+        return {"add_special_tokens": False, **super()._prepare_processor_kwargs(*args, **kwargs)}
+
+    def _resolve_audio_loading_params(self, processor_kwargs):
+        # transformers would fill in the feature extractor's rate, and `__call__` could not warn that none was given.
+        audio_kwargs = processor_kwargs.get("audio_kwargs", {})
+        return {"sampling_rate": processor_kwargs.get("sampling_rate", audio_kwargs.get("sampling_rate"))}
 
     def _multimodal_inputs_from_conversations(self, conversations, *args, **kwargs):
         # `apply_chat_template` collects the media here. Ours leaves loading to `__call__`, which takes more kinds of
@@ -210,6 +228,8 @@ class BlspKdProcessor(ProcessorMixin):
 
 
 def _knows_rate(clip) -> bool:
+    if isinstance(clip, dict) and clip.get("array") is not None:
+        return "sampling_rate" in clip
     return isinstance(clip, (str, bytes, bytearray, os.PathLike, dict, tuple))
 
 

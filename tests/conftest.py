@@ -1,4 +1,4 @@
-"""Small random models, a tokenizer built from scratch and generated audio, shared by all tests. No network, no files."""
+"""Small random models, a tokenizer built from scratch and generated audio, shared by all tests. No network."""
 
 import numpy as np
 import pytest

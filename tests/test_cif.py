@@ -8,7 +8,7 @@ from modeling_blsp_kd.cif import continuous_integrate_and_fire, flush_stream, st
 
 
 def literal_tokens(frames, alphas, num_tokens):
-    """One row, by the definition: integrate frame by frame, split a frame whenever the integral reaches a whole number."""
+    """One row, by the definition: integrate frame by frame, split a frame where the integral reaches a whole number."""
     tokens = [torch.zeros(frames.shape[1], dtype=frames.dtype) for _ in range(num_tokens)]
     integral = torch.zeros((), dtype=alphas.dtype)
     for frame, alpha in zip(frames, alphas):

@@ -1,4 +1,4 @@
-"""The Trainer glue: equal losses under accumulation and processes, logging, checkpoints with the processor, resuming."""
+"""The Trainer glue: equal losses under accumulation and processes, logging, checkpoints, resuming."""
 
 import json
 import os
@@ -67,7 +67,7 @@ def weights_and_log(trainer):
 
 @pytest.mark.parametrize("accumulation", [2, 4])
 def test_gradient_accumulation_changes_neither_loss_nor_weights(accumulation, tmp_path, processor, collator):
-    """A forward that takes **kwargs and ignores num_items_in_batch trains with a loss multiplied by the accumulation."""
+    """A forward that ignores num_items_in_batch trained with a loss multiplied by the accumulation."""
     expected, expected_log = weights_and_log(make_trainer(tmp_path, processor, collator))
     trainer = make_trainer(
         tmp_path,

@@ -1,0 +1,53 @@
+"""Answers from text and from speech, and how many of them are right.
+
+Both sides get the same instruction; the text side reads the gold transcript, which is the upper bound for the speech
+side. Leaves out: other metrics than exact match.
+"""
+
+from collections import defaultdict
+
+import torch
+from tqdm import tqdm
+
+
+def user_turn(instruction: str | None, content: dict) -> list[dict]:
+    """One user turn: the instruction, then the content (a text or an audio block)."""
+    blocks = [content] if not instruction else [{"type": "text", "text": instruction}, content]
+    return [{"role": "user", "content": blocks}]
+
+
+@torch.inference_mode()
+def answer(model, processor, conversations, max_new_tokens=32, batch_size=64, description="answering") -> list[str]:
+    """Greedy answers to conversations (lists of chat messages), in their order."""
+    model.eval()
+    answers = []
+    for start in tqdm(range(0, len(conversations), batch_size), desc=description, mininterval=1):
+        inputs = processor.apply_chat_template(
+            conversations[start : start + batch_size], add_generation_prompt=True, tokenize=True, return_dict=True
+        ).to(model.device)
+        output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        new_tokens = output[:, inputs["input_ids"].shape[1] :]
+        answers += [text.strip() for text in processor.batch_decode(new_tokens, skip_special_tokens=True)]
+    return answers
+
+
+def answer_rows(model, processor, rows, source: str, **options) -> list[str]:
+    """Answers to rows, from their `"text"` or from their `"audio"`."""
+    content = {
+        "text": lambda row: {"type": "text", "text": row["text"]},
+        "audio": lambda row: {"type": "audio", "audio": row["audio"]},
+    }[source]
+    conversations = [user_turn(row.get("instruction"), content(row)) for row in rows]
+    return answer(model, processor, conversations, description=f"answering from {source}", **options)
+
+
+def accuracy(rows, answers) -> dict:
+    """Share of exact matches with `row["answer"]`, over all rows and by `row["kind"]`."""
+    right = defaultdict(list)
+    for row, given in zip(rows, answers):
+        right[row.get("kind") or "all"].append(given == row["answer"])
+    matches = [match for kind in right.values() for match in kind]
+    return {
+        "all": sum(matches) / len(matches),
+        "by_kind": {kind: sum(values) / len(values) for kind, values in sorted(right.items())},
+    }

@@ -1,0 +1,35 @@
+"""Ask a trained model about an audio file.
+
+    python examples/infer.py --model outputs/default --audio question.wav --instruction "Name the animal."
+
+Works with a folder or a Hub id; the answer appears as it is generated.
+"""
+
+import argparse
+
+from answering import user_turn
+from transformers import AutoModelForCausalLM, AutoProcessor, TextStreamer
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder or Hub id of a BLSP-KD model")
+    parser.add_argument("--audio", required=True, help="wav, flac, ogg or mp3 file")
+    parser.add_argument("--instruction", default="Repeat the words.", help="what to do with what is said")
+    parser.add_argument("--max_new_tokens", type=int, default=64, help="longest answer")
+    options = parser.parse_args()
+
+    processor = AutoProcessor.from_pretrained(options.model, trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained(options.model, trust_remote_code=True, device_map="auto")
+    inputs = processor.apply_chat_template(
+        user_turn(options.instruction, {"type": "audio", "path": options.audio}),
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+    ).to(model.device)
+    streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    model.generate(**inputs, max_new_tokens=options.max_new_tokens, streamer=streamer)
+
+
+if __name__ == "__main__":
+    main()

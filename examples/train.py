@@ -1,0 +1,228 @@
+"""Give an LLM ears, from (audio, transcript) pairs.
+
+    accelerate launch examples/train.py
+    accelerate launch examples/train.py --text_model Qwen/Qwen2.5-0.5B-Instruct --speech_model openai/whisper-small \\
+        --train_manifest train.jsonl --eval_manifest eval.jsonl --output_dir outputs/mine
+
+Without arguments it uses the two tiny backbones of `examples/tiny_world` and speech that it synthesises on first use.
+A manifest has one JSON object per line: `audio` (a path, relative to the manifest), `text` (what is said) and
+optionally `instruction`, `response` (the LLM's answer; made here if absent), `answer` and `kind` (to score with) and
+`voice`. All other options are those of `transformers.TrainingArguments`.
+
+Leaves in the output folder: the model with its processor, `results.json`, checkpoints.
+"""
+
+import json
+import logging
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from answering import accuracy, answer_rows
+from datasets import Dataset, load_dataset
+from transformers import AutoConfig, HfArgumentParser, TrainingArguments, set_seed
+
+from modeling_blsp_kd import BlspKdForCausalLM, BlspKdTrainer
+from processing import BlspKdDataCollator, BlspKdProcessor
+
+TINY_TEXT_MODEL = str(Path(__file__).parent / "tiny_world" / "llm")
+TINY_SPEECH_MODEL = str(Path(__file__).parent / "tiny_world" / "speech_encoder")
+REPORTED = ("token_count_accuracy", "token_count_error", "response_kl", "input_kl")
+DEFAULT_INSTRUCTION = "Continue the following text."
+
+
+@dataclass
+class ModelOptions:
+    text_model: str = field(default=TINY_TEXT_MODEL, metadata={"help": "Hub id or folder of the LLM."})
+    speech_model: str = field(default=TINY_SPEECH_MODEL, metadata={"help": "Hub id or folder of a Whisper model."})
+    adapter: str = field(default="cformer", metadata={"help": "cformer or subsampler."})
+    adapter_options: str | None = field(
+        default=None,
+        metadata={
+            "help": 'JSON options of the adapter, for example \'{"num_pre_layers": 2}\'. If omitted: the defaults of '
+            "BlspKdConfig (4 + 4 layers), or 1 + 2 layers for the tiny world's encoder."
+        },
+    )
+    plora: bool = field(default=False, metadata={"help": "Adapt the LLM at speech positions (partial LoRA)."})
+    freeze_speech_encoder: bool = field(default=False, metadata={"help": "Train the adapter (and PLoRA) only."})
+    distillation: str = field(
+        default="{}", metadata={"help": "JSON loss weights and temperature, for example '{\"input_kl\": 0.5}'."}
+    )
+    encoder_learning_rate: float | None = field(
+        default=None, metadata={"help": "Of the speech encoder; 0.4 of learning_rate if omitted."}
+    )
+    spec_augment: bool = field(default=True, metadata={"help": "Mask bits of the features of an unfrozen encoder."})
+
+
+@dataclass
+class DataOptions:
+    train_manifest: str | None = field(default=None, metadata={"help": "JSONL manifest; the tiny world if omitted."})
+    eval_manifest: str | None = field(default=None, metadata={"help": "JSONL manifest to score on."})
+    num_utterances: int = field(default=6000, metadata={"help": "Tiny world: training clips to synthesise."})
+    num_eval_utterances: int = field(default=480, metadata={"help": "Tiny world: test clips per kind of voice."})
+    cache_dir: str = field(default="outputs/tiny_world_speech", metadata={"help": "Tiny world: where clips are kept."})
+    max_response_tokens: int = field(default=32, metadata={"help": "Longest answer of the LLM."})
+
+
+@dataclass
+class Arguments(TrainingArguments):
+    """TrainingArguments with defaults that suit the tiny world."""
+
+    output_dir: str = "outputs/default"
+    per_device_train_batch_size: int = 32
+    per_device_eval_batch_size: int = 64
+    learning_rate: float = 1e-3
+    adam_beta2: float = 0.98
+    max_steps: int = 1600
+    warmup_steps: float = 100
+    lr_scheduler_type: str = "cosine"
+    logging_steps: float = 50
+    save_steps: float = 400
+    save_total_limit: int | None = 2
+    dataloader_num_workers: int = 1
+    dataloader_pin_memory: bool = torch.cuda.is_available()
+    remove_unused_columns: bool = False
+    seed: int = 1
+
+
+def main():
+    parser = HfArgumentParser((ModelOptions, DataOptions, Arguments), description=__doc__)
+    model_options, data_options, args = parser.parse_args_into_dataclasses()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    set_seed(args.seed)
+    start = time.time()
+
+    processor = BlspKdProcessor.from_backbones(model_options.speech_model, model_options.text_model)
+    model = build_model(model_options, processor)
+    with args.main_process_first(desc="making the data"):
+        train_rows, eval_rows = load_rows(data_options)
+    # As in the method, the LLM's own answers are what it learns to give after speech.
+    answer_options = {"max_new_tokens": data_options.max_response_tokens}
+    for rows in (train_rows, eval_rows):
+        unanswered = [row for row in rows if not row.get("response")]
+        for row, response in zip(unanswered, answer_rows(model, processor, unanswered, "text", **answer_options)):
+            row["response"] = response
+
+    trainer = BlspKdTrainer(
+        model=model,
+        args=args,
+        train_dataset=Dataset.from_list(train_rows),
+        data_collator=BlspKdDataCollator(processor),
+        processing_class=processor,
+        optimizers=(make_optimizer(model, model_options, args), None),
+    )
+    training_start = time.time()
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    results = {"train_seconds": round(time.time() - training_start, 1)}
+    trainer.save_model()
+    if not eval_rows:
+        return
+
+    alignment = trainer.evaluate(Dataset.from_list(eval_rows))
+    results |= {name: alignment[f"eval_{name}"] for name in REPORTED if f"eval_{name}" in alignment}
+    if trainer.is_world_process_zero():
+        spoken = answer_rows(model, processor, eval_rows, "audio", **answer_options)
+        seen_voices = {row.get("voice") for row in train_rows}
+        results |= score(eval_rows, spoken, seen_voices)
+        results["total_seconds"] = round(time.time() - start, 1)
+        Path(args.output_dir, "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        print_results(results)
+        for row, heard in list(zip(eval_rows, spoken))[:3]:
+            print(f"\n{row['audio']}\n  says    {row['text']!r}")
+            print(f"  asked   {row.get('instruction')!r}\n  answers {heard!r}")
+
+
+def build_model(options: ModelOptions, processor) -> BlspKdForCausalLM:
+    augment = (
+        {"apply_spec_augment": True, "mask_time_prob": 0.05, "mask_feature_prob": 0.05} if options.spec_augment else {}
+    )
+    adapter_options = json.loads(options.adapter_options) if options.adapter_options else {}
+    if options.adapter_options is None and options.adapter == "cformer" and options.speech_model == TINY_SPEECH_MODEL:
+        adapter_options = {"num_pre_layers": 1, "num_post_layers": 2}
+    return BlspKdForCausalLM.from_backbones(
+        options.speech_model,
+        options.text_model,
+        audio_token_id=processor.audio_token_id,
+        speech_kwargs={"config": AutoConfig.from_pretrained(options.speech_model, **augment)},
+        dtype=torch.float32,
+        adapter={"type": options.adapter, **adapter_options},
+        plora=options.plora,
+        freeze_speech_encoder=options.freeze_speech_encoder,
+        distillation=json.loads(options.distillation),
+    )
+
+
+def load_rows(options: DataOptions) -> tuple[list[dict], list[dict]]:
+    """Training and evaluation rows, from manifests or from the tiny world."""
+    if options.train_manifest:
+        eval_rows = read_manifest(options.eval_manifest) if options.eval_manifest else []
+        return read_manifest(options.train_manifest), eval_rows
+    # Imported here: synthesis needs espeakng-loader, which a manifest does not.
+    from tiny_world.dataset import make_rows
+    from tiny_world.speech import HELD_OUT_VOICES, TRAIN_VOICES
+
+    train_rows = make_rows("train", options.num_utterances, TRAIN_VOICES, 0, options.cache_dir, repeat_share=0.5)
+    eval_rows = [
+        row
+        for seed, voices in enumerate((TRAIN_VOICES, HELD_OUT_VOICES), start=1)
+        for row in make_rows("test", options.num_eval_utterances, voices, seed, options.cache_dir)
+    ]
+    return train_rows, eval_rows
+
+
+def read_manifest(path: str) -> list[dict]:
+    """Rows of a JSONL manifest, with audio paths made absolute."""
+    rows = load_dataset("json", data_files=path, split="train").to_list()
+    for number, row in enumerate(rows, start=1):
+        if not row.get("audio") or not row.get("text"):
+            raise ValueError(f"{path}, row {number}: expected 'audio' and 'text', got {row}.")
+        row["audio"] = str(Path(path).parent.absolute() / row["audio"])
+        row["instruction"] = row.get("instruction") or DEFAULT_INSTRUCTION
+    return rows
+
+
+def make_optimizer(model, options: ModelOptions, args: Arguments):
+    """The Trainer's optimiser, with a learning rate of its own for the pretrained encoder."""
+    optimizer_class, optimizer_options = BlspKdTrainer.get_optimizer_cls_and_kwargs(args, model)
+    encoder_rate = options.encoder_learning_rate
+    encoder_rate = 0.4 * args.learning_rate if encoder_rate is None else encoder_rate
+    encoder = [parameter for parameter in model.audio_tower.parameters() if parameter.requires_grad]
+    encoder_ids = {id(parameter) for parameter in encoder}
+    others = [
+        parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in encoder_ids
+    ]
+    groups = [{"params": others, "weight_decay": args.weight_decay}]
+    if encoder:
+        groups.append({"params": encoder, "weight_decay": args.weight_decay, "lr": encoder_rate})
+    return optimizer_class(groups, **optimizer_options)
+
+
+def score(rows, spoken, seen_voices) -> dict:
+    """Accuracy of the LLM on the gold transcript and of the model on speech, for seen and for held-out voices."""
+    results = {}
+    for name, given in (("text_accuracy", [row["response"] for row in rows]), ("speech_accuracy", spoken)):
+        results[name] = {}
+        for voices, is_seen in (("seen_voices", True), ("held_out_voices", False)):
+            chosen = [(row, text) for row, text in zip(rows, given) if (row.get("voice") in seen_voices) == is_seen]
+            if chosen:
+                results[name][voices] = accuracy(*zip(*chosen))["all"]
+        results[name]["by_kind"] = accuracy(rows, given)["by_kind"]
+    return results
+
+
+def print_results(results: dict):
+    text, speech = results["text_accuracy"], results["speech_accuracy"]
+    print(f"\n{'answers correct (exact match)':32} {'text':>8} {'speech':>8} {'ratio':>8}")
+    lines = {name.replace("_", " "): (text[name], speech[name]) for name in text if name != "by_kind"}
+    lines |= {f"  {kind}": (text["by_kind"][kind], speech["by_kind"][kind]) for kind in text["by_kind"]}
+    for name, (upper, reached) in lines.items():
+        print(f"{name:32} {upper:8.3f} {reached:8.3f} {reached / upper if upper else float('nan'):8.3f}")
+    for name in REPORTED:
+        if name in results:
+            print(f"{name.replace('_', ' '):32} {results[name]:8.4f}")
+    print(f"{'training took':32} {results['train_seconds']:8.0f} s, everything {results['total_seconds']:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

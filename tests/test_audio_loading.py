@@ -1,0 +1,288 @@
+"""`load_audio`: one clip from anywhere gives one waveform, and what cannot be heard is refused by name."""
+
+import io
+import struct
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import SAMPLING_RATE, clip
+
+from processing.audio_loading import load_audio
+
+# How far each format may move a sample. Lossless ones: half a step of 16 bits.
+FORMATS = {
+    ("WAV", "PCM_16"): 4e-5,
+    ("WAV", "FLOAT"): 0.0,
+    ("FLAC", "PCM_16"): 4e-5,
+    ("OGG", "VORBIS"): 0.05,
+    ("MP3", "MPEG_LAYER_III"): 0.1,
+}
+
+
+def tone(frequency_hz=440.0, duration_s=1.0, rate=SAMPLING_RATE):
+    time = np.arange(int(duration_s * rate)) / rate
+    return (0.5 * np.sin(2 * np.pi * frequency_hz * time)).astype(np.float32)
+
+
+def encode(waveform, rate=SAMPLING_RATE, format="WAV", subtype="FLOAT") -> bytes:
+    buffer = io.BytesIO()
+    soundfile.write(buffer, waveform, rate, format=format, subtype=subtype)
+    return buffer.getvalue()
+
+
+def peak_frequency_hz(waveform, rate=SAMPLING_RATE):
+    spectrum = np.abs(np.fft.rfft(waveform * np.hanning(len(waveform))))
+    return spectrum.argmax() * rate / len(waveform)
+
+
+def float_wav_header(num_samples, rate=SAMPLING_RATE) -> bytes:
+    size = 4 * num_samples
+    riff = struct.pack("<4sI4s", b"RIFF", 36 + size, b"WAVE")
+    return riff + struct.pack("<4sIHHIIHH4sI", b"fmt ", 16, 3, 1, rate, 4 * rate, 4, 32, b"data", size)
+
+
+def test_every_kind_of_input_gives_the_same_waveform(tmp_path):
+    waveform = clip(0.3)
+    contents = encode(waveform)
+    path = tmp_path / "clip.wav"
+    path.write_bytes(contents)
+    kinds = {
+        "path": path,
+        "str": str(path),
+        "bytes": contents,
+        "bytearray": bytearray(contents),
+        "dict of array": {"array": waveform, "sampling_rate": SAMPLING_RATE},
+        "dict of bytes": {"bytes": contents, "path": None},
+        "dict of path": {"bytes": None, "path": str(path)},
+        "array first": {"array": waveform, "path": "not there.wav", "sampling_rate": SAMPLING_RATE},
+        "bytes before path": {"bytes": contents, "path": "not there.wav"},
+        "pair": (waveform, SAMPLING_RATE),
+        "pair of numpy rate": (waveform, np.int64(SAMPLING_RATE)),
+        "array": waveform,
+        "float64": waveform.astype(np.float64),
+        "list": waveform.tolist(),
+        "tuple": tuple(waveform.tolist()),
+        "tensor": torch.from_numpy(waveform),
+        "tensor in a pair": (torch.from_numpy(waveform).requires_grad_(), SAMPLING_RATE),
+    }
+    for kind, audio in kinds.items():
+        loaded = load_audio(audio, SAMPLING_RATE)
+        assert loaded.dtype == np.float32 and loaded.flags["C_CONTIGUOUS"], kind
+        assert np.array_equal(loaded, waveform), kind
+
+
+def test_the_result_is_a_copy_of_the_callers_array():
+    waveform = clip(0.1)
+    before = waveform.copy()
+    load_audio(waveform, SAMPLING_RATE)[:] = 0
+    assert np.array_equal(waveform, before)
+
+
+@pytest.mark.parametrize("format, subtype", FORMATS)
+def test_formats_keep_the_sound(tmp_path, format, subtype):
+    waveform = tone()
+    path = tmp_path / f"tone.{format.lower()}"
+    path.write_bytes(encode(waveform, format=format, subtype=subtype))
+    loaded = load_audio(path, SAMPLING_RATE)
+    assert loaded.shape == waveform.shape
+    assert np.abs(loaded - waveform).max() <= FORMATS[format, subtype]
+    assert np.array_equal(load_audio(path.read_bytes(), SAMPLING_RATE), loaded)
+
+
+def test_opus_keeps_the_tone():
+    loaded = load_audio(encode(tone(duration_s=1.0), format="OGG", subtype="OPUS"), SAMPLING_RATE)
+    assert len(loaded) == SAMPLING_RATE
+    assert abs(peak_frequency_hz(loaded) - 440) <= 1
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.int32, np.uint8])
+def test_whole_numbers_are_full_scale_of_their_type(dtype):
+    """Integers were divided by their largest value: off from every file decoder, and 8-bit audio sat around 0.5."""
+    subtype = {np.int16: "PCM_16", np.int32: "PCM_32", np.uint8: "PCM_U8"}[dtype]
+    info = np.iinfo(dtype)
+    rng = np.random.default_rng(0)
+    samples = rng.integers(info.min, info.max, size=500, dtype=dtype, endpoint=True)
+    samples[:2] = info.min, info.max
+    if dtype is np.uint8:
+        samples_for_file = ((samples.astype(np.int16) - 128) << 8).astype(np.int16)
+    else:
+        samples_for_file = samples
+    from_file = load_audio(encode(samples_for_file, subtype=subtype), SAMPLING_RATE)
+    loaded = load_audio(samples, SAMPLING_RATE)
+    assert loaded.dtype == np.float32
+    assert np.array_equal(loaded, from_file)
+    assert np.array_equal(load_audio(torch.from_numpy(samples), SAMPLING_RATE), loaded)
+    assert loaded.min() == -1.0 and loaded.max() <= 1.0
+
+
+@pytest.mark.parametrize("num_channels", [1, 2, 6])
+def test_channels_are_averaged_whichever_axis_they_are_on(num_channels):
+    channels = np.stack([clip(0.1, seed=seed) for seed in range(num_channels)], axis=1)
+    expected = channels.mean(axis=1)
+    for audio in (channels, channels.T, torch.from_numpy(channels.T), encode(channels)):
+        loaded = load_audio(audio, SAMPLING_RATE)
+        assert loaded.shape == (len(channels),)
+        np.testing.assert_allclose(loaded, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("rate", [8_000, 22_050, 44_100, 48_000])
+@pytest.mark.parametrize("kind", ["file", "pair", "dict", "source_rate"])
+def test_resampling_keeps_frequency_loudness_and_length(rate, kind):
+    waveform = tone(997.0, duration_s=1.0, rate=rate)
+    if kind == "source_rate":
+        loaded = load_audio(waveform, SAMPLING_RATE, source_rate=rate)
+    else:
+        audio = {
+            "file": encode(waveform, rate),
+            "pair": (waveform, rate),
+            "dict": {"array": waveform, "sampling_rate": rate},
+        }[kind]
+        loaded = load_audio(audio, SAMPLING_RATE)
+    assert loaded.dtype == np.float32
+    assert len(loaded) == SAMPLING_RATE
+    assert abs(peak_frequency_hz(loaded) - 997) <= 1
+    middle = slice(2000, -2000)
+    np.testing.assert_allclose(loaded[middle], tone(997.0)[middle], atol=5e-3)
+
+
+def test_a_rate_of_its_own_beats_source_rate():
+    contents, waveform = encode(tone(rate=44_100), 44_100), tone(rate=44_100)
+    for audio in (contents, (waveform, 44_100), {"array": waveform, "sampling_rate": 44_100}):
+        assert len(load_audio(audio, SAMPLING_RATE, source_rate=8_000)) == SAMPLING_RATE
+
+
+def test_a_dict_without_rate_takes_source_rate():
+    assert len(load_audio({"array": clip(0.5)}, SAMPLING_RATE, source_rate=8_000)) == SAMPLING_RATE
+    assert len(load_audio({"array": clip(0.5)}, SAMPLING_RATE)) == SAMPLING_RATE // 2
+
+
+def test_exactly_the_longest_duration_is_accepted():
+    assert len(load_audio(clip(0.5), SAMPLING_RATE, max_duration_s=0.5)) == SAMPLING_RATE // 2
+
+
+def test_quiet_speech_is_not_silent():
+    assert len(load_audio(clip(0.1) * 1e-3, SAMPLING_RATE)) == 1600
+
+
+# -- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrap", [str, lambda path: path, lambda path: {"path": str(path)}])
+def test_a_missing_file_is_named(tmp_path, wrap):
+    with pytest.raises(FileNotFoundError, match=r"Audio file not found: '.*nowhere\.wav'"):
+        load_audio(wrap(tmp_path / "nowhere.wav"), SAMPLING_RATE)
+
+
+def test_a_folder_is_no_audio_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="Audio file not found"):
+        load_audio(tmp_path, SAMPLING_RATE)
+
+
+def test_corrupt_contents_are_refused_without_a_memory_address(tmp_path):
+    """The message read 'Error opening <_io.BytesIO object at 0x7faab0>: Format not recognised.. Expected wav'."""
+    noise = np.random.default_rng(0).bytes(2000)
+    with pytest.raises(ValueError, match=r"the audio of 2000 bytes cannot be decoded: [^<.]+\. Expected wav, flac"):
+        load_audio(noise, SAMPLING_RATE)
+    path = tmp_path / "noise.wav"
+    path.write_bytes(noise)
+    with pytest.raises(ValueError, match=r"noise\.wav cannot be decoded: [^<.]+\. Expected wav, flac"):
+        load_audio(path, SAMPLING_RATE)
+
+
+def test_an_empty_file_is_refused(tmp_path):
+    path = tmp_path / "empty.wav"
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"empty\.wav cannot be decoded"):
+        load_audio(path, SAMPLING_RATE)
+    with pytest.raises(ValueError, match="the audio of 0 bytes cannot be decoded"):
+        load_audio(b"", SAMPLING_RATE)
+
+
+def test_a_header_without_samples_is_refused():
+    with pytest.raises(ValueError, match=r"is empty \(0 samples\)"):
+        load_audio(encode(np.zeros(0, np.float32), subtype="PCM_16"), SAMPLING_RATE)
+
+
+@pytest.mark.parametrize("kept", [0.1, 0.5, 0.9])
+def test_a_truncated_flac_is_refused_rather_than_shortened(kept):
+    contents = encode(clip(2.0), format="FLAC", subtype="PCM_16")
+    with pytest.raises(ValueError, match="cannot be decoded: .*damaged"):
+        load_audio(contents[: int(kept * len(contents))], SAMPLING_RATE)
+
+
+def test_a_wav_cut_inside_its_header_is_refused():
+    with pytest.raises(ValueError, match="the audio of 30 bytes cannot be decoded"):
+        load_audio(encode(clip(0.2))[:30], SAMPLING_RATE)
+
+
+@pytest.mark.parametrize("audio", [[], np.zeros(0), torch.zeros(0), (np.zeros(0), 8_000)])
+def test_an_empty_array_is_refused(audio):
+    with pytest.raises(ValueError, match=r"the audio array is empty \(0 samples\)"):
+        load_audio(audio, SAMPLING_RATE)
+
+
+@pytest.mark.parametrize("level", [0.0, 5e-5])
+def test_a_silent_clip_is_refused(level):
+    with pytest.raises(ValueError, match=r"the audio array is silent: 0\.50 s with no sample above 0\.0001"):
+        load_audio(np.full(8000, level), SAMPLING_RATE)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_samples_that_are_not_finite_are_refused(value):
+    waveform = clip(0.1)
+    waveform[17] = value
+    with pytest.raises(ValueError, match="the audio array holds NaN or infinite samples"):
+        load_audio(waveform, SAMPLING_RATE)
+
+
+def test_a_long_array_is_refused():
+    with pytest.raises(ValueError, match=r"the audio array lasts 1\.50 s, but .* at most 1 s\. Split it"):
+        load_audio(clip(1.5), SAMPLING_RATE, max_duration_s=1.0)
+    with pytest.raises(ValueError, match=r"lasts 31\.00 s, but .* at most 30 s"):
+        load_audio(np.ones(31_000, np.float32), SAMPLING_RATE, source_rate=1_000)
+
+
+def test_a_long_file_is_refused_by_its_header(tmp_path, monkeypatch):
+    """Five hours of samples would fill the memory; the header alone tells that they are too many."""
+    path = tmp_path / "long.wav"
+    with path.open("wb") as file:
+        file.write(float_wav_header(num_samples=36_000 * SAMPLING_RATE // 2))
+        file.truncate(44 + 4 * 36_000 * SAMPLING_RATE // 2)  # sparse: takes no disk
+    monkeypatch.setattr(soundfile.SoundFile, "read", lambda *args, **kwargs: pytest.fail("the samples were read"))
+    with pytest.raises(ValueError, match=r"long\.wav lasts 18000\.00 s, but .* at most 30 s"):
+        load_audio(path, SAMPLING_RATE)
+
+
+@pytest.mark.parametrize("rate", [0, -16_000, 999, 10**9, 16_000.0, "16000"])
+def test_a_bad_rate_is_refused(rate):
+    for audio, source_rate in [((clip(0.1), rate), None), (clip(0.1), rate)]:
+        with pytest.raises(ValueError, match=rf"whole number of Hz \(1000 to 768000\), got {rate!r}"):
+            load_audio(audio, SAMPLING_RATE, source_rate)
+    with pytest.raises(ValueError, match="whole number of Hz"):
+        load_audio({"array": clip(0.1), "sampling_rate": rate}, SAMPLING_RATE)
+
+
+@pytest.mark.parametrize("url", ["https://example.org/a.wav", "hf://datasets/a/b.flac"])
+def test_a_url_is_refused(url):
+    with pytest.raises(ValueError, match=r"not from URLs, got '.*'\. Download it first"):
+        load_audio(url, SAMPLING_RATE)
+
+
+@pytest.mark.parametrize("audio", [None, object(), ["a", "b"], [[0.1, 0.2], [0.3]], np.array([True, False]), {1.0}])
+def test_a_wrong_type_is_named(audio):
+    with pytest.raises(TypeError, match=r"Expected audio as a path, bytes, dict, .* got <class"):
+        load_audio(audio, SAMPLING_RATE)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 400), (400, 9), (9, 400), ()])
+def test_too_many_dimensions_or_channels_are_refused(shape):
+    with pytest.raises(ValueError, match=r"Expected one clip of shape \(samples,\).* got an array of shape"):
+        load_audio(np.full(shape, 0.5), SAMPLING_RATE)
+
+
+@pytest.mark.parametrize("audio", [{}, {"sampling_rate": 16_000}, {"array": None, "bytes": None, "path": None}])
+def test_a_dict_without_audio_is_refused(audio):
+    with pytest.raises(ValueError, match="An audio dict needs 'array', 'bytes' or 'path', but has"):
+        load_audio(audio, SAMPLING_RATE)

@@ -1,0 +1,147 @@
+"""The scripts of examples/, in short forms, and every path, command and option that README and model card name."""
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from conftest import clip
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
+DOCUMENTS = ("README.md", "model_card.md", *(f"examples/{path.name}" for path in EXAMPLES.glob("*.py")))
+
+
+def run(*arguments, cwd=ROOT):
+    finished = subprocess.run(
+        [sys.executable, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=300
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    return finished.stdout
+
+
+def load_example(name, monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A few steps of the default run: its folder and what it printed."""
+    folder = tmp_path_factory.mktemp("default_run")
+    output = run(
+        EXAMPLES / "train.py",
+        *("--output_dir", folder / "model", "--cache_dir", folder / "clips", "--max_steps", "3", "--save_steps", "2"),
+        *("--num_utterances", "24", "--num_eval_utterances", "17", "--logging_steps", "1", "--plora", "true"),
+        *("--per_device_train_batch_size", "8", "--use_cpu", "true", "--disable_tqdm", "true"),
+    )
+    return folder, output
+
+
+def test_default_run_leaves_results_a_table_and_three_answers(trained):
+    folder, output = trained
+    results = json.loads((folder / "model" / "results.json").read_text())
+    for side in ("text_accuracy", "speech_accuracy"):
+        assert set(results[side]) == {"seen_voices", "held_out_voices", "by_kind"}
+        assert len(results[side]["by_kind"]) >= 8
+    assert {"token_count_accuracy", "response_kl", "input_kl", "train_seconds"} <= set(results)
+    assert results["text_accuracy"]["seen_voices"] > 0.8, "the embedded LLM answers text"
+    assert "answers correct (exact match)" in output
+    assert output.count("  answers ") == 3
+    assert (folder / "model" / "checkpoint-2" / "processor_config.json").exists()
+
+
+def test_infer_answers_a_file(trained):
+    folder, _ = trained
+    audio = next((folder / "clips").glob("*.flac"))
+    output = run(EXAMPLES / "infer.py", "--model", folder / "model", "--audio", audio, "--instruction", "Say it again.")
+    assert output.strip()
+
+
+def test_training_from_a_manifest_makes_the_missing_responses(tmp_path):
+    rows = [{"audio": f"{index}.wav", "text": "the red cat ran to the sea", "voice": "a"} for index in range(4)]
+    for index, row in enumerate(rows):
+        soundfile.write(tmp_path / row["audio"], clip(0.8, seed=index), 16_000)
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    questions = [{**row, "instruction": "Name the colour.", "answer": "red", "kind": "colour"} for row in rows]
+    (tmp_path / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
+    run(
+        EXAMPLES / "train.py",
+        *("--train_manifest", tmp_path / "train.jsonl", "--eval_manifest", tmp_path / "eval.jsonl"),
+        *("--output_dir", tmp_path / "model", "--max_steps", "1", "--use_cpu", "true", "--disable_tqdm", "true"),
+        *("--adapter", "subsampler", "--freeze_speech_encoder", "true"),
+    )
+    results = json.loads((tmp_path / "model" / "results.json").read_text())
+    assert results["text_accuracy"] == {"seen_voices": 1.0, "by_kind": {"colour": 1.0}}
+    assert "input_kl" not in results
+
+
+def test_a_manifest_row_without_text_is_named(tmp_path, monkeypatch):
+    (tmp_path / "bad.jsonl").write_text('{"audio": "a.wav", "text": "words"}\n{"audio": "b.wav", "text": ""}\n')
+    train = load_example("train", monkeypatch)
+    with pytest.raises(ValueError, match=r"bad\.jsonl, row 2: expected 'audio' and 'text'"):
+        train.read_manifest(str(tmp_path / "bad.jsonl"))
+
+
+def test_digit_manifest_joins_recordings_and_holds_one_speaker_out(tmp_path):
+    words = "zero one two three four five six seven eight nine".split()
+    rows = []
+    for speaker in ("ann", "bob", "cas"):
+        for digit, word in enumerate(words):
+            for take in range(3):
+                name = f"{speaker}_{digit}_{take}.flac"
+                soundfile.write(tmp_path / name, clip(0.3, seed=digit, rate=8000), 8000)
+                rows.append({"file_name": name, "text": word, "speaker": speaker})
+    rows.append({"file_name": "other.flac", "text": "a sentence", "speaker": "dan"})
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    output = tmp_path / "digits"
+    printed = run(
+        EXAMPLES / "make_digit_manifest.py",
+        *("--recordings", tmp_path / "metadata.jsonl", "--output", output, "--num_train", "12", "--num_test", "8"),
+    )
+    assert "1 recordings of other texts" in printed and "held out: cas" in printed
+    train, test = ([json.loads(line) for line in (output / f"{name}.jsonl").open()] for name in ("train", "test"))
+    assert {row["voice"] for row in train} == {"ann", "bob"} and {row["voice"] for row in test} == {"ann", "bob", "cas"}
+    for row in train + test:
+        samples, rate = soundfile.read(output / row["audio"])
+        assert rate == 8000 and 2 <= len(row["text"].split()) <= 6
+        assert len(samples) / rate > 0.3 * len(row["text"].split()) and np.abs(samples).max() > 0.4
+        if row["kind"] == "reverse":
+            assert row["answer"].split() == row["text"].split()[::-1]
+
+
+@pytest.mark.parametrize("document", ["README.md", "model_card.md"])
+def test_documents_name_only_what_exists(document):
+    text = (ROOT / document).read_text()
+    for path in re.findall(
+        r"`((?:modeling_blsp_kd|processing|examples|tests|\.ci)/[\w./-]*|[\w]+\.(?:md|txt|cfg|toml))`", text
+    ):
+        assert (ROOT / path).exists(), f"{document} names {path}, which does not exist"
+    for link in re.findall(r"\]\((?!https?://|#)([^)]+)\)", text):
+        assert (ROOT / link.split("#")[0]).exists(), f"{document} links to {link}, which does not exist"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_documents_name_only_options_that_exist(document):
+    text = (ROOT / document).read_text().replace("\\\n", " ").replace("\\\\", " ")
+    for script, arguments in re.findall(r"(examples/\w+\.py)([^\n`]*)", text):
+        known = _options_of(script)
+        for option in re.findall(r"(?<=\s)--\w+", arguments):
+            assert option in known, f"{document} passes {option} to {script}, which does not know it"
+
+
+def _options_of(script):
+    if script not in _options_of.cache:
+        _options_of.cache[script] = set(re.findall(r"--\w+", run(ROOT / script, "--help")))
+    return _options_of.cache[script]
+
+
+_options_of.cache = {}

@@ -1,0 +1,473 @@
+"""`BlspKdProcessor`: one placeholder per audio, features that do not depend on the batch, the LLM's own template."""
+
+import copy
+import json
+import logging
+
+import jinja2
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import CHAT_TEMPLATE, SAMPLING_RATE, VOCAB_SIZE, clip, make_tokenizer, spoken_prompts
+from tokenizers.processors import TemplateProcessing
+from transformers import WhisperFeatureExtractor
+from transformers.utils import logging as transformers_logging
+
+from processing import BlspKdProcessor
+
+AUDIO = "<|audio|>"
+# Shapes of templates that LLMs really have: white space at the start, a namespace, messages reassigned, a named loop.
+LLM_TEMPLATES = {
+    "tests": CHAT_TEMPLATE,
+    "starts with a newline": "\n\n" + CHAT_TEMPLATE,
+    "starts with spaces": "  " + CHAT_TEMPLATE,
+    "starts with a stripping block": "  \n{%- for m in messages %}\n{{ m.role }}: {{ m.content }}\n{% endfor %}\n",
+    "system split off": (
+        "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}"
+        "{% set system = messages[0]['content'] %}{% else %}{% set loop_messages = messages %}{% set system = '' %}"
+        "{% endif %}{% for message in loop_messages %}[{{ message['role'] }}] {{ message['content'] | trim }}"
+        "{% if loop.first %} ({{ system }}){% endif %}{{ eos_token }}{% endfor %}"
+    ),
+    "messages reassigned": (
+        "{%- if messages[0].role == 'system' %}{{- messages[0].content + '\\n' }}"
+        "{%- set messages = messages[1:] %}{%- endif %}{%- set ns = namespace(last=messages|length - 1) %}"
+        "{%- for message in messages[::-1] %}{{- loop.index0 ~ message.content ~ ns.last }}{%- endfor %}"
+    ),
+    "macro over messages": (
+        "{% macro turn(message) %}<{{ message.role }}>{{ message.content }}{{ messages | length }}{% endmacro %}"
+        "{% for message in messages %}{{ turn(message) }}{% endfor %}{% if add_generation_prompt %}<go>{% endif %}"
+        "{% if enable_thinking is defined and not enable_thinking %}<quick>{% endif %}"
+    ),
+}
+DIALOGUE = [
+    {"role": "system", "content": " Be brief. "},
+    {"role": "user", "content": "the red cat\n"},
+    {"role": "assistant", "content": "ran"},
+    {"role": "user", "content": "to {{ the }} river"},
+]
+
+
+@pytest.fixture
+def fresh_warnings(caplog):
+    """transformers says each warning once per process; let this test hear it again."""
+    transformers_logging.warning_once.cache_clear()
+    caplog.set_level(logging.WARNING)
+    return caplog
+
+
+@pytest.fixture
+def other_processor(tmp_path, backbones):
+    """Makes the processor of another LLM, by way of its folder."""
+
+    def make(template=CHAT_TEMPLATE, tokenizer=None, **kwargs):
+        tokenizer = tokenizer or make_tokenizer()
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(tmp_path / "llm")
+        return BlspKdProcessor.from_backbones(backbones[0], tmp_path / "llm", **kwargs)
+
+    return make
+
+
+def user(*content):
+    return [{"role": "user", "content": content[0] if isinstance(content[0], str) else list(content)}]
+
+
+def text_block(text):
+    return {"type": "text", "text": text}
+
+
+def tokenized(processor, conversation, **kwargs):
+    return processor.apply_chat_template(
+        conversation,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        processor_kwargs={"sampling_rate": SAMPLING_RATE, **kwargs},
+    )
+
+
+def assert_same(first, second):
+    assert sorted(first) == sorted(second)
+    for name, values in first.items():
+        assert torch.equal(torch.as_tensor(values), torch.as_tensor(second[name])), name
+
+
+# -- placeholders and padding -----------------------------------------------------------------------------------------
+
+
+def test_one_placeholder_per_audio_stays_one(processor):
+    prompt = f"repeat {AUDIO} and {AUDIO}"
+    inputs = processor(prompt, [clip(0.3), clip(2.0)], sampling_rate=SAMPLING_RATE)
+    assert processor.audio_token_id == VOCAB_SIZE  # outside the LLM's vocabulary
+    assert (inputs["input_ids"] == VOCAB_SIZE).sum() == 2
+    assert processor.tokenizer.decode(inputs["input_ids"][0]) == prompt
+    assert inputs["input_features"].shape[0] == 2
+    assert sorted(inputs) == sorted(processor.model_input_names)
+
+
+def test_text_alone_has_no_features(processor):
+    inputs = processor("the red cat")
+    assert sorted(inputs) == ["attention_mask", "input_ids"]
+    assert inputs["input_ids"].tolist() == [processor.tokenizer("the red cat")["input_ids"]]
+
+
+def test_a_batch_equals_each_prompt_alone_bit_for_bit(processor):
+    prompts = [f"{AUDIO} the red cat ran to the river", f"cat {AUDIO}", "river", f"{AUDIO} and {AUDIO}"]
+    clips = [clip(duration_s, seed=seed) for seed, duration_s in enumerate([0.7, 1.9, 0.2, 1.1])]
+    of_prompt = [[0], [1], [], [2, 3]]
+    batch = processor(prompts, clips, sampling_rate=SAMPLING_RATE)
+    for row, (prompt, indices) in enumerate(zip(prompts, of_prompt)):
+        alone = processor(prompt, [clips[index] for index in indices] or None, sampling_rate=SAMPLING_RATE)
+        num_tokens = alone["input_ids"].shape[1]
+        assert torch.equal(batch["input_ids"][row, -num_tokens:], alone["input_ids"][0])
+        assert batch["attention_mask"][row].tolist() == [0] * (batch["input_ids"].shape[1] - num_tokens) + (
+            [1] * num_tokens
+        )
+        for place, index in enumerate(indices):
+            num_mel_frames = len(clips[index]) // 160
+            mine = batch["input_features"][index]
+            assert torch.equal(mine[:, :num_mel_frames], alone["input_features"][place][:, :num_mel_frames])
+            assert (mine[:, num_mel_frames:] == 0).all()
+            expected_mask = (torch.arange(mine.shape[1]) < num_mel_frames).long()
+            assert torch.equal(batch["input_features_mask"][index], expected_mask)
+    assert batch["input_features"].dtype == torch.float32
+
+
+def test_features_are_whispers_own_on_the_true_length(processor):
+    waveform = clip(0.9)
+    mel = WhisperFeatureExtractor()(
+        waveform, sampling_rate=SAMPLING_RATE, padding="do_not_pad", return_tensors="pt"
+    ).input_features
+    inputs = processor(AUDIO, waveform, sampling_rate=SAMPLING_RATE)
+    assert torch.equal(inputs["input_features"], mel)
+    assert inputs["input_features"].abs().max() > 0.1
+
+
+@pytest.mark.parametrize("num_samples", [400, 8_000, 8_001, 8_159, 8_160, 16_000])
+def test_a_clip_has_one_mel_frame_per_ten_milliseconds(processor, num_samples):
+    inputs = processor(AUDIO, clip(1.0)[:num_samples], sampling_rate=SAMPLING_RATE)
+    assert inputs["input_features"].shape == (1, 80, num_samples // 160)
+    assert inputs["input_features_mask"].sum() == num_samples // 160
+
+
+@pytest.mark.parametrize("rate", [8_000, 44_100])
+def test_arrays_of_another_rate_are_resampled(processor, rate):
+    waveform = clip(0.5, rate=rate)
+    inputs = processor(AUDIO, waveform, sampling_rate=rate)
+    assert inputs["input_features"].shape[-1] == 50
+    assert_same(processor(AUDIO, (waveform, rate)), inputs)
+    assert_same(processor(AUDIO, {"array": waveform, "sampling_rate": rate}), inputs)
+
+
+def test_the_rate_may_come_in_audio_kwargs_as_in_transformers(processor):
+    """A rate in audio_kwargs was ignored, so 8 kHz speech was heard at double speed."""
+    waveform = clip(0.5, rate=8_000)
+    expected = processor(AUDIO, waveform, sampling_rate=8_000)
+    assert_same(processor(AUDIO, waveform, audio_kwargs={"sampling_rate": 8_000}), expected)
+    conversation = user({"type": "audio", "audio": waveform})
+    by_name = processor.apply_chat_template(
+        conversation, tokenize=True, return_dict=True, processor_kwargs={"sampling_rate": 8_000}
+    )
+    nested = processor.apply_chat_template(
+        conversation, tokenize=True, return_dict=True, processor_kwargs={"audio_kwargs": {"sampling_rate": 8_000}}
+    )
+    assert_same(nested, by_name)
+    assert torch.equal(nested["input_features"], expected["input_features"])
+
+
+@pytest.mark.parametrize("side", ["left", "right", None])
+def test_batches_are_left_padded_whatever_the_llms_tokenizer_says(other_processor, side):
+    """A tokenizer saved with padding_side="right", as many LLMs have, made right-padded batches for generation."""
+    tokenizer = make_tokenizer()
+    if side is not None:
+        tokenizer.padding_side = tokenizer.init_kwargs["padding_side"] = side
+    other = other_processor(tokenizer=tokenizer)
+    inputs = other(["cat", "the red cat"])
+    assert inputs["attention_mask"][0, 0] == 0 and inputs["attention_mask"][:, -1].all()
+    right = other(["cat", "the red cat"], padding_side="right")
+    assert right["attention_mask"][0, -1] == 0 and right["attention_mask"][:, 0].all()
+
+
+def test_lists_without_padding_on_request(processor):
+    inputs = processor([AUDIO, f"cat {AUDIO}"], [clip(0.1)] * 2, SAMPLING_RATE, padding=False, return_tensors=None)
+    assert inputs["input_ids"] == [processor.tokenizer(text)["input_ids"] for text in (AUDIO, f"cat {AUDIO}")]
+    assert isinstance(inputs["input_features"], np.ndarray)
+
+
+@pytest.mark.parametrize("kind", ["list of floats", "array", "tensor", "list of one"])
+def test_one_clip_needs_no_list(processor, kind):
+    waveform = clip(0.1)
+    audio = {
+        "list of floats": waveform.tolist(),
+        "array": waveform,
+        "tensor": torch.from_numpy(waveform),
+        "list of one": [waveform],
+    }[kind]
+    expected = processor(AUDIO, (waveform, SAMPLING_RATE))
+    assert_same(processor(AUDIO, audio, sampling_rate=SAMPLING_RATE), expected)
+
+
+def test_the_callers_arguments_stay_as_they_are(processor):
+    conversation = user(text_block("repeat"), {"type": "audio", "audio": clip(0.1)})
+    before = copy.deepcopy(conversation)
+    processor_kwargs = {"padding": True}
+    processor.apply_chat_template(conversation, tokenize=True, return_dict=True, processor_kwargs=processor_kwargs)
+    assert processor_kwargs == {"padding": True}
+    assert conversation[0]["content"][0] == before[0]["content"][0]
+    assert np.array_equal(conversation[0]["content"][1]["audio"], before[0]["content"][1]["audio"])
+    clips = [clip(0.1)]
+    processor(AUDIO, clips, sampling_rate=SAMPLING_RATE)
+    assert np.array_equal(clips[0], clip(0.1))
+
+
+# -- chat templates ---------------------------------------------------------------------------------------------------
+
+
+def test_a_block_may_hold_audio_in_any_key(processor, tmp_path):
+    waveform = clip(0.4)
+    path = tmp_path / "clip.wav"
+    soundfile.write(path, waveform, SAMPLING_RATE, subtype="FLOAT")
+    blocks = [
+        {"audio": waveform},
+        {"audio": (waveform, SAMPLING_RATE)},
+        {"audio": {"array": waveform, "sampling_rate": SAMPLING_RATE}},
+        {"audio": str(path)},
+        {"audio": path.read_bytes()},
+        {"path": str(path)},
+        {"bytes": path.read_bytes()},
+        {"url": str(path)},
+        {"audio": None, "path": str(path)},
+    ]
+    expected = processor(f"<|user|>{AUDIO}<|end|>\n<|assistant|>", (waveform, SAMPLING_RATE))
+    for block in blocks:
+        assert_same(tokenized(processor, user({"type": "audio", **block})), expected)
+
+
+def test_blocks_are_one_line_each_in_their_order(processor):
+    conversation = user(text_block("repeat"), {"type": "audio"}, text_block("the words"), {"type": "audio"})
+    rendered = processor.apply_chat_template(conversation, add_generation_prompt=True)
+    assert rendered == f"<|user|>repeat\n{AUDIO}\nthe words\n{AUDIO}<|end|>\n<|assistant|>"
+
+
+def test_text_only_and_audio_conversations_in_one_batch(processor):
+    conversations = [
+        user("the red cat"),
+        [
+            {"role": "system", "content": "be brief"},
+            *user({"type": "audio", "audio": clip(0.3, seed=1)}),
+            {"role": "assistant", "content": "cat"},
+            *user(text_block("and"), {"type": "audio", "audio": clip(0.6, seed=2)}),
+        ],
+        user(text_block("river")),
+        user({"type": "audio", "audio": clip(0.2, seed=3)}, text_block("river")),
+    ]
+    inputs = tokenized(processor, conversations)
+    prompts = processor.apply_chat_template(conversations, add_generation_prompt=True)
+    assert prompts[0] == "<|user|>the red cat<|end|>\n<|assistant|>"
+    assert prompts[1] == (
+        f"<|system|>be brief<|end|>\n<|user|>{AUDIO}<|end|>\n<|assistant|>cat<|end|>\n<|user|>and\n{AUDIO}<|end|>\n"
+        "<|assistant|>"
+    )
+    clips = [clip(0.3, seed=1), clip(0.6, seed=2), clip(0.2, seed=3)]
+    assert_same(inputs, processor(prompts, clips, sampling_rate=SAMPLING_RATE))
+    assert (inputs["input_ids"] == processor.audio_token_id).sum(1).tolist() == [0, 2, 0, 1]
+    assert inputs["input_features_mask"].sum(1).tolist() == [30, 60, 20]
+
+
+def test_spoken_prompts_of_a_batch_equal_those_alone(processor):
+    batch = spoken_prompts(processor, durations_s=(0.5, 1.3))
+    alone = spoken_prompts(processor, durations_s=(0.5,))
+    assert torch.equal(batch["input_ids"][0], alone["input_ids"][0])
+    assert torch.equal(batch["input_features"][0, :, :50], alone["input_features"][0])
+
+
+@pytest.mark.parametrize("name", LLM_TEMPLATES)
+@pytest.mark.parametrize("add_generation_prompt", [False, True])
+def test_text_messages_give_exactly_what_the_llms_own_template_gives(other_processor, name, add_generation_prompt):
+    """White space at the start of an LLM's template was stripped by the block put before it."""
+    other = other_processor(LLM_TEMPLATES[name])
+    llm = make_tokenizer()
+    llm.chat_template = LLM_TEMPLATES[name]
+    options = {"add_generation_prompt": add_generation_prompt, "enable_thinking": False}
+    for messages in (DIALOGUE, DIALOGUE[1:], DIALOGUE[1:2]):
+        expected = llm.apply_chat_template(messages, tokenize=False, **options)
+        assert other.apply_chat_template(messages, **options) == expected
+        as_blocks = [{**message, "content": [text_block(message["content"])]} for message in messages]
+        assert other.apply_chat_template(as_blocks, **options) == expected
+
+
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, "{{ bos_token }}" + CHAT_TEMPLATE], ids=["no bos", "bos"])
+def test_token_ids_are_those_of_the_llms_own_template(other_processor, template):
+    """A BOS that the tokenizer adds and the template lacks (as Zephyr's) stood in prompts, but not in training."""
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)]
+    )
+    other = other_processor(template, tokenizer)
+    assert other.tokenizer("cat")["input_ids"][0] == 1  # it does add one to bare text
+    expected = tokenizer.apply_chat_template(DIALOGUE, add_generation_prompt=True)["input_ids"]
+    assert tokenized(other, DIALOGUE)["input_ids"][0].tolist() == expected
+    batch = tokenized(other, [DIALOGUE, user({"type": "audio", "audio": clip(0.1)})])
+    assert (batch["input_ids"] == 1).sum(1).tolist() == [template.count("bos_token")] * 2
+
+
+def test_tools_reach_the_llms_template(other_processor):
+    template = "{% if tools %}{{ tools | tojson }}{% endif %}" + CHAT_TEMPLATE
+    tools = [{"type": "function", "function": {"name": "look", "description": "", "parameters": {}}}]
+    expected = make_tokenizer().apply_chat_template(DIALOGUE, chat_template=template, tools=tools, tokenize=False)
+    assert "look" in expected
+    assert other_processor(template).apply_chat_template(DIALOGUE, tools=tools) == expected
+
+
+def test_named_templates_stay_named(other_processor):
+    """LLMs with several templates (Command R: default, tool_use, rag) could not be joined: dict plus str."""
+    other = other_processor({"default": CHAT_TEMPLATE, "shout": "{{ messages[0].content | upper }}!"})
+    conversation = user(text_block("cat"), {"type": "audio"})
+    assert other.apply_chat_template(conversation) == f"<|user|>cat\n{AUDIO}<|end|>\n"
+    assert other.apply_chat_template(user("cat"), "shout") == "CAT!"
+
+
+def test_an_llm_without_a_chat_template_gets_the_plain_one(other_processor):
+    other = other_processor(None)
+    conversation = [*user(text_block("repeat"), {"type": "audio"}), {"role": "assistant", "content": "cat"}]
+    assert other.apply_chat_template(conversation[:1], add_generation_prompt=True) == f"<s>repeat\n{AUDIO}\n"
+    assert other.apply_chat_template(conversation) == f"<s>repeat\n{AUDIO}\ncat<|end|>"
+
+
+def test_an_unknown_block_is_named(processor):
+    with pytest.raises(jinja2.TemplateError, match="must be of type 'text' or 'audio', got 'image'"):
+        processor.apply_chat_template(user(text_block("look"), {"type": "image", "url": "cat.png"}))
+
+
+def test_an_llm_without_pad_token_pads_with_its_eos(other_processor):
+    tokenizer = make_tokenizer()
+    tokenizer.pad_token = None
+    other = other_processor(tokenizer=tokenizer)
+    inputs = other(["cat", "the red cat"])
+    assert inputs["input_ids"][0, 0] == other.tokenizer.eos_token_id
+    assert inputs["attention_mask"][0, 0] == 0
+
+
+def test_the_llms_other_special_tokens_survive_the_audio_token(other_processor):
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>"]})
+    other = other_processor(tokenizer=tokenizer)
+    assert {"<|user|>", AUDIO} <= set(other.tokenizer.all_special_tokens)
+    assert other.tokenizer.convert_tokens_to_ids("<|user|>") == tokenizer.convert_tokens_to_ids("<|user|>")
+
+
+# -- saving -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("audio_token", [AUDIO, "<speech>"])
+def test_a_saved_processor_gives_identical_outputs(other_processor, tmp_path, audio_token):
+    other = other_processor(audio_token=audio_token)
+    other.save_pretrained(tmp_path / "saved")
+    loaded = BlspKdProcessor.from_pretrained(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "processor_config.json").read_text())
+    assert saved["audio_token"] == audio_token == loaded.audio_token
+    assert saved["auto_map"]["AutoProcessor"] == "processing_blsp_kd.BlspKdProcessor"
+    assert (tmp_path / "saved" / "chat_template.jinja").read_text() == other.chat_template == loaded.chat_template
+    assert loaded.audio_token_id == other.audio_token_id
+    assert_same(spoken_prompts(loaded), spoken_prompts(other))
+    conversation = user({"type": "audio"}, text_block("cat"))
+    assert audio_token in loaded.apply_chat_template(conversation) == other.apply_chat_template(conversation)
+
+
+# -- what is refused, and what is warned of ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text, num_audios, message",
+    [
+        ("cat", 1, r"holds 0 '<\|audio\|>' placeholder\(s\) \(per prompt: \[0\]\), but 1 audio\(s\)"),
+        (AUDIO, 0, r"holds 1 .*, but 0 audio\(s\)"),
+        ([AUDIO, f"{AUDIO}{AUDIO}"], 2, r"holds 3 .*\(per prompt: \[1, 2\]\), but 2 audio\(s\)"),
+        ([AUDIO, "cat"], 2, r"holds 1 .*, but 2 audio\(s\).* exactly once for every audio"),
+    ],
+)
+def test_placeholders_and_audios_must_match(processor, text, num_audios, message):
+    with pytest.raises(ValueError, match=message):
+        processor(text, [clip(0.1)] * num_audios or None, sampling_rate=SAMPLING_RATE)
+
+
+def test_a_placeholder_typed_by_the_user_is_caught(processor):
+    conversation = user(text_block(f"say {AUDIO}"), {"type": "audio", "audio": clip(0.1)})
+    with pytest.raises(ValueError, match=r"holds 2 .*, but 1 audio\(s\)"):
+        tokenized(processor, conversation)
+
+
+def test_an_audio_block_without_audio_is_caught(processor):
+    with pytest.raises(ValueError, match=r"holds 1 .*, but 0 audio\(s\)"):
+        tokenized(processor, user({"type": "audio"}))
+
+
+def test_the_old_argument_audios_is_refused(processor):
+    with pytest.raises(ValueError, match="Unknown argument 'audios'. The argument is called 'audio'"):
+        processor(AUDIO, audios=[clip(0.1)])
+
+
+def test_audio_without_text_is_refused(processor):
+    with pytest.raises(ValueError, match=r"needs text: a prompt with '<\|audio\|>'"):
+        processor(audio=clip(0.1))
+
+
+def test_a_clip_shorter_than_one_window_is_refused(processor):
+    with pytest.raises(ValueError, match=r"too short: 0\.0249 s, expected at least one analysis window of 0\.025 s"):
+        processor(AUDIO, clip(1.0)[:399], sampling_rate=SAMPLING_RATE)
+
+
+def test_a_clip_longer_than_the_encoder_takes_is_refused(processor):
+    with pytest.raises(ValueError, match=r"lasts 30\.10 s, but the speech encoder takes at most 30 s"):
+        processor(AUDIO, clip(30.1), sampling_rate=SAMPLING_RATE)
+
+
+def test_an_unusable_clip_is_named_by_its_place_in_the_batch(processor, tmp_path):
+    """Of sixty-four arrays one was silent, and the message did not tell which."""
+    silent = np.zeros(8000, np.float32)
+    with pytest.raises(ValueError, match="Audio 1 of the batch: the audio array is silent"):
+        processor([AUDIO] * 3, [clip(0.1), silent, clip(0.1)], sampling_rate=SAMPLING_RATE)
+    with pytest.raises(FileNotFoundError, match="Audio 1 of the batch: Audio file not found"):
+        processor([AUDIO] * 2, [clip(0.1), tmp_path / "nowhere.wav"], sampling_rate=SAMPLING_RATE)
+    with pytest.raises(TypeError, match="Audio 0 of the batch: Expected audio as a path"):
+        processor(AUDIO, [None])
+
+
+def test_truncation_must_not_drop_a_placeholder(processor):
+    prompt = f"the red cat {AUDIO}"
+    num_tokens = len(processor.tokenizer(prompt)["input_ids"])
+    kept = processor(prompt, clip(0.1), SAMPLING_RATE, truncation=True, max_length=num_tokens)
+    assert kept["input_ids"].shape[1] == num_tokens
+    with pytest.raises(ValueError, match=r"Truncation would drop 1 of 1 audio placeholder\(s\). Raise max_length"):
+        processor(prompt, clip(0.1), SAMPLING_RATE, truncation=True, max_length=num_tokens - 1)
+
+
+def test_a_tokenizer_without_the_audio_token_is_refused():
+    with pytest.raises(ValueError, match=r"does not know the audio token '<\|audio\|>'.*from_backbones"):
+        BlspKdProcessor(WhisperFeatureExtractor(), make_tokenizer())
+
+
+@pytest.mark.parametrize("audio", [clip(0.1), {"array": clip(0.1)}], ids=["array", "dict"])
+def test_arrays_without_a_rate_warn(processor, fresh_warnings, audio):
+    """A dict without a rate, and any array in a chat, were taken as 16 kHz without a word."""
+    message = "without a sampling_rate and are taken as 16000 Hz"
+    inputs = processor(AUDIO, audio)
+    assert message in fresh_warnings.text
+    assert_same(inputs, processor(AUDIO, audio, sampling_rate=SAMPLING_RATE))
+
+    fresh_warnings.clear()
+    transformers_logging.warning_once.cache_clear()
+    processor.apply_chat_template(user({"type": "audio", "audio": audio}), tokenize=True, return_dict=True)
+    assert message in fresh_warnings.text
+
+
+def test_audio_that_brings_its_rate_does_not_warn(processor, fresh_warnings, tmp_path):
+    soundfile.write(tmp_path / "clip.wav", clip(0.1), SAMPLING_RATE)
+    path = tmp_path / "clip.wav"
+    audios = [path, str(path), path.read_bytes(), (clip(0.1), SAMPLING_RATE), {"path": str(path)}]
+    audios.append({"array": clip(0.1), "sampling_rate": SAMPLING_RATE})
+    processor(AUDIO * len(audios), audios)
+    processor(AUDIO, clip(0.1), sampling_rate=SAMPLING_RATE)
+    tokenized(processor, user({"type": "audio", "audio": clip(0.1)}))
+    assert "sampling_rate" not in fresh_warnings.text

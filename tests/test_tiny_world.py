@@ -1,0 +1,85 @@
+"""The tiny world: what its sentences promise, and that its speech is deterministic and complete."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import soundfile
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+
+from tiny_world.dataset import make_rows
+from tiny_world.speech import HELD_OUT_VOICES, TRAIN_VOICES, make_clips, synthesize
+from tiny_world.world import DIGITS, KINDS, digit_sentence, questions, sentences, split_of
+from transformers import AutoTokenizer
+
+LLM = Path(__file__).parent.parent / "examples" / "tiny_world" / "llm"
+
+
+def test_splits_never_share_a_text():
+    train, test = ({sentence.text for sentence in sentences(split, 3000, 0)} for split in ("train", "test"))
+    assert not train & test
+    assert all(split_of(text) == "train" for text in train)
+
+
+def test_sentences_are_the_same_for_the_same_seed_and_differ_otherwise():
+    first, again, other = (sentences("train", 50, seed) for seed in (1, 1, 2))
+    assert [sentence.text for sentence in first] == [sentence.text for sentence in again]
+    assert [sentence.text for sentence in first] != [sentence.text for sentence in other]
+
+
+def test_every_kind_is_asked_and_digit_strings_have_their_own():
+    asked = {question.kind for sentence in sentences("train", 500, 0) for question in questions(sentence)}
+    assert asked == set(KINDS)
+    answers = digit_sentence(["seven", "two", "nine"]).answers
+    assert answers["repeat"] == "seven two nine" and answers["reverse"] == "nine two seven"
+    assert answers["largest"] == "nine" and answers["count"] == "three" and answers["figures"] == "7 2 9"
+    assert (answers["first"], answers["last"]) == ("seven", "nine")
+    spoken = {
+        word for sentence in sentences("train", 500, 0) if sentence.kind == "digits" for word in sentence.text.split()
+    }
+    assert spoken == set(DIGITS)
+
+
+def test_a_transcript_has_the_same_tokens_alone_and_in_the_prompt():
+    tokenizer = AutoTokenizer.from_pretrained(LLM)
+    for sentence in sentences("train", 300, 5):
+        for question in questions(sentence)[:2]:
+            turn = [{"role": "user", "content": f"{question.instruction}\n{sentence.text}"}]
+            prompt = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+            prefix, suffix = prompt.split(sentence.text, 1) if prompt.count(sentence.text) == 1 else (None, None)
+            if prefix is None:
+                continue
+            pieces = [
+                tokenizer(piece, add_special_tokens=False)["input_ids"] for piece in (prefix, sentence.text, suffix)
+            ]
+            assert sum(pieces, []) == tokenizer(prompt, add_special_tokens=False)["input_ids"]
+
+
+def test_test_rows_ask_every_kind_equally_often(tmp_path):
+    rows = make_rows("test", 2 * len(KINDS), TRAIN_VOICES, 3, tmp_path)
+    assert {sum(row["kind"] == kind for row in rows) for kind in KINDS} == {2}
+    assert all(split_of(row["text"]) == "test" for row in rows)
+
+
+def test_clips_are_the_same_bytes_when_made_again_and_are_not_made_twice(tmp_path):
+    texts, voices = ["the red cat", "one two"], [TRAIN_VOICES[0], HELD_OUT_VOICES[0]]
+    first = make_clips(texts, voices, 0, tmp_path / "a")
+    again = make_clips(texts, voices, 0, tmp_path / "b")
+    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in again]
+    times = [path.stat().st_mtime_ns for path in first]
+    assert make_clips(texts, voices, 0, tmp_path / "a") == first
+    assert [path.stat().st_mtime_ns for path in first] == times
+    info = soundfile.info(first[0])
+    assert (info.samplerate, info.channels) == (16_000, 1) and info.duration > 0.5
+
+
+def test_held_out_voices_are_not_trained_on():
+    assert not set(TRAIN_VOICES) & set(HELD_OUT_VOICES)
+
+
+def test_unknown_voices_and_splits_are_named():
+    with pytest.raises(ValueError, match="no voice 'en-us\\+nobody'"):
+        synthesize("words", "en-us+nobody")
+    with pytest.raises(ValueError, match="splits 'train' and 'test', but got 'dev'"):
+        sentences("dev", 1, 0)
