@@ -103,6 +103,7 @@ GENERAL_OPTIONS = {
     "torch_dtype",
     "use_cache",
 }
+CHECKED_OPTIONS = ("adapter", "plora", "distillation", "freeze_speech_encoder", "audio_token_id")
 ADAPTERS = {"cformer": CFormerOptions, "subsampler": SubsamplerOptions}
 
 
@@ -183,6 +184,12 @@ class BlspKdConfig(PreTrainedConfig):
                 "AutoModelForMultimodalLM": model,
             }
 
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        # transformers sets options given at loading after the config is made, past the checks.
+        given = {name: kwargs.pop(name) for name in CHECKED_OPTIONS if name in kwargs}
+        return super().from_dict({**config_dict, **given}, **kwargs)
+
     def _checked_adapter(self) -> dict:
         given = {"type": self.adapter} if isinstance(self.adapter, str) else dict(self.adapter)
         kind = given.pop("type", None)
@@ -194,25 +201,28 @@ class BlspKdConfig(PreTrainedConfig):
             )
         options = asdict(_options(ADAPTERS[kind], given, f"the {kind} adapter"))
         if kind == "cformer":
-            options["num_attention_heads"] = (
-                options["num_attention_heads"] or self.speech_config.encoder_attention_heads
-            )
-            options["ffn_dim"] = options["ffn_dim"] or self.speech_config.encoder_ffn_dim
+            encoder = self.speech_config
+            if options["num_attention_heads"] is None:
+                options["num_attention_heads"] = encoder.encoder_attention_heads
+            if options["ffn_dim"] is None:
+                options["ffn_dim"] = encoder.encoder_ffn_dim
             for name in ("num_pre_layers", "num_post_layers"):
                 _require(
                     _is_count(options[name], 0),
                     f"adapter option {name} must be an integer of at least 0",
                     options[name],
                 )
-            width, heads = self.speech_config.d_model, options["num_attention_heads"]
+            width, heads = encoder.d_model, options["num_attention_heads"]
             _require(
                 _is_count(heads, 1) and width % heads == 0,
                 f"adapter option num_attention_heads must divide the encoder width {width}",
                 heads,
             )
+            _require(_is_count(options["ffn_dim"], 1), "adapter option ffn_dim must be at least 1", options["ffn_dim"])
             _require(0 <= options["dropout"] < 1, "adapter option dropout must lie in [0, 1)", options["dropout"])
         else:
-            _require(_is_count(options["num_layers"], 1), "num_layers must be at least 1", options["num_layers"])
+            for name in ("num_layers", "bottleneck_dim"):
+                _require(_is_count(options[name], 1), f"adapter option {name} must be at least 1", options[name])
             _require(
                 _is_count(options["kernel_size"], 1) and options["kernel_size"] % 2 == 1,
                 "adapter option kernel_size must be odd",

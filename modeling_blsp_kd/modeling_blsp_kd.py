@@ -2,7 +2,7 @@
 
 Follows arXiv 2405.19041: speech tokens stand in the LLM's input where the transcript's tokens would stand, and the LLM
 on the text prompt teaches the LLM on the speech prompt. Leaves out: the parts (`speech_encoder.py`, `adapters.py`,
-`plora.py`), the loss formulas (`distillation.py`), and training itself (`trainer.py`).
+`plora.py`, `speech_prompt.py`), the loss formulas (`distillation.py`), and training itself (`trainer.py`).
 
 Shapes: B prompts, L prompt length, A audio clips in reading order over the batch, T encoder frames, U speech tokens of
 a clip, S speech tokens of a prompt, H encoder width, D LLM width, V vocabulary.
@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
@@ -26,6 +25,7 @@ from .configuration_blsp_kd import BlspKdConfig
 from .distillation import linear_cross_entropy, linear_kl, postprocess_logits, predicts_next, quantity_loss
 from .plora import PartialLora
 from .speech_encoder import TrueLengthWhisperEncoder
+from .speech_prompt import SpeechPrompt, check_placeholders, find_placeholders, lay_out, merge_speech
 
 ADAPTER_CLASSES = {"cformer": CFormer, "subsampler": Subsampler}
 # What each loss part is a mean over, in the order of `num_items_in_batch`.
@@ -73,27 +73,6 @@ class BlspKdOutputWithPast(CausalLMOutputWithPast):
     """
 
     loss_parts: dict[str, torch.FloatTensor] | None = None
-
-
-@dataclass
-class SpeechPrompt:
-    """A batch of prompts in which every audio has its positions.
-
-    Args:
-        input_ids, attention_mask, labels: (B, L); labels may be None.
-        is_speech (B, L): True at speech positions.
-        speech_embeds (B, S, D): the k-th speech position of a row takes the k-th vector.
-    """
-
-    input_ids: torch.LongTensor
-    attention_mask: torch.LongTensor
-    labels: torch.LongTensor | None
-    is_speech: torch.BoolTensor
-    speech_embeds: torch.FloatTensor
-
-    @property
-    def position_ids(self):
-        return (self.attention_mask.cumsum(1) - 1).clamp(min=0)
 
 
 @contextmanager
@@ -302,76 +281,35 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, GenerationMixin):
             firing_places=adapted.firing_places,
         )
 
-    def _lay_out(self, input_ids, attention_mask, labels, audio: BlspKdAudioOutput, is_laid_out: bool) -> SpeechPrompt:
-        """Give every audio its positions: the placeholder of an audio is repeated once per speech token."""
-        if attention_mask is None:
-            if input_ids.shape[0] > 1:
-                raise ValueError("A batch of audio prompts needs its attention_mask; the processor returns it.")
-            attention_mask = torch.ones_like(input_ids)
-        num_rows, length = input_ids.shape
-        counts = audio.num_speech_tokens
-        is_placeholder = (input_ids == self.config.audio_token_id) & attention_mask.bool()
-        repeats = attention_mask.long()
-        if not is_laid_out:
-            repeats = repeats.masked_scatter(is_placeholder, counts.to(repeats))
-        lengths = repeats.sum(1)
-
-        # Row-major source position of every expanded position, then its place in its own row.
-        source = torch.arange(num_rows * length, device=input_ids.device).repeat_interleave(repeats.flatten())
-        row, column = source // length, torch.arange(source.shape[0], device=source.device)
-        column = column - (lengths.cumsum(0) - lengths)[row]
-        max_length = int(lengths.max())
-        if bool(attention_mask[:, -1].all()):  # left-padded, or not padded at all
-            column = column + (max_length - lengths)[row]
-
-        def expand(values, fill):
-            expanded = values.new_full((num_rows, max_length), fill)
-            expanded[row, column] = values.flatten()[source]
-            return expanded
-
-        is_speech = expand(is_placeholder, False)
-        is_valid = torch.arange(audio.pooler_output.shape[1], device=counts.device) < counts[:, None]
-        by_row = audio.pooler_output[is_valid].split(is_speech.sum(1).tolist())
-        return SpeechPrompt(
-            input_ids=expand(input_ids, self._harmless_token_id()),
-            attention_mask=expand(attention_mask, 0),
-            labels=None if labels is None else expand(labels.masked_fill(is_placeholder, -100), -100),
-            is_speech=is_speech,
-            speech_embeds=pad_sequence(by_row, batch_first=True),
-        )
-
-    def _harmless_token_id(self) -> int:
-        """An id inside the vocabulary to pad with; its embedding is masked or overwritten wherever it stands."""
-        pad_token_id = self.config.get_text_config().pad_token_id
-        return 0 if pad_token_id is None else pad_token_id
-
-    def _check_placeholders(self, input_ids, attention_mask, num_audios: int, num_speech_tokens=None) -> bool:
-        """Whether the placeholders are already laid out, one per speech token; an error if they fit neither way."""
-        is_placeholder = input_ids == self.config.audio_token_id
-        if attention_mask is not None:
-            is_placeholder = is_placeholder & attention_mask.bool()
-        num_placeholders = int(is_placeholder.sum())
-        if num_placeholders == num_audios:
-            return False
-        if num_speech_tokens is not None and num_placeholders == int(num_speech_tokens.sum()):
-            return True
-        raise ValueError(
-            f"The prompts hold {num_placeholders} audio placeholder(s) (token id {self.config.audio_token_id}), but "
-            f"{num_audios} audio(s) were given. Write the placeholder exactly once per audio, in reading order."
-        )
-
     def _hear_prompt(
         self, input_ids, attention_mask, labels, input_features, input_features_mask, num_speech_tokens
     ) -> tuple[SpeechPrompt, BlspKdAudioOutput]:
-        is_laid_out = self._check_placeholders(input_ids, attention_mask, len(input_features), num_speech_tokens)
+        """Hear the clips of a batch of prompts and give each its positions."""
+        audio_token_id = self.config.audio_token_id
+        is_placeholder = find_placeholders(input_ids, attention_mask, audio_token_id)
+        is_repeated = check_placeholders(is_placeholder, audio_token_id, len(input_features), num_speech_tokens)
         audio = self.get_audio_features(input_features, input_features_mask, num_speech_tokens)
-        return self._lay_out(input_ids, attention_mask, labels, audio, is_laid_out), audio
+        prompt = lay_out(
+            input_ids,
+            attention_mask,
+            labels,
+            is_placeholder,
+            is_repeated,
+            audio.pooler_output,
+            audio.num_speech_tokens,
+            self._harmless_token_id(),
+        )
+        return prompt, audio
+
+    def _harmless_token_id(self) -> int:
+        """An id inside the vocabulary; its embedding is masked or overwritten wherever it stands."""
+        pad_token_id = self.config.get_text_config().pad_token_id
+        return 0 if pad_token_id is None else pad_token_id
 
     def _embed(self, input_ids, is_speech, speech_embeds):
         """Embed tokens, with speech vectors at speech positions: (B, L) -> (B, L, D)."""
         text_embeds = self.get_input_embeddings()(input_ids.masked_fill(is_speech, self._harmless_token_id()))
-        place = (is_speech.cumsum(1) - 1).clamp(min=0)[..., None].expand(-1, -1, speech_embeds.shape[-1])
-        return torch.where(is_speech[..., None], speech_embeds.to(text_embeds.dtype).gather(1, place), text_embeds)
+        return merge_speech(text_embeds, is_speech, speech_embeds)
 
     def _partial_lora_at(self, is_speech):
         return nullcontext() if self.plora is None or is_speech is None else self.plora.at(is_speech)
@@ -615,7 +553,9 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, GenerationMixin):
             kwargs["input_ids"] = input_ids
         if input_features is None:
             if input_ids is not None:
-                self._check_placeholders(input_ids, kwargs.get("attention_mask"), 0)
+                audio_token_id = self.config.audio_token_id
+                is_placeholder = find_placeholders(input_ids, kwargs.get("attention_mask"), audio_token_id)
+                check_placeholders(is_placeholder, audio_token_id, num_audios=0)
             return super().generate(None, generation_config, *args, streamer=streamer, **kwargs)
 
         if input_ids is None:

@@ -1,0 +1,112 @@
+"""Prompts with speech in them: where the speech tokens stand, and what the LLM reads there.
+
+A prompt comes with one placeholder per audio. How many positions an audio takes is known only after the adapter has
+heard it, so the placeholder is repeated here. Leaves out: hearing (`adapters.py`) and reading (`modeling_blsp_kd.py`).
+
+Shapes: B prompts, L their length, A clips in reading order, U speech tokens of a clip, S of a prompt, D LLM width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+
+@dataclass
+class SpeechPrompt:
+    """A batch of prompts in which every audio has its positions.
+
+    Args:
+        input_ids, attention_mask, labels: (B, L); labels may be None.
+        is_speech (B, L): True at speech positions.
+        speech_embeds (B, S, D): the k-th speech position of a row takes the k-th vector.
+    """
+
+    input_ids: torch.LongTensor
+    attention_mask: torch.LongTensor
+    labels: torch.LongTensor | None
+    is_speech: torch.BoolTensor
+    speech_embeds: torch.FloatTensor
+
+    @property
+    def position_ids(self):
+        return (self.attention_mask.cumsum(1) - 1).clamp(min=0)
+
+
+def find_placeholders(input_ids, attention_mask, audio_token_id: int) -> torch.BoolTensor:
+    """True at audio placeholders that are not padding: (B, L)."""
+    is_placeholder = input_ids == audio_token_id
+    return is_placeholder if attention_mask is None else is_placeholder & attention_mask.bool()
+
+
+def check_placeholders(is_placeholder, audio_token_id: int, num_audios: int, num_speech_tokens=None) -> bool:
+    """Whether the placeholders are already repeated, one per speech token.
+
+    Args:
+        num_speech_tokens (`torch.LongTensor` of shape (A,), *optional*): counts that the audios are forced to.
+
+    Raises:
+        ValueError: the placeholders fit neither way.
+    """
+    num_placeholders = int(is_placeholder.sum())
+    if num_placeholders == num_audios:
+        return False
+    if num_speech_tokens is not None and num_placeholders == int(num_speech_tokens.sum()):
+        return True
+    raise ValueError(
+        f"The prompts hold {num_placeholders} audio placeholder(s) (token id {audio_token_id}), but {num_audios} "
+        "audio(s) were given. Write the placeholder exactly once per audio, in reading order."
+    )
+
+
+def lay_out(
+    input_ids, attention_mask, labels, is_placeholder, is_repeated: bool, speech_embeds, num_speech_tokens, pad_id: int
+) -> SpeechPrompt:
+    """Repeat the placeholder of each audio once per speech token, and pad anew on the side that was padded.
+
+    Prompts without padding count as left-padded, which is what generation needs.
+
+    Args:
+        is_placeholder (B, L), is_repeated: of [`find_placeholders`] and [`check_placeholders`].
+        speech_embeds (A, U, D), num_speech_tokens (A,): what the adapter made of the audios.
+        pad_id: token id at padding.
+    """
+    if attention_mask is None:
+        if input_ids.shape[0] > 1:
+            raise ValueError("A batch of audio prompts needs its attention_mask; the processor returns it.")
+        attention_mask = torch.ones_like(input_ids)
+    num_rows, length = input_ids.shape
+    repeats = attention_mask.long()
+    if not is_repeated:
+        repeats = repeats.masked_scatter(is_placeholder, num_speech_tokens.to(repeats))
+    lengths = repeats.sum(1)
+
+    # Row-major source position of every expanded position, then its place in its own row.
+    source = torch.arange(num_rows * length, device=input_ids.device).repeat_interleave(repeats.flatten())
+    row, column = source // length, torch.arange(source.shape[0], device=source.device)
+    column = column - (lengths.cumsum(0) - lengths)[row]
+    max_length = int(lengths.max())
+    if bool(attention_mask[:, -1].all()):
+        column = column + (max_length - lengths)[row]
+
+    def expand(values, fill):
+        expanded = values.new_full((num_rows, max_length), fill)
+        expanded[row, column] = values.flatten()[source]
+        return expanded
+
+    is_speech = expand(is_placeholder, False)
+    is_token = torch.arange(speech_embeds.shape[1], device=num_speech_tokens.device) < num_speech_tokens[:, None]
+    by_row = speech_embeds[is_token].split(is_speech.sum(1).tolist())
+    return SpeechPrompt(
+        input_ids=expand(input_ids, pad_id),
+        attention_mask=expand(attention_mask, 0),
+        labels=None if labels is None else expand(labels.masked_fill(is_placeholder, -100), -100),
+        is_speech=is_speech,
+        speech_embeds=pad_sequence(by_row, batch_first=True),
+    )
+
+
+def merge_speech(text_embeds, is_speech, speech_embeds) -> torch.FloatTensor:
+    """Put the k-th speech vector of a row at its k-th speech position: (B, L, D) and (B, S, D) to (B, L, D)."""
+    place = (is_speech.cumsum(1) - 1).clamp(min=0)[..., None].expand(-1, -1, speech_embeds.shape[-1])
+    return torch.where(is_speech[..., None], speech_embeds.to(text_embeds.dtype).gather(1, place), text_embeds)
