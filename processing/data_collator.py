@@ -67,12 +67,12 @@ class BlspKdDataCollator:
                     f"Row {index} of the batch needs a non-empty string {field!r}, got {row.get(field)!r} "
                     f"(row: { {key: row[key] for key in row if key not in ('audio', 'input_features')} })."
                 )
-        prefix, suffix, response = split_prompt(self.processor, row.get("instruction"), row["response"])
-        if self.processor.audio_token in row["text"] + response:
+        if self.processor.audio_token in f"{row.get('instruction')} {row['text']} {row['response']}":
             raise ValueError(
-                f"Row {index} of the batch holds the audio placeholder {self.processor.audio_token!r} in its text or "
-                "response. Remove it: the collator places it."
+                f"Row {index} of the batch holds the audio placeholder {self.processor.audio_token!r} in its "
+                "instruction, text or response. Remove it: the collator places it."
             )
+        prefix, suffix, response = split_prompt(self.processor, row.get("instruction"), row["response"])
         tokenized = self.processor.tokenizer([prefix, row["text"], suffix, response], add_special_tokens=False)
         return tuple(tokenized["input_ids"])
 

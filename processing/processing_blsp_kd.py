@@ -217,7 +217,7 @@ class BlspKdProcessor(ProcessorMixin):
         # `apply_chat_template` collects the media here. Ours leaves loading to `__call__`, which takes more kinds of
         # audio and checks them.
         audio = [
-            next(block[key] for key in AUDIO_KEYS if block.get(key) is not None)
+            _audio_of(block)
             for conversation in conversations
             for message in conversation
             if not isinstance(message.get("content") or "", str)
@@ -225,6 +225,12 @@ class BlspKdProcessor(ProcessorMixin):
             if block.get("type") == "audio" and any(block.get(key) is not None for key in AUDIO_KEYS)
         ]
         return [], [], audio, {}
+
+
+def _audio_of(block: dict):
+    """The clip of an audio block, with its rate if the block tells one."""
+    clip = next(block[key] for key in AUDIO_KEYS if block.get(key) is not None)
+    return clip if _knows_rate(clip) or block.get("sampling_rate") is None else (clip, block["sampling_rate"])
 
 
 def _knows_rate(clip) -> bool:

@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from conftest import CHAT_TEMPLATE, SAMPLING_RATE, clip, make_model, make_tokenizer
+from conftest import CHAT_TEMPLATE, SAMPLING_RATE, make_model, make_tokenizer
 
 from processing import BlspKdDataCollator, BlspKdProcessor
 from processing.data_collator import split_prompt
@@ -113,7 +113,6 @@ def test_a_row_alone_equals_itself_in_a_batch_and_order_is_kept(collator, rows, 
         for name, values in part.items():
             reference = batch[name][order]
             if values.ndim > 1:
-                assert not reference[..., values.shape[-1] :].to(torch.bool).any() or name == "labels"
                 reference = reference[..., : values.shape[-1]]
             assert torch.equal(values, reference), name
 
@@ -155,12 +154,12 @@ def test_a_distillation_step_takes_the_batch_as_it_is(batch):
 
 
 def test_rows_are_not_changed(collator, rows):
+    def plain(rows):
+        return [{**row, "audio": {**row["audio"], "array": row["audio"]["array"].tolist()}} for row in rows]
+
     before = copy.deepcopy(rows)
     collator(rows)
-    for row, copied in zip(rows, before):
-        assert np.array_equal(row["audio"].pop("array"), copied["audio"].pop("array"))
-        assert row == copied
-        row["audio"]["array"] = clip(0.6 + 0.5 * rows.index(row), seed=rows.index(row))
+    assert plain(rows) == plain(before)
 
 
 @pytest.mark.parametrize("instruction", [None, ""])

@@ -160,6 +160,14 @@ def test_arrays_of_another_rate_are_resampled(processor, rate):
     assert_same(processor(AUDIO, {"array": waveform, "sampling_rate": rate}), inputs)
 
 
+def test_an_audio_block_may_tell_the_rate_of_its_array(processor):
+    """The rate of a chat block was ignored, and an 8 kHz array heard at double speed."""
+    blocks = [{"type": "audio", "audio": clip(1.0, rate=8000), "sampling_rate": 8000}]
+    turn = [{"role": "user", "content": blocks}]
+    inputs = processor.apply_chat_template(turn, tokenize=True, return_dict=True)
+    assert inputs["input_features"].shape[-1] == 100
+
+
 def test_the_rate_may_come_in_audio_kwargs_as_in_transformers(processor):
     """A rate in audio_kwargs was ignored, so 8 kHz speech was heard at double speed."""
     waveform = clip(0.5, rate=8_000)
