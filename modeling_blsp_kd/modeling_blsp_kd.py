@@ -165,7 +165,8 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, GenerationMixin):
             speech_model (`str` or `os.PathLike`): Hub id or folder of a Whisper model (or of its encoder alone).
             text_model (`str` or `os.PathLike`): Hub id or folder of a causal LLM.
             audio_token_id (`int`): `processor.audio_token_id` of [`BlspKdProcessor.from_backbones`].
-            dtype (`torch.dtype` or `str`): of all weights; `"auto"`: the dtype that the LLM is stored in.
+            dtype (`torch.dtype` or `str`): of the frozen weights; `"auto"`: the dtype that the LLM is stored in. What
+                will be trained is float32, as optimisers want it.
             speech_kwargs, text_kwargs (`dict`, *optional*): for the two `from_pretrained` calls.
             config_options: fields of [`BlspKdConfig`]: `adapter`, `plora`, `distillation`, `freeze_speech_encoder`.
 
@@ -200,7 +201,10 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, GenerationMixin):
             audio_token_id=audio_token_id,
             **config_options,
         )
-        model = cls(config, audio_tower=audio_tower, language_model=language_model).to(dtype)
+        model = cls(config, audio_tower=audio_tower, language_model=language_model)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
         if language_model.can_generate():
             model.generation_config = GenerationConfig.from_dict(language_model.generation_config.to_dict())
         return model.eval()
@@ -379,7 +383,7 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, GenerationMixin):
             labels, is_speech, speech_embeds = prompt.labels, prompt.is_speech, prompt.speech_embeds
             if past_key_values is not None and past_key_values.get_seq_length():
                 raise ValueError(
-                    "New audio after a key-value cache is not supported: pass the whole conversation again."
+                    "Audio after a key-value cache is not supported: pass the whole conversation again."
                 )
         if speech_embeds is not None:
             # Without a cache, generated text grows past the mask of the prompt.
@@ -566,6 +570,8 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, GenerationMixin):
             input_ids, kwargs.pop("attention_mask", None), None, input_features, input_features_mask, None
         )
         self._check_context(prompt)
+        if kwargs.get("past_key_values") is not None:
+            raise ValueError("Audio after a key-value cache is not supported: pass the whole conversation again.")
         kwargs |= {
             # Logits processors read the prompt: a placeholder outside the vocabulary would break them.
             "input_ids": prompt.input_ids.masked_fill(prompt.is_speech, self._harmless_token_id()),

@@ -166,6 +166,16 @@ def test_audio_without_a_prompt_is_an_error(processor):
         model.generate(torch.randn(1, 80, 50))
 
 
+def test_audio_after_a_cache_is_an_error(processor):
+    model = make_model()
+    inputs = spoken_prompts(processor, durations_s=(0.5,))
+    cache = model.generate(**inputs, **GREEDY, return_dict_in_generate=True).past_key_values
+    with pytest.raises(ValueError, match="after a key-value cache is not supported"):
+        model.generate(**inputs, past_key_values=cache)
+    with pytest.raises(ValueError, match="after a key-value cache is not supported"):
+        model(**inputs, past_key_values=cache)
+
+
 def test_an_unknown_argument_is_an_error(processor):
     """A misspelt audio argument was silently ignored by other models."""
     model = make_model()

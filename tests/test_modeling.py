@@ -275,6 +275,28 @@ def test_from_backbones_takes_weights_and_generation_config(backbones, processor
     assert not model.training
 
 
+@pytest.mark.parametrize("freeze", [True, False])
+def test_bfloat16_backbones_train_in_float32(freeze, backbones, processor, collator, rows, tmp_path):
+    model = BlspKdForCausalLM.from_backbones(
+        *backbones,
+        audio_token_id=processor.audio_token_id,
+        adapter=SMALL_CFORMER,
+        plora=True,
+        dtype=torch.bfloat16,
+        freeze_speech_encoder=freeze,
+    ).train()
+    for name, parameter in model.named_parameters():
+        is_table = name == "audio_tower.embed_positions.weight"
+        assert parameter.dtype == (torch.float32 if parameter.requires_grad else torch.bfloat16) or is_table, name
+    loss = model(**collator(rows)).loss
+    loss.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.requires_grad)
+    model.save_pretrained(tmp_path)
+    loaded = BlspKdForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
+    assert loaded.generate(**spoken_prompts(processor), max_new_tokens=3).shape[0] == 2
+
+
 def test_from_backbones_keeps_the_generation_config_when_saved(backbones, processor, tmp_path):
     model = BlspKdForCausalLM.from_backbones(*backbones, audio_token_id=processor.audio_token_id, adapter=SMALL_CFORMER)
     model.save_pretrained(tmp_path)
