@@ -14,10 +14,12 @@ Leaves in the output folder: the model with its processor, `results.json`, check
 
 import json
 import logging
+import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import soundfile
 import torch
 from answering import accuracy, answer_rows
 from datasets import Dataset, load_dataset
@@ -74,13 +76,13 @@ class Arguments(TrainingArguments):
     per_device_eval_batch_size: int = 64
     learning_rate: float = 1e-3
     adam_beta2: float = 0.98
-    max_steps: int = 1600
+    max_steps: int = 2400
     warmup_steps: float = 100
     lr_scheduler_type: str = "cosine"
     logging_steps: float = 50
-    save_steps: float = 400
+    save_steps: float = 600
     save_total_limit: int | None = 2
-    dataloader_num_workers: int = 1
+    train_sampling_strategy: str = "group_by_length"
     dataloader_pin_memory: bool = torch.cuda.is_available()
     remove_unused_columns: bool = False
     seed: int = 1
@@ -91,6 +93,9 @@ def main():
     model_options, data_options, args = parser.parse_args_into_dataclasses()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     set_seed(args.seed)
+    if args.device.type == "cpu":
+        # `accelerate launch` allows one thread per process, and would leave the other cores idle.
+        torch.set_num_threads(max(1, os.cpu_count() // args.world_size))
     start = time.time()
 
     processor = BlspKdProcessor.from_backbones(model_options.speech_model, model_options.text_model)
@@ -107,7 +112,7 @@ def main():
     trainer = BlspKdTrainer(
         model=model,
         args=args,
-        train_dataset=Dataset.from_list(train_rows),
+        train_dataset=make_dataset(train_rows, processor, keep_features=data_options.train_manifest is None),
         data_collator=BlspKdDataCollator(processor),
         processing_class=processor,
         optimizers=(make_optimizer(model, model_options, args), None),
@@ -119,7 +124,7 @@ def main():
     if not eval_rows:
         return
 
-    alignment = trainer.evaluate(Dataset.from_list(eval_rows))
+    alignment = trainer.evaluate(make_dataset(eval_rows, processor, keep_features=False))
     results |= {name: alignment[f"eval_{name}"] for name in REPORTED if f"eval_{name}" in alignment}
     if trainer.is_world_process_zero():
         spoken = answer_rows(model, processor, eval_rows, "audio", **answer_options)
@@ -134,9 +139,9 @@ def main():
 
 
 def build_model(options: ModelOptions, processor) -> BlspKdForCausalLM:
-    augment = (
-        {"apply_spec_augment": True, "mask_time_prob": 0.05, "mask_feature_prob": 0.05} if options.spec_augment else {}
-    )
+    augment = {}
+    if options.spec_augment:
+        augment = {"apply_spec_augment": True, "mask_time_prob": 0.05, "mask_time_length": 5, "mask_feature_prob": 0.05}
     adapter_options = json.loads(options.adapter_options) if options.adapter_options else {}
     if options.adapter_options is None and options.adapter == "cformer" and options.speech_model == TINY_SPEECH_MODEL:
         adapter_options = {"num_pre_layers": 1, "num_post_layers": 2}
@@ -180,6 +185,26 @@ def read_manifest(path: str) -> list[dict]:
         row["audio"] = str(Path(path).parent.absolute() / row["audio"])
         row["instruction"] = row.get("instruction") or DEFAULT_INSTRUCTION
     return rows
+
+
+def make_dataset(rows: list[dict], processor, keep_features: bool) -> Dataset:
+    """Rows with their clips' `length` (seconds), to group batches by.
+
+    Args:
+        keep_features: make every clip's features once and keep them in memory (some 30 kB per second of speech).
+    """
+    dataset = Dataset.from_list([{**row, "length": soundfile.info(row["audio"]).duration} for row in rows])
+    if not keep_features:
+        return dataset
+    kept = {}
+
+    def add_features(batch):
+        for path in batch["audio"]:
+            if path not in kept:
+                kept[path] = processor.extract_features([path])["input_features"][0]
+        return {**batch, "input_features": [kept[path] for path in batch["audio"]]}
+
+    return dataset.with_transform(add_features)
 
 
 def make_optimizer(model, options: ModelOptions, args: Arguments):

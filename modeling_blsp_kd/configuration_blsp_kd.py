@@ -244,6 +244,7 @@ class BlspKdConfig(PreTrainedConfig):
             )
         options = asdict(_options(PartialLoraOptions, given, "plora"))
         _require(_is_count(options["r"], 1), "plora option r must be an integer of at least 1", options["r"])
+        _require(options["lora_alpha"] > 0, "plora option lora_alpha must be above 0", options["lora_alpha"])
         _require(
             0 <= options["lora_dropout"] < 1, "plora option lora_dropout must lie in [0, 1)", options["lora_dropout"]
         )

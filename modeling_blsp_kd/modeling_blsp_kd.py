@@ -8,6 +8,7 @@ Shapes: B prompts, L prompt length, A audio clips in reading order over the batc
 a clip, S speech tokens of a prompt, H encoder width, D LLM width, V vocabulary.
 """
 
+import os
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -195,9 +196,14 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, GenerationMixin):
                 f"{speech_model} is no Whisper encoder that fits its own config: the weights "
                 f"{sorted(loading['missing_keys'])[:5]} are missing."
             )
+        speech_config, text_config = audio_tower.config.to_dict(), language_model.config.to_dict()
+        for backbone_config in (speech_config, text_config):
+            # The id of a Hub model is worth keeping; a folder of this machine has no place in a published config.
+            if os.path.isdir(backbone_config["_name_or_path"]):
+                del backbone_config["_name_or_path"]
         config = cls.config_class(
-            speech_config=audio_tower.config.to_dict(),
-            text_config=language_model.config.to_dict(),
+            speech_config=speech_config,
+            text_config=text_config,
             audio_token_id=audio_token_id,
             **config_options,
         )
@@ -382,9 +388,7 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, GenerationMixin):
             input_ids, attention_mask, position_ids = prompt.input_ids, prompt.attention_mask, prompt.position_ids
             labels, is_speech, speech_embeds = prompt.labels, prompt.is_speech, prompt.speech_embeds
             if past_key_values is not None and past_key_values.get_seq_length():
-                raise ValueError(
-                    "Audio after a key-value cache is not supported: pass the whole conversation again."
-                )
+                raise ValueError("Audio after a key-value cache is not supported: pass the whole conversation again.")
         if speech_embeds is not None:
             # Without a cache, generated text grows past the mask of the prompt.
             is_speech = nn.functional.pad(is_speech, (0, input_ids.shape[1] - is_speech.shape[1]), value=False)

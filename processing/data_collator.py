@@ -120,8 +120,10 @@ def split_prompt(processor, instruction: str | None, response: str) -> tuple[str
     user_turn = [{"role": "user", "content": content}]
     prompt = processor.apply_chat_template(user_turn, add_generation_prompt=True)
     prefix, suffix = prompt.split(processor.audio_token)
+    # What ends the turn is what the template writes after the response; it may write more before it (an empty thought,
+    # say), and white space after it, but the LLM that answers the prompt generates neither.
+    response = response.strip()
     dialogue = processor.apply_chat_template([*user_turn, {"role": "assistant", "content": response}])
-    if dialogue.startswith(prompt):
-        # White space after the end of the turn is never generated.
-        return prefix, suffix, dialogue[len(prompt) :].rstrip()
-    return prefix, suffix, response + processor.tokenizer.eos_token
+    _, found, end_of_turn = dialogue.rpartition(response)
+    end_of_turn = end_of_turn.rstrip() if found else ""
+    return prefix, suffix, response + (end_of_turn or processor.tokenizer.eos_token)

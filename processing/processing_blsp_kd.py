@@ -11,7 +11,7 @@ import os
 import numpy as np
 from transformers import AutoFeatureExtractor, AutoTokenizer
 from transformers.feature_extraction_utils import BatchFeature
-from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, Unpack
+from transformers.processing_utils import AudioKwargs, ProcessingKwargs, ProcessorMixin, TextKwargs, Unpack
 from transformers.utils import logging
 
 from .audio_loading import load_audio
@@ -134,8 +134,13 @@ class BlspKdProcessor(ProcessorMixin):
         """
         if text is None:
             raise ValueError(f"BlspKdProcessor needs text: a prompt with {self.audio_token!r} once for every audio.")
-        if "audios" in kwargs:
-            raise ValueError("Unknown argument 'audios'. The argument is called 'audio'.")
+        # apply_chat_template passes images=None and videos=None.
+        unknown = sorted(name for name in set(kwargs) - _known_arguments() if kwargs[name] is not None)
+        if unknown:
+            raise ValueError(
+                f"Unknown argument(s) {unknown} of BlspKdProcessor. It takes 'text', 'audio' (one clip or a list), "
+                "'sampling_rate' and the options of tokenizers, such as 'padding'."
+            )
         # Without `tokenizer_init_kwargs`, whose padding side (often right) would beat ours: generation needs left.
         merged = self._merge_kwargs(BlspKdProcessorKwargs, **kwargs)
         text_kwargs = merged["text_kwargs"]
@@ -225,6 +230,17 @@ class BlspKdProcessor(ProcessorMixin):
             if block.get("type") == "audio" and any(block.get(key) is not None for key in AUDIO_KEYS)
         ]
         return [], [], audio, {}
+
+
+def _known_arguments() -> set[str]:
+    """All keyword arguments of text and audio processing that transformers defines, flat or in groups."""
+    return {
+        "common_kwargs",
+        "return_tensors",
+        *TextKwargs.__annotations__,
+        *AudioKwargs.__annotations__,
+        *ProcessingKwargs.__annotations__,
+    }
 
 
 def _audio_of(block: dict):

