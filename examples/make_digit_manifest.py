@@ -42,14 +42,10 @@ def main():
     train_pool, test_pool = split_recordings(pool, seen, rng)
 
     output = Path(options.output)
-    write_manifest(output, "train", train_pool, seen, options.num_train, rng, repeat_share=0.5)
-    test_speakers = [held_out, *seen]
-    shares = [options.num_test // 2] + [options.num_test // 2 // len(seen)] * len(seen)
-    rows = [
-        row
-        for speaker, share in zip(test_speakers, shares)
-        for row in make_rows(output, "test", test_pool | {held_out: pool[held_out]}, [speaker], share, rng)
-    ]
+    write_rows(output / "train.jsonl", make_rows(output, "train", train_pool, seen, options.num_train, rng, 0.5))
+    num_held_out = options.num_test // 2
+    rows = make_rows(output, "test", pool, [held_out], num_held_out, rng)
+    rows += make_rows(output, "test", test_pool, seen, options.num_test - num_held_out, rng)
     write_rows(output / "test.jsonl", rows)
     print(f"Wrote {output / 'train.jsonl'} and {output / 'test.jsonl'}; held out: {held_out}.")
 
@@ -118,10 +114,6 @@ def join(recordings, path, rng):
         pieces += [np.zeros(int(rng.uniform(0.05, 0.25) * rate), np.float32), samples * (0.5 / np.abs(samples).max())]
     pieces.append(np.zeros(int(rng.uniform(0.05, 0.25) * rate), np.float32))
     soundfile.write(path, np.concatenate(pieces), rate, subtype="PCM_16")
-
-
-def write_manifest(output, split, pool, speakers, num, rng, **options):
-    write_rows(output / f"{split}.jsonl", make_rows(output, split, pool, speakers, num, rng, **options))
 
 
 def write_rows(path, rows):

@@ -1,0 +1,253 @@
+"""Build `llm/`, the text LLM of the tiny world: its tokenizer, training, score on held-out sentences, files.
+
+Follows the Qwen2 architecture and a ChatML-like template. Trained from nothing in about 25 minutes on one core.
+Leaves out: speech. The LLM is finished before any of it is heard.
+
+    cd examples && python -m tiny_world.build_llm
+"""
+
+import argparse
+import random
+from itertools import chain
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast, Qwen2Config
+
+from .world import INSTRUCTIONS, KINDS, questions, sentences
+
+LLM_DIR = Path(__file__).parent / "llm"
+SYSTEM_MESSAGES = ("You are a helpful assistant.", "Answer with few words.")
+SPECIAL_TOKENS = ("<|pad|>", "<|unk|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
+CHAT_TEMPLATE = (
+    "{%- for message in messages %}"
+    "{{- '<|' + message['role'] + '|>\\n' + message['content'] + '<|end|>\\n' }}"
+    "{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|assistant|>\\n' }}{%- endif %}"
+)
+
+
+def build_tokenizer(num_pieces=384, seed=0):
+    """Train a byte-level BPE in which content words take one to five pieces.
+
+    A token never reaches over a line end or a special token, so a sentence has the same tokens alone and in a prompt.
+
+    Returns:
+        `PreTrainedTokenizerFast` of `num_pieces` tokens; a character outside ASCII becomes `<|unk|>`.
+    """
+    corpus = [*SYSTEM_MESSAGES, *[text for wordings in INSTRUCTIONS.values() for text in wordings]] * 40
+    for sentence in sentences("train", 6000, seed):
+        corpus += [sentence.text, sentence.answers.get("spanish", "")]
+    bpe = Tokenizer(models.BPE(unk_token="<|unk|>"))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    printable_ascii = [chr(code) for code in range(33, 127)] + ["Ġ", "Ċ"]  # the last two are space and line end
+    bpe.train_from_iterator(
+        corpus,
+        trainers.BpeTrainer(
+            vocab_size=num_pieces,
+            special_tokens=list(SPECIAL_TOKENS),
+            initial_alphabet=printable_ascii,
+            show_progress=False,
+        ),
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        pad_token="<|pad|>",
+        unk_token="<|unk|>",
+        eos_token="<|end|>",
+        additional_special_tokens=["<|system|>", "<|user|>", "<|assistant|>"],
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=512,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_model(tokenizer):
+    """A Qwen2 of 0.9 M random parameters, which pads and stops as `tokenizer` does and decodes greedily."""
+    model = AutoModelForCausalLM.from_config(
+        Qwen2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=512,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    model.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        do_sample=False,
+        max_new_tokens=48,
+    )
+    return model
+
+
+def draw_dialogue(sentence, rng):
+    """One to three questions about a sentence, of different kinds in any order; the first turn quotes the sentence.
+
+    Returns:
+        list of chat messages, for one dialogue in eight with a system message first.
+    """
+    messages = []
+    if rng.random() < 1 / 8:
+        messages.append({"role": "system", "content": rng.choice(SYSTEM_MESSAGES)})
+    kinds = list(sentence.answers)
+    rng.shuffle(kinds)
+    for turn, kind in enumerate(kinds[: rng.choice([1, 2, 3, 3])]):
+        question = rng.choice([question for question in questions(sentence) if question.kind == kind])
+        content = question.instruction if turn else f"{question.instruction}\n{sentence.text}"
+        messages.append({"role": "user", "content": content})
+        messages.append({"role": "assistant", "content": question.answer})
+    return messages
+
+
+def batches(tokenizer, corpus, batch_size, rng):
+    """Endless batches of dialogues of similar length.
+
+    Yields:
+        `input_ids` (B, T) and `is_answer` (B, T), True at the answers' tokens and the <|end|> after each.
+    """
+    user_id, assistant_id = tokenizer.convert_tokens_to_ids(["<|user|>", "<|assistant|>"])
+    while True:
+        dialogues = [draw_dialogue(sentence, rng) for sentence in rng.sample(corpus, 16 * batch_size)]
+        texts = tokenizer.apply_chat_template(dialogues, tokenize=False)
+        rows = sorted(tokenizer(texts, add_special_tokens=False)["input_ids"], key=len)
+        groups = [rows[first : first + batch_size] for first in range(0, len(rows), batch_size)]
+        rng.shuffle(groups)
+        for group in groups:
+            input_ids = pad_sequence(
+                [torch.tensor(row) for row in group], batch_first=True, padding_value=tokenizer.pad_token_id
+            )
+            num_assistants = (input_ids == assistant_id).cumsum(1)
+            in_answer = (num_assistants > 0) & (num_assistants == (input_ids == user_id).cumsum(1))
+            yield input_ids, in_answer & (input_ids != assistant_id) & (input_ids != tokenizer.pad_token_id)
+
+
+def train(model, tokenizer, corpus, num_steps, rate=1.0, batch_size=16, prompt_weight=0.2, seed=0):
+    """Next-token training on every token; the prompt's tokens, most of them not predictable, weigh less.
+
+    Muon for the matrices inside the layers and AdamW for the rest; small batches, many steps; `rate` scales both
+    learning rates, which fall to zero over the second half. The model is left in evaluation mode.
+    """
+    rng = random.Random(seed)
+    corpus = corpus + [sentence for sentence in corpus if sentence.kind in ("digits", "sum")]  # the hardest ones twice
+    matrices = [parameter for parameter in model.model.layers.parameters() if parameter.ndim == 2]
+    others = [*model.model.embed_tokens.parameters(), *model.model.norm.parameters()]
+    others += [parameter for parameter in model.model.layers.parameters() if parameter.ndim == 1]
+    optimizers = [
+        torch.optim.Muon(matrices, lr=0.02 * rate, momentum=0.95, weight_decay=0.01),
+        torch.optim.AdamW(others, lr=3e-3 * rate, betas=(0.9, 0.98), weight_decay=0.01),
+    ]
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: min((step + 1) / 100, max(0.0, min(1.0, 2 * (num_steps - step) / num_steps)))
+        )
+        for optimizer in optimizers
+    ]
+    model.train()
+    progress = tqdm(range(num_steps), desc="training the LLM", mininterval=5)
+    mean_answer_loss = None
+    for _, (input_ids, is_answer) in zip(progress, batches(tokenizer, corpus, batch_size, rng)):
+        logits = model(input_ids=input_ids).logits[:, :-1]
+        losses = nn.functional.cross_entropy(logits.transpose(1, 2), input_ids[:, 1:], reduction="none")
+        is_answer = is_answer[:, 1:]
+        weights = torch.where(is_answer, 1.0, prompt_weight) * (input_ids[:, 1:] != tokenizer.pad_token_id)
+        ((losses * weights).sum() / weights.sum()).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        answer_loss = losses[is_answer].mean().item()
+        mean_answer_loss = answer_loss if mean_answer_loss is None else 0.98 * mean_answer_loss + 0.02 * answer_loss
+        progress.set_postfix(answer_loss=f"{mean_answer_loss:.4f}", refresh=False)
+    model.eval()
+
+
+@torch.no_grad()
+def score(model, tokenizer, num_sentences=1500, max_per_kind=200, seed=1):
+    """Exact-match share of greedy single-turn answers about held-out sentences.
+
+    Returns:
+        dict: kind -> (share of correct answers, number of prompts).
+    """
+    prompts = {kind: [] for kind in KINDS}
+    rng = random.Random(seed)
+    for sentence in sentences("test", num_sentences, seed):
+        for question in questions(sentence):
+            prompts[question.kind].append((f"{question.instruction}\n{sentence.text}", question.answer))
+    table = {}
+    for kind in tqdm(KINDS, desc="scoring the LLM"):
+        asked = rng.sample(prompts[kind], min(max_per_kind, len(prompts[kind])))
+        texts = tokenizer.apply_chat_template(
+            [[{"role": "user", "content": content}] for content, _ in asked], tokenize=False, add_generation_prompt=True
+        )
+        inputs = tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt")
+        output = model.generate(**inputs)[:, inputs["input_ids"].shape[1] :]
+        answers = tokenizer.batch_decode(output, skip_special_tokens=True)
+        num_right = sum(answer == right for answer, (_, right) in zip(answers, asked, strict=True))
+        table[kind] = (num_right / len(asked), len(asked))
+    return table
+
+
+def check_tokens_are_the_same_alone_and_in_prompts(tokenizer, num_sentences=3000):
+    """Raise `RuntimeError` if a sentence's tokens in a prompt are not exactly its tokens alone."""
+
+    def tokens(text):
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    for split in ("train", "test"):
+        for sentence in sentences(split, num_sentences // 2, seed=2):
+            for question in questions(sentence):
+                content = f"{question.instruction}\n{sentence.text}"
+                messages = [{"role": "user", "content": content}]
+                prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+                before, after = prompt.split(sentence.text)
+                if tokens(before) + tokens(sentence.text) + tokens(after) != tokens(prompt):
+                    raise RuntimeError(
+                        f"A token reaches over the border of the sentence in {prompt!r}. Check the pre-tokenizer."
+                    )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--output_dir", type=Path, default=LLM_DIR)
+    parser.add_argument("--num_steps", type=int, default=5000, help="of each of the two rounds")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(1)  # on a model this small more threads wait for each other longer than they work
+    tokenizer = build_tokenizer(seed=args.seed)
+    check_tokens_are_the_same_alone_and_in_prompts(tokenizer)
+    model = build_model(tokenizer)
+    train(model, tokenizer, sentences("train", 15_000, args.seed), args.num_steps, seed=args.seed)
+    # A small draw holds a fuller share of the few short digit strings than a large one without repetition.
+    draws = [sentences("train", 500, args.seed + 1 + draw) for draw in range(30)]
+    train(model, tokenizer, [*chain(*draws)], args.num_steps, rate=0.5, seed=args.seed + 1)
+    model.save_pretrained(args.output_dir)
+    tokenizer.save_pretrained(args.output_dir)
+
+    model = AutoModelForCausalLM.from_pretrained(args.output_dir)
+    tokenizer = AutoTokenizer.from_pretrained(args.output_dir)
+    table = score(model, tokenizer)
+    for kind, (share, num_prompts) in table.items():
+        print(f"{kind:10} {share:.3f} of {num_prompts} held-out prompts")
+    mean_share = sum(share * num for share, num in table.values()) / sum(num for _, num in table.values())
+    print(f"{'all':10} {mean_share:.3f}")
+
+
+if __name__ == "__main__":
+    main()

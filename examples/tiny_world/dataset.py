@@ -1,0 +1,90 @@
+"""Rows of the tiny world for training and evaluation: one clip, its transcript, and one question about it.
+
+Follows BLSP-KD's need for (audio, transcript) pairs; the answers are there to score with, the losses never see them.
+Leaves out: reading the audio, which is the data collator's work.
+"""
+
+import random
+from collections import Counter
+from pathlib import Path
+
+from .speech import make_clips
+from .world import KINDS, Sentence, questions, sentences
+
+
+def make_rows(
+    split: str,
+    num_utterances: int,
+    voices: tuple[str, ...] | list[str],
+    seed: int,
+    cache_dir: str | Path,
+    repeat_share: float | None = None,
+) -> list[dict]:
+    """Draw sentences, have them spoken, and ask one question about each.
+
+    Args:
+        split: "train" or "test"; no sentence is in both.
+        num_utterances: number of rows.
+        voices: who speaks, in turn, for instance `speech.TRAIN_VOICES`.
+        seed: the same seed gives the same rows.
+        cache_dir: folder of the clips; those that it already holds are not made again.
+        repeat_share: share of rows, 0 to 1, whose question is "repeat"; the others ask any other kind that suits their
+            sentence. Omitted: every kind is asked equally often (give or take one row), which is right for a test set.
+
+    Returns:
+        list of dict with the keys `audio` (path of a 16 kHz FLAC file), `text`, `voice`, `sentence_kind`, `kind`,
+        `instruction` and `answer`, all strings, in random order.
+
+    Raises:
+        ValueError: `repeat_share` is not a share, or there is no voice.
+    """
+    if repeat_share is not None and not 0 <= repeat_share <= 1:
+        raise ValueError(f"repeat_share is a share from 0 to 1, but got {repeat_share}. Omit it to balance all kinds.")
+    if not voices:
+        raise ValueError("make_rows needs at least one voice, but got none. See TRAIN_VOICES in speech.py.")
+    rng = random.Random(f"rows {split} {seed}")
+    if repeat_share is None:
+        asked = _balanced(split, num_utterances, seed, rng)
+    else:
+        asked = [
+            (sentence, "repeat" if rng.random() < repeat_share else rng.choice(_other_kinds(sentence)))
+            for sentence in sentences(split, num_utterances, seed)
+        ]
+    speakers = [voices[index % len(voices)] for index in range(num_utterances)]
+    clips = make_clips([sentence.text for sentence, _ in asked], speakers, seed, cache_dir)
+    rows = []
+    for (sentence, kind), speaker, clip in zip(asked, speakers, clips, strict=True):
+        question = rng.choice([question for question in questions(sentence) if question.kind == kind])
+        rows.append(
+            {
+                "audio": str(clip),
+                "text": sentence.text,
+                "voice": speaker,
+                "sentence_kind": sentence.kind,
+                "kind": question.kind,
+                "instruction": question.instruction,
+                "answer": question.answer,
+            }
+        )
+    rng.shuffle(rows)
+    return rows
+
+
+def _other_kinds(sentence: Sentence) -> list[str]:
+    return [kind for kind in sentence.answers if kind != "repeat"]
+
+
+def _balanced(split, num_utterances, seed, rng):
+    """(sentence, kind) pairs, each kind equally often: a sentence is asked what is missing most of what suits it."""
+    missing = Counter(KINDS[index % len(KINDS)] for index in range(num_utterances))
+    pairs = []
+    for sentence in sentences(split, 8 * num_utterances + 200, seed):
+        suitable = [kind for kind in sentence.answers if missing[kind] > 0]
+        if suitable:
+            kind = max(suitable, key=lambda kind: missing[kind])
+            missing[kind] -= 1
+            pairs.append((sentence, kind))
+        if len(pairs) == num_utterances:
+            break
+    rng.shuffle(pairs)  # or each kind would be spoken by some voices more than by others
+    return pairs
