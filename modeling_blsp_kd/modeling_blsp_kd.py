@@ -311,10 +311,27 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, GenerationMixin):
         )
         return prompt, audio
 
+    def _check_text_only(self, input_ids, attention_mask):
+        if attention_mask is not None and attention_mask.shape != input_ids.shape:
+            attention_mask = None  # of a static cache, or 4-D
+        audio_token_id = self.config.audio_token_id
+        check_placeholders(find_placeholders(input_ids, attention_mask, audio_token_id), audio_token_id, num_audios=0)
+
     def _harmless_token_id(self) -> int:
         """An id inside the vocabulary; its embedding is masked or overwritten wherever it stands."""
         pad_token_id = self.config.get_text_config().pad_token_id
         return 0 if pad_token_id is None else pad_token_id
+
+    def _unspoken_token_id(self) -> int:
+        """What logits processors, which read the prompt, see at speech positions: an id that is never generated.
+
+        The placeholder itself, as in other audio LLMs; if that lies outside the vocabulary, the start of text.
+        """
+        text_config = self.config.get_text_config()
+        if self.config.audio_token_id < text_config.vocab_size:
+            return self.config.audio_token_id
+        bos_token_id = text_config.bos_token_id
+        return self._harmless_token_id() if bos_token_id is None else bos_token_id
 
     def _embed(self, input_ids, is_speech, speech_embeds):
         """Embed tokens, with speech vectors at speech positions: (B, L) -> (B, L, D)."""
@@ -375,6 +392,7 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, GenerationMixin):
         """
         if teacher_input_ids is not None and not self.adapter.one_to_one:
             num_speech_tokens = None  # the transcripts' lengths do not bind an adapter of a fixed rate
+        has_past = past_key_values is not None and past_key_values.get_seq_length() > 0
         audio = None
         if input_features is not None:
             if input_ids is None or speech_embeds is not None or position_ids is not None:
@@ -382,18 +400,20 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, GenerationMixin):
                     "input_features go with input_ids alone: the model expands the prompt and makes its own "
                     "inputs_embeds, speech_embeds and position_ids."
                 )
+            if has_past:
+                raise ValueError("Audio after a key-value cache is not supported: pass the whole conversation again.")
             prompt, audio = self._hear_prompt(
                 input_ids, attention_mask, labels, input_features, input_features_mask, num_speech_tokens
             )
             input_ids, attention_mask, position_ids = prompt.input_ids, prompt.attention_mask, prompt.position_ids
             labels, is_speech, speech_embeds = prompt.labels, prompt.is_speech, prompt.speech_embeds
-            if past_key_values is not None and past_key_values.get_seq_length():
-                raise ValueError("Audio after a key-value cache is not supported: pass the whole conversation again.")
         if speech_embeds is not None:
             # Without a cache, generated text grows past the mask of the prompt.
             is_speech = nn.functional.pad(is_speech, (0, input_ids.shape[1] - is_speech.shape[1]), value=False)
             inputs_embeds = self._embed(input_ids, is_speech, speech_embeds)
             input_ids = None
+        elif input_ids is not None and not has_past and not torch.compiler.is_compiling():
+            self._check_text_only(input_ids, attention_mask)
 
         if teacher_input_ids is not None:
             if audio is None or labels is None:
@@ -561,9 +581,7 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, GenerationMixin):
             kwargs["input_ids"] = input_ids
         if input_features is None:
             if input_ids is not None:
-                audio_token_id = self.config.audio_token_id
-                is_placeholder = find_placeholders(input_ids, kwargs.get("attention_mask"), audio_token_id)
-                check_placeholders(is_placeholder, audio_token_id, num_audios=0)
+                self._check_text_only(input_ids, kwargs.get("attention_mask"))
             return super().generate(None, generation_config, *args, streamer=streamer, **kwargs)
 
         if input_ids is None:
@@ -577,8 +595,7 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, GenerationMixin):
         if kwargs.get("past_key_values") is not None:
             raise ValueError("Audio after a key-value cache is not supported: pass the whole conversation again.")
         kwargs |= {
-            # Logits processors read the prompt: a placeholder outside the vocabulary would break them.
-            "input_ids": prompt.input_ids.masked_fill(prompt.is_speech, self._harmless_token_id()),
+            "input_ids": prompt.input_ids.masked_fill(prompt.is_speech, self._unspoken_token_id()),
             "attention_mask": prompt.attention_mask,
             "is_speech": prompt.is_speech,
             "speech_embeds": prompt.speech_embeds,

@@ -90,6 +90,17 @@ def test_other_strategies_keep_the_slicing_idiom(options, num_rows, processor):
     assert torch.equal(output[:, :prompt_length], expected)
 
 
+def test_repetition_penalty_does_not_punish_the_end_of_the_turn(processor):
+    """Speech positions looked like padding to logits processors, and padding is often the end of turn."""
+    model = make_model(text={"pad_token_id": 2})
+    inputs = spoken_prompts(processor, durations_s=(0.9,), instruction="repeat")
+    inputs["input_ids"][inputs["input_ids"] == 2] = 3
+    options = {"max_new_tokens": 1, "do_sample": False, "output_scores": True, "return_dict_in_generate": True}
+    plain = model.generate(**inputs, **options).scores[0][0]
+    punished = model.generate(**inputs, **options, repetition_penalty=3.0).scores[0][0]
+    assert punished[2] == plain[2] and not torch.equal(punished, plain)
+
+
 def test_beam_search_of_a_batch_equals_single(processor):
     """Audio tensors of several rows got out of order when beams were expanded."""
     model = make_model(plora=True)

@@ -336,6 +336,15 @@ def test_placeholders_and_audios_must_match(processor):
         model.generate(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
 
 
+@pytest.mark.parametrize("audio_token_id", [300, 17])
+def test_a_placeholder_without_audio_is_an_error_in_forward_too(audio_token_id):
+    """Inside the vocabulary it was read as any word; outside, it ended in a bare index error."""
+    model = make_model()
+    model.config.audio_token_id = audio_token_id
+    with pytest.raises(ValueError, match=r"hold 1 audio placeholder\(s\).*but 0 audio\(s\)"):
+        model(input_ids=torch.tensor([[5, audio_token_id, 6]]))
+
+
 def test_audio_beside_embeddings_or_without_a_mask_is_an_error(processor):
     model = make_model()
     inputs = dict(spoken_prompts(processor))
