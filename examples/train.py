@@ -42,7 +42,7 @@ class ModelOptions:
     adapter_options: str | None = field(
         default=None,
         metadata={
-            "help": 'JSON options of the adapter, for example \'{"num_pre_layers": 2}\'. If omitted: the defaults of '
+            "help": "JSON options of the adapter, for example '{\"num_pre_layers\": 2}'. If omitted: the defaults of "
             "BlspKdConfig (4 + 4 layers), or 1 + 2 layers for the tiny world's encoder."
         },
     )
