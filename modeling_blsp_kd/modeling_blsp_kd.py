@@ -266,9 +266,7 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, GenerationMixin):
 
     # -- audio into the prompt ----------------------------------------------------------------------------------------
 
-    def get_audio_features(
-        self, input_features, input_features_mask=None, num_speech_tokens=None, **kwargs
-    ) -> BlspKdAudioOutput:
+    def get_audio_features(self, input_features, input_features_mask=None, num_speech_tokens=None) -> BlspKdAudioOutput:
         """Hear audio clips: encoder frames, and the speech tokens that the LLM reads.
 
         Args:

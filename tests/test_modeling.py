@@ -394,3 +394,9 @@ def test_gradient_checkpointing_on_every_part_changes_nothing(options, collator,
     model.activation_checkpointing_enable()
     for actual, wanted in zip(gradients(), expected):
         torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_get_audio_features_ignores_no_argument():
+    """A misspelt mask was dropped, and padding heard as speech."""
+    with pytest.raises(TypeError, match="input_feature_mask"):
+        make_model().get_audio_features(torch.randn(1, 80, 50), input_feature_mask=torch.ones(1, 50))
