@@ -15,11 +15,12 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoderLayer
 from transformers.utils import ModelOutput
 
 from .cif import continuous_integrate_and_fire
+from .speech_windows import is_within, per_clip, regroup, tokens_per_window
 
 
 @dataclass
 class AdapterOutput(ModelOutput):
-    """What an adapter makes of A clips. S = largest number of speech tokens, D LLM width, T encoder frames.
+    """What an adapter makes of A clips. S = largest number of speech tokens, D LLM width, T frames of the longest clip.
 
     Args:
         speech_embeds (`torch.FloatTensor` of shape (A, S, D)): vectors for the LLM's input.
@@ -34,20 +35,6 @@ class AdapterOutput(ModelOutput):
     alphas: torch.FloatTensor | None = None
     alpha_sum: torch.FloatTensor | None = None
     firing_places: torch.FloatTensor | None = None
-
-
-def _transformer_layers(num_layers, width, num_heads, ffn_dim, dropout, attn_implementation):
-    """Whisper's encoder layers, as the authors use, and the config that their attention masks are made from."""
-    config = WhisperConfig(
-        d_model=width,
-        encoder_attention_heads=num_heads,
-        encoder_ffn_dim=ffn_dim,
-        dropout=dropout,
-        attention_dropout=dropout,
-        activation_dropout=dropout,
-        attn_implementation=attn_implementation,
-    )
-    return nn.ModuleList(WhisperEncoderLayer(config) for _ in range(num_layers)), config
 
 
 def _run_layers(layers, config, hidden_states, mask):
@@ -82,25 +69,54 @@ class CFormer(nn.Module):
         attn_implementation: str,
     ):
         super().__init__()
-        layer_options = (input_dim, num_attention_heads, ffn_dim, dropout, attn_implementation)
-        self.pre_layers, self.layer_config = _transformer_layers(num_pre_layers, *layer_options)
-        self.post_layers, _ = _transformer_layers(num_post_layers, *layer_options)
+        self.layer_config = WhisperConfig(
+            d_model=input_dim,
+            encoder_attention_heads=num_attention_heads,
+            encoder_ffn_dim=ffn_dim,
+            dropout=dropout,
+            attention_dropout=dropout,
+            activation_dropout=dropout,
+            attn_implementation=attn_implementation,
+        )
+        # Whisper's encoder layers, as the authors use.
+        self.pre_layers = nn.ModuleList(WhisperEncoderLayer(self.layer_config) for _ in range(num_pre_layers))
+        self.post_layers = nn.ModuleList(WhisperEncoderLayer(self.layer_config) for _ in range(num_post_layers))
         self.cif_proj = nn.Linear(input_dim - 1, input_dim)
         self.output_proj = nn.Linear(input_dim, output_dim)
 
-    def forward(self, hidden_states, frame_mask, target_lengths=None) -> AdapterOutput:
+    def set_attn_implementation(self, attn_implementation: str):
+        self.layer_config._attn_implementation = attn_implementation
+
+    def forward(self, hidden_states, frame_mask, target_lengths=None, windows_per_clip=None) -> AdapterOutput:
         """
         Args:
-            hidden_states (A, T, H), frame_mask (A, T) bool: encoder frames of A clips.
+            hidden_states (N, T, H), frame_mask (N, T) bool: encoder frames of N windows of A clips.
             target_lengths (`torch.LongTensor` of shape (A,), *optional*): tokens to fire; omitted, they are predicted.
+            windows_per_clip (`torch.LongTensor` of shape (A,), *optional*): omitted, every clip is one window.
         """
         hidden_states = _run_layers(self.pre_layers, self.layer_config, hidden_states, frame_mask)
         alphas = torch.sigmoid(hidden_states[..., -1].float()).masked_fill(~frame_mask, 0.0)
+        frames_per_window = frame_mask.sum(1)
+        if windows_per_clip is not None:
+            # The integral runs through the borders of windows: what one leaves open, the next completes.
+            frames_per_clip = per_clip(frames_per_window, windows_per_clip)
+            hidden_states = regroup(hidden_states, frame_mask, frames_per_clip)
+            alphas = regroup(alphas, frame_mask, frames_per_clip)
+            frame_mask = is_within(frames_per_clip, alphas.shape[1])
         cif = continuous_integrate_and_fire(hidden_states[..., :-1], alphas, frame_mask, target_lengths)
-        token_mask = torch.arange(cif.speech_tokens.shape[1], device=alphas.device) < cif.num_speech_tokens[:, None]
-        tokens = _run_layers(self.post_layers, self.layer_config, self.cif_proj(cif.speech_tokens), token_mask)
+
+        tokens = self.cif_proj(cif.speech_tokens)
+        token_mask = is_within(cif.num_speech_tokens, tokens.shape[1])
+        if windows_per_clip is not None:
+            group_sizes = tokens_per_window(cif.firing_places, token_mask, frames_per_window, windows_per_clip)
+            group_sizes = group_sizes[group_sizes > 0]
+            tokens = regroup(tokens, token_mask, group_sizes)
+            token_mask = is_within(group_sizes, tokens.shape[1])
+        tokens = self.output_proj(_run_layers(self.post_layers, self.layer_config, tokens, token_mask))
+        if windows_per_clip is not None:
+            tokens = regroup(tokens, token_mask, cif.num_speech_tokens)
         return AdapterOutput(
-            speech_embeds=self.output_proj(tokens),
+            speech_embeds=tokens,
             num_speech_tokens=cif.num_speech_tokens,
             alphas=alphas,
             alpha_sum=cif.alpha_sum,
@@ -132,11 +148,15 @@ class Subsampler(nn.Module):
         self.up_proj = nn.Linear(bottleneck_dim, output_dim, bias=False)
         self.layer_norm = nn.LayerNorm(output_dim)
 
-    def forward(self, hidden_states, frame_mask, target_lengths=None) -> AdapterOutput:
+    def set_attn_implementation(self, attn_implementation: str):
+        """Nothing here attends."""
+
+    def forward(self, hidden_states, frame_mask, target_lengths=None, windows_per_clip=None) -> AdapterOutput:
         """
         Args:
-            hidden_states (A, T, H), frame_mask (A, T) bool: encoder frames of A clips.
+            hidden_states (N, T, H), frame_mask (N, T) bool: encoder frames of N windows of A clips.
             target_lengths: must be None, the rate is fixed.
+            windows_per_clip (`torch.LongTensor` of shape (A,), *optional*): omitted, every clip is one window.
         """
         if target_lengths is not None:
             raise ValueError(
@@ -151,4 +171,8 @@ class Subsampler(nn.Module):
             mask = mask[:, ::2]
         hidden_states = hidden_states.transpose(1, 2)
         bottleneck = self.up_proj(nn.functional.gelu(self.down_proj(hidden_states)))
-        return AdapterOutput(speech_embeds=self.layer_norm(hidden_states + bottleneck), num_speech_tokens=mask.sum(1))
+        tokens, num_speech_tokens = self.layer_norm(hidden_states + bottleneck), mask.sum(1)
+        if windows_per_clip is not None:
+            num_speech_tokens = per_clip(num_speech_tokens, windows_per_clip)
+            tokens = regroup(tokens, mask, num_speech_tokens)
+        return AdapterOutput(speech_embeds=tokens, num_speech_tokens=num_speech_tokens)

@@ -103,8 +103,19 @@ GENERAL_OPTIONS = {
     "torch_dtype",
     "use_cache",
 }
-CHECKED_OPTIONS = ("adapter", "plora", "distillation", "freeze_speech_encoder", "audio_token_id")
+CHECKED_OPTIONS = (
+    "adapter",
+    "plora",
+    "distillation",
+    "freeze_speech_encoder",
+    "speech_padding",
+    "audio_token_id",
+    "backbones",
+)
 ADAPTERS = {"cformer": CFormerOptions, "subsampler": SubsamplerOptions}
+SPEECH_ENCODERS = ("whisper", "wav2vec2", "hubert", "wavlm", "wav2vec2-bert", "parakeet_encoder")
+SPEECH_PADDINGS = ("do_not_pad", "max_length")
+BACKBONES = ("audio_tower", "language_model")
 
 
 def _options(options_class, given: dict, where: str):
@@ -128,15 +139,21 @@ class BlspKdConfig(PreTrainedConfig):
     """Configuration of [`BlspKdForCausalLM`].
 
     Args:
-        speech_config (`PreTrainedConfig` or `dict`): of the speech encoder; model type "whisper".
+        speech_config (`PreTrainedConfig` or `dict`): of the speech encoder; one of the model types
+            `SPEECH_ENCODERS`.
         text_config (`PreTrainedConfig` or `dict`): of the LLM; any type that `AutoModelForCausalLM` knows.
         adapter (`str` or `dict`): `"cformer"` or `"subsampler"`, or a dict of `type` and the options of
             [`CFormerOptions`] or [`SubsamplerOptions`].
         plora (`bool` or `dict`): partial LoRA off, on, or on with [`PartialLoraOptions`].
         distillation (`dict`, *optional*): [`DistillationOptions`].
         freeze_speech_encoder (`bool`): keep the encoder as it is. The LLM is always frozen.
+        speech_padding (`str`): `"do_not_pad"`: encode each clip on its true length; `"max_length"` (Whisper only):
+            pad it to 30 seconds of silence that the encoder hears, as in its pretraining.
         audio_token_id (`int`): id of the one placeholder that stands for an audio in a prompt. It may lie outside the
             LLM's vocabulary, since it is never embedded.
+        backbones (`dict`, *optional*): makes checkpoints thin: they hold only what was trained, and the rest is
+            fetched from here. For each of `audio_tower` and `language_model`: `name_or_path` (Hub id or folder) and
+            `revision` (commit, or checksum of a folder's weights). Set by `from_backbones(thin=True)`.
 
     Raises:
         ValueError: an unknown or contradictory option.
@@ -154,7 +171,9 @@ class BlspKdConfig(PreTrainedConfig):
     plora: Any = False
     distillation: Any = None
     freeze_speech_encoder: bool = True
+    speech_padding: str = "do_not_pad"
     audio_token_id: int = 0
+    backbones: Any = None
     auto_map: Any = None
 
     def __post_init__(self, **kwargs):
@@ -163,6 +182,11 @@ class BlspKdConfig(PreTrainedConfig):
             known = [name for name in self.__annotations__ if name != "sub_configs_defaults"]
             raise ValueError(f"Unknown option(s) {unknown} in BlspKdConfig. Known: {known}.")
         super().__post_init__(**kwargs)
+        _require(
+            self.speech_config.model_type in SPEECH_ENCODERS,
+            f"speech_config must be of a model type among {SPEECH_ENCODERS}",
+            self.speech_config.model_type,
+        )
         self.adapter = self._checked_adapter()
         self.plora = self._checked_plora()
         self.distillation = self._checked_distillation()
@@ -174,6 +198,15 @@ class BlspKdConfig(PreTrainedConfig):
             "freeze_speech_encoder must be True or False",
             self.freeze_speech_encoder,
         )
+        self._check_speech_encoder()
+        if self.backbones is not None:
+            _require(
+                isinstance(self.backbones, dict)
+                and set(self.backbones) == set(BACKBONES)
+                and all(set(backbone) == {"name_or_path", "revision"} for backbone in self.backbones.values()),
+                f"backbones must be None, or give name_or_path and revision of each of {BACKBONES}",
+                self.backbones,
+            )
         self.tie_word_embeddings = getattr(self.text_config.get_text_config(), "tie_word_embeddings", False)
         if self.auto_map is None:
             model = "modeling_blsp_kd.BlspKdForCausalLM"
@@ -190,29 +223,38 @@ class BlspKdConfig(PreTrainedConfig):
         given = {name: kwargs.pop(name) for name in CHECKED_OPTIONS if name in kwargs}
         return super().from_dict({**config_dict, **given}, **kwargs)
 
+    def _check_speech_encoder(self):
+        model_type = self.speech_config.model_type
+        _require(
+            self.speech_padding in SPEECH_PADDINGS,
+            f"speech_padding must be one of {SPEECH_PADDINGS}",
+            self.speech_padding,
+        )
+        if self.speech_padding == "max_length" and model_type != "whisper":
+            raise ValueError(
+                f"speech_padding='max_length' is for Whisper, whose encoder was trained on 30 s; {model_type!r} takes "
+                "any length. Leave speech_padding at 'do_not_pad'."
+            )
+
     def _checked_adapter(self) -> dict:
         given = {"type": self.adapter} if isinstance(self.adapter, str) else dict(self.adapter)
         kind = given.pop("type", None)
         _require(kind in ADAPTERS, f"adapter must be one of {sorted(ADAPTERS)}, or a dict whose 'type' is", kind)
-        if self.speech_config.model_type != "whisper":
-            raise ValueError(
-                "speech_config must be of model type 'whisper' (the speech encoder is Whisper's), got "
-                f"{self.speech_config.model_type!r}."
-            )
         options = asdict(_options(ADAPTERS[kind], given, f"the {kind} adapter"))
         if kind == "cformer":
             encoder = self.speech_config
             if options["num_attention_heads"] is None:
-                options["num_attention_heads"] = encoder.encoder_attention_heads
+                options["num_attention_heads"] = encoder.num_attention_heads
             if options["ffn_dim"] is None:
-                options["ffn_dim"] = encoder.encoder_ffn_dim
+                is_whisper = encoder.model_type == "whisper"
+                options["ffn_dim"] = encoder.encoder_ffn_dim if is_whisper else encoder.intermediate_size
             for name in ("num_pre_layers", "num_post_layers"):
                 _require(
                     _is_count(options[name], 0),
                     f"adapter option {name} must be an integer of at least 0",
                     options[name],
                 )
-            width, heads = encoder.d_model, options["num_attention_heads"]
+            width, heads = encoder.hidden_size, options["num_attention_heads"]
             _require(
                 _is_count(heads, 1) and width % heads == 0,
                 f"adapter option num_attention_heads must divide the encoder width {width}",

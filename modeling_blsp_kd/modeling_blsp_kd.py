@@ -1,13 +1,15 @@
-"""`BlspKdForCausalLM`: speech encoder -> adapter -> LLM, its distillation loss, and generation from audio prompts.
+"""`BlspKdForCausalLM`: speech encoder -> adapter -> LLM, and its distillation loss.
 
 Follows arXiv 2405.19041: speech tokens stand in the LLM's input where the transcript's tokens would stand, and the LLM
 on the text prompt teaches the LLM on the speech prompt. Leaves out: the parts (`speech_encoder.py`, `adapters.py`,
-`plora.py`, `speech_prompt.py`), the loss formulas (`distillation.py`), and training itself (`trainer.py`).
+`plora.py`, `speech_prompt.py`), the loss formulas (`distillation.py`), generation (`generation_blsp_kd.py`) and
+training itself (`trainer.py`).
 
-Shapes: B prompts, L prompt length, A audio clips in reading order over the batch, T encoder frames, U speech tokens of
-a clip, S speech tokens of a prompt, H encoder width, D LLM width, V vocabulary.
+Shapes: B prompts, L prompt length, P positions in a key-value cache, A audio clips in reading order over the batch, T
+encoder frames, U speech tokens of a clip, H encoder width, D LLM width, V vocabulary.
 """
 
+import copy
 import os
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -15,18 +17,21 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, GenerationMixin, PreTrainedModel
-from transformers.generation.streamers import BaseStreamer
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
 from .adapters import CFormer, Subsampler
+from .backbones import load_audio_tower, load_language_model
 from .configuration_blsp_kd import BlspKdConfig
 from .distillation import linear_cross_entropy, linear_kl, postprocess_logits, predicts_next, quantity_loss
-from .plora import PartialLora
-from .speech_encoder import TrueLengthWhisperEncoder
-from .speech_prompt import SpeechPrompt, check_placeholders, find_placeholders, lay_out, merge_speech
+from .generation_blsp_kd import BlspKdGenerationMixin
+from .plora import ADAPTER_NAME, PartialLora
+from .speech_encoder import TrueLengthWhisperEncoder, build_speech_encoder, encode_speech, window_of
+from .speech_prompt import SpeechPrompt, check_placeholders, cut_out, find_placeholders, lay_out
+from .speech_windows import is_within, per_clip, regroup, split_into_windows
+from .thin_checkpoints import identify, is_thin, load_thin, trained_names
 
 ADAPTER_CLASSES = {"cformer": CFormer, "subsampler": Subsampler}
 # What each loss part is a mean over, in the order of `num_items_in_batch`.
@@ -89,20 +94,19 @@ def _frozen(module: nn.Module):
             child.training = training
 
 
-class _OriginalPromptStreamer(BaseStreamer):
-    """Shows a streamer the caller's prompt, with one placeholder per audio, instead of the expanded one."""
-
-    def __init__(self, streamer: BaseStreamer, input_ids: torch.LongTensor):
-        self.streamer = streamer
-        self.prompt = input_ids
-
-    def put(self, value):
-        if self.prompt is not None:
-            value, self.prompt = self.prompt, None
-        self.streamer.put(value.cpu())
-
-    def end(self):
-        self.streamer.end()
+def _for_language_model_only(quantization_config):
+    """Exempt all but the LLM from a quantisation, unless its user chose what to exempt."""
+    kept = ["audio_tower", "adapter", f"lora_A.{ADAPTER_NAME}", f"lora_B.{ADAPTER_NAME}", "lm_head", "embed_out"]
+    for option in ("llm_int8_skip_modules", "modules_to_not_convert"):
+        if hasattr(quantization_config, option):
+            if not getattr(quantization_config, option):
+                quantization_config = copy.copy(quantization_config)
+                setattr(quantization_config, option, kept)
+            return quantization_config
+    raise ValueError(
+        f"{type(quantization_config).__name__} cannot exempt parts of a model, and only the LLM should be quantised. "
+        "Quantise it in from_backbones(..., text_kwargs={'quantization_config': ...})."
+    )
 
 
 class BlspKdPreTrainedModel(PreTrainedModel):
@@ -122,7 +126,7 @@ class BlspKdPreTrainedModel(PreTrainedModel):
     accepts_loss_kwargs = False
 
 
-class BlspKdForCausalLM(BlspKdPreTrainedModel, GenerationMixin):
+class BlspKdForCausalLM(BlspKdPreTrainedModel, BlspKdGenerationMixin):
     """An LLM with ears.
 
     Args:
@@ -135,13 +139,15 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, GenerationMixin):
     def __init__(self, config: BlspKdConfig, audio_tower=None, language_model=None):
         super().__init__(config)
         speech_config, text_config = config.speech_config, config.text_config
-        self.audio_tower = audio_tower or TrueLengthWhisperEncoder._from_config(speech_config)
+        self.audio_tower = audio_tower or build_speech_encoder(speech_config)
+        if isinstance(self.audio_tower, TrueLengthWhisperEncoder):
+            self.audio_tower.pad_to_window = config.speech_padding == "max_length"
         self.language_model = language_model or AutoModelForCausalLM.from_config(text_config)
         options = dict(config.adapter)
         adapter_class = ADAPTER_CLASSES[options.pop("type")]
         if adapter_class is CFormer:
             options["attn_implementation"] = config._attn_implementation or "sdpa"
-        self.adapter = adapter_class(speech_config.d_model, text_config.get_text_config().hidden_size, **options)
+        self.adapter = adapter_class(speech_config.hidden_size, text_config.get_text_config().hidden_size, **options)
         self.plora = PartialLora(self.language_model, **config.plora) if config.plora else None
         self.post_init()
         self.freeze_backbones()
@@ -158,44 +164,34 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, GenerationMixin):
         dtype: torch.dtype | str = "auto",
         speech_kwargs: dict | None = None,
         text_kwargs: dict | None = None,
+        thin: bool = False,
         **config_options,
     ) -> "BlspKdForCausalLM":
         """Give an LLM ears: join two pretrained backbones with a new adapter.
 
         Args:
-            speech_model (`str` or `os.PathLike`): Hub id or folder of a Whisper model (or of its encoder alone).
+            speech_model (`str` or `os.PathLike`): Hub id or folder of a speech model of one of the types
+                `SPEECH_ENCODERS`, or of its encoder alone.
             text_model (`str` or `os.PathLike`): Hub id or folder of a causal LLM.
             audio_token_id (`int`): `processor.audio_token_id` of [`BlspKdProcessor.from_backbones`].
             dtype (`torch.dtype` or `str`): of the frozen weights; `"auto"`: the dtype that the LLM is stored in. What
                 will be trained is float32, as optimisers want it.
             speech_kwargs, text_kwargs (`dict`, *optional*): for the two `from_pretrained` calls.
-            config_options: fields of [`BlspKdConfig`]: `adapter`, `plora`, `distillation`, `freeze_speech_encoder`.
+            thin (`bool`): save only what was trained; checkpoints name both backbones and fetch them when loaded.
+            config_options: fields of [`BlspKdConfig`]: `adapter`, `plora`, `distillation`, `freeze_speech_encoder`,
+                `speech_padding`.
 
         Returns:
             [`BlspKdForCausalLM`] with the LLM's generation config.
         """
         speech_kwargs, text_kwargs = dict(speech_kwargs or {}), dict(text_kwargs or {})
-        speech_config = speech_kwargs.pop("config", None) or AutoConfig.from_pretrained(speech_model, **speech_kwargs)
-        if speech_config.model_type != "whisper":
-            raise ValueError(
-                f"The speech model must be of type 'whisper', but {speech_model} is {speech_config.model_type!r}."
-            )
-        language_model = AutoModelForCausalLM.from_pretrained(text_model, dtype=dtype, **text_kwargs)
-        dtype = language_model.dtype
-        audio_tower, loading = TrueLengthWhisperEncoder.from_pretrained(
-            speech_model,
-            config=speech_config,
-            dtype=dtype,
-            output_loading_info=True,
-            # A whole Whisper names its encoder's weights model.encoder.*, an encoder saved alone names them bare.
-            key_mapping={r"^model\.encoder\.": "", r"^encoder\.": ""},
-            **speech_kwargs,
-        )
-        if loading["missing_keys"]:
-            raise ValueError(
-                f"{speech_model} is no Whisper encoder that fits its own config: the weights "
-                f"{sorted(loading['missing_keys'])[:5]} are missing."
-            )
+        language_model = load_language_model(text_model, dtype, **text_kwargs)
+        audio_tower = load_audio_tower(speech_model, dtype=language_model.dtype, **speech_kwargs)
+        if thin:
+            config_options["backbones"] = {
+                "audio_tower": identify(speech_model, getattr(audio_tower.config, "_commit_hash", None)),
+                "language_model": identify(text_model, getattr(language_model.config, "_commit_hash", None)),
+            }
         speech_config, text_config = audio_tower.config.to_dict(), language_model.config.to_dict()
         for backbone_config in (speech_config, text_config):
             # The id of a Hub model is worth keeping; a folder of this machine has no place in a published config.
@@ -216,11 +212,50 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, GenerationMixin):
         return model.eval()
 
     @classmethod
-    def from_pretrained(cls, *args, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """Load a checkpoint, full or thin; see `PreTrainedModel.from_pretrained` for all arguments.
+
+        Quantisation is for the LLM: speech encoder, adapter and partial LoRA keep their precision.
+        """
+        if is_thin(cls.config_class, pretrained_model_name_or_path, **kwargs):
+            return load_thin(cls, pretrained_model_name_or_path, *args, **kwargs)
+        if kwargs.get("quantization_config") is not None:
+            kwargs["quantization_config"] = _for_language_model_only(kwargs["quantization_config"])
+        result = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         # transformers makes every loaded parameter trainable, so freezing has to be repeated.
-        result = super().from_pretrained(*args, **kwargs)
         (result[0] if isinstance(result, tuple) else result).freeze_backbones()
         return result
+
+    def save_pretrained(self, save_directory, *args, full: bool = False, **kwargs):
+        """Save a checkpoint; see `PreTrainedModel.save_pretrained` for the other arguments.
+
+        Args:
+            full (`bool`): save the backbones too, though the model was built with `thin=True`.
+
+        Raises:
+            ValueError: the backbones cannot be saved, because only the LLM was quantised.
+        """
+        backbones = self.config.backbones
+        only_llm_quantised = hasattr(self.language_model, "hf_quantizer") and not hasattr(self, "hf_quantizer")
+        if only_llm_quantised and (full or backbones is None):
+            raise ValueError(
+                "The LLM alone was quantised when this model was built, so a full checkpoint of it could not be loaded "
+                "again. Build it with from_backbones(..., thin=True), or save a model of the original LLM and quantise "
+                "that when loading."
+            )
+        if full:
+            self.config.backbones = None
+        try:
+            self._skip_backbones_on_save()
+            super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            self.config.backbones = backbones
+            self._skip_backbones_on_save()
+
+    def _skip_backbones_on_save(self):
+        is_full = self.config.backbones is None
+        # The Trainer reads it too: keys that it must not miss when it resumes.
+        self._keys_to_ignore_on_save = set() if is_full else set(self.state_dict()) - trained_names(self)
 
     def initialize_weights(self):
         super().initialize_weights()
@@ -232,11 +267,13 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, GenerationMixin):
         """Freeze the LLM (never its partial LoRA) and, if the config says so, the speech encoder."""
         self.language_model.requires_grad_(False)
         self.audio_tower.requires_grad_(not self.config.freeze_speech_encoder)
-        # A table of sinusoids, never trained.
-        self.audio_tower.embed_positions.requires_grad_(False)
+        if isinstance(self.audio_tower, TrueLengthWhisperEncoder):
+            # A table of sinusoids, never trained.
+            self.audio_tower.embed_positions.requires_grad_(False)
         if self.plora is not None:
             for parameter in self.plora.parameters:
                 parameter.requires_grad_(True)
+        self._skip_backbones_on_save()
 
     def merge_and_unload(self, *args, **kwargs):
         """Always raises: partial LoRA applies at speech positions only."""
@@ -248,6 +285,10 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, GenerationMixin):
         if self.plora is not None:
             gradient_checkpointing_func = self.plora.checkpoint(gradient_checkpointing_func)
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
+
+    def set_attn_implementation(self, *args, **kwargs):
+        super().set_attn_implementation(*args, **kwargs)
+        self.adapter.set_attn_implementation(self.config._attn_implementation)
 
     def get_input_embeddings(self):
         return self.language_model.get_input_embeddings()
@@ -270,20 +311,34 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, GenerationMixin):
         """Hear audio clips: encoder frames, and the speech tokens that the LLM reads.
 
         Args:
-            input_features (`torch.FloatTensor` of shape (A, num_mel_bins, num_mel_frames)): log-mel features.
-            input_features_mask (`torch.Tensor` of shape (A, num_mel_frames), *optional*): 1 at frames of the clip.
+            input_features (`torch.FloatTensor` of shape (A, ...)): what the encoder's feature extractor makes: log-mel
+                (A, num_mel_bins, length) for Whisper, waveforms (A, length), or filter bank frames (A, length, bins).
+                Longer than 30 s: encoded in windows, see `speech_windows.py`.
+            input_features_mask (`torch.Tensor` of shape (A, length), *optional*): 1 at what belongs to the clip.
             num_speech_tokens (`torch.LongTensor` of shape (A,), *optional*):
                 tokens that CIF must fire; omitted, they are predicted. CFormer only.
         """
-        with _frozen(self.audio_tower) if self.config.freeze_speech_encoder else nullcontext():
-            encoded = self.audio_tower(input_features, input_features_mask)
-        frames = encoded.last_hidden_state.to(next(self.adapter.parameters()).dtype)
-        adapted = self.adapter(frames, encoded.frame_mask, num_speech_tokens)
+        window, time_axis = window_of(self.config.speech_config)
+        if input_features_mask is None:
+            input_features_mask = input_features.new_ones(len(input_features), input_features.shape[time_axis])
+        windows, window_mask, windows_per_clip = split_into_windows(
+            input_features, input_features_mask, window, time_axis
+        )
+        is_trained = any(parameter.requires_grad for parameter in self.audio_tower.parameters())
+        with nullcontext() if is_trained else _frozen(self.audio_tower):
+            encoded = encode_speech(self.audio_tower, windows, window_mask)
+        frames, frame_mask = encoded.last_hidden_state, encoded.frame_mask
+        adapter_dtype = next(self.adapter.parameters()).dtype
+        adapted = self.adapter(frames.to(adapter_dtype), frame_mask, num_speech_tokens, windows_per_clip)
+        if windows_per_clip is not None:
+            frames_per_clip = per_clip(frame_mask.sum(1), windows_per_clip)
+            frames = regroup(frames, frame_mask, frames_per_clip)
+            frame_mask = is_within(frames_per_clip, frames.shape[1])
         return BlspKdAudioOutput(
-            last_hidden_state=encoded.last_hidden_state,
+            last_hidden_state=frames,
             pooler_output=adapted.speech_embeds,
             num_speech_tokens=adapted.num_speech_tokens,
-            frame_mask=encoded.frame_mask,
+            frame_mask=frame_mask,
             alphas=adapted.alphas,
             alpha_sum=adapted.alpha_sum,
             firing_places=adapted.firing_places,
@@ -292,7 +347,11 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, GenerationMixin):
     def _hear_prompt(
         self, input_ids, attention_mask, labels, input_features, input_features_mask, num_speech_tokens
     ) -> tuple[SpeechPrompt, BlspKdAudioOutput]:
-        """Hear the clips of a batch of prompts and give each its positions."""
+        """Hear the clips of a batch of prompts and give each its positions.
+
+        Args:
+            attention_mask (B, L), or (B, P + L) when the prompts follow P positions in a key-value cache.
+        """
         audio_token_id = self.config.audio_token_id
         is_placeholder = find_placeholders(input_ids, attention_mask, audio_token_id)
         is_repeated = check_placeholders(is_placeholder, audio_token_id, len(input_features), num_speech_tokens)
@@ -308,6 +367,30 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, GenerationMixin):
             self._harmless_token_id(),
         )
         return prompt, audio
+
+    def _check_context(self, prompt: SpeechPrompt, num_new_tokens: int = 0):
+        capacity = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        num_positions = prompt.attention_mask.shape[1]
+        if capacity is not None and num_positions + num_new_tokens > capacity:
+            raise ValueError(
+                f"The prompt takes {num_positions} positions ({int(prompt.is_speech.sum(1).max())} of them speech), "
+                f"but the LLM's context holds {capacity}, the answer included. Shorten the audio or the text."
+            )
+
+    def _mask_after_cache(self, input_ids, attention_mask, num_past: int):
+        """The attention mask of P cached and L new positions, (B, P + L)."""
+        if num_past == 0:
+            return attention_mask
+        if attention_mask is None and len(input_ids) == 1:
+            return input_ids.new_ones(1, num_past + input_ids.shape[1])
+        expected = (len(input_ids), num_past + input_ids.shape[1])
+        if attention_mask is None or tuple(attention_mask.shape) != expected:
+            raise ValueError(
+                f"New audio after a key-value cache needs the attention_mask of all {num_past} cached and "
+                f"{input_ids.shape[1]} new positions, of shape {expected}, but got "
+                f"{None if attention_mask is None else tuple(attention_mask.shape)}."
+            )
+        return attention_mask
 
     def _check_text_only(self, input_ids, attention_mask):
         if attention_mask is not None and attention_mask.shape != input_ids.shape:
@@ -334,7 +417,7 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, GenerationMixin):
     def _embed(self, input_ids, is_speech, speech_embeds):
         """Embed tokens, with speech vectors at speech positions: (B, L) -> (B, L, D)."""
         text_embeds = self.get_input_embeddings()(input_ids.masked_fill(is_speech, self._harmless_token_id()))
-        return merge_speech(text_embeds, is_speech, speech_embeds)
+        return torch.where(is_speech[..., None], speech_embeds.to(text_embeds.dtype), text_embeds)
 
     def _partial_lora_at(self, is_speech):
         return nullcontext() if self.plora is None or is_speech is None else self.plora.at(is_speech)
@@ -369,13 +452,15 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, GenerationMixin):
             input_ids (`torch.LongTensor` of shape (B, L)):
                 prompts with one placeholder per audio. The model repeats the placeholder once per speech token, so
                 logits and attention refer to the longer, expanded prompt.
-            attention_mask (`torch.Tensor` of shape (B, L), *optional*): 1 at tokens, 0 at padding on either side.
+            attention_mask (`torch.Tensor` of shape (B, L), *optional*): 1 at tokens, 0 at padding on either side. After
+                a key-value cache (B, P + L), as in all causal LMs.
             input_features, input_features_mask: the audio clips, see [`~BlspKdForCausalLM.get_audio_features`].
             num_speech_tokens (`torch.LongTensor` of shape (A,), *optional*):
                 token counts that CIF must fire (the transcripts' own, in training). With them, the prompt may also
                 come with the placeholders already repeated.
-            speech_embeds (`torch.FloatTensor` of shape (B, S, D)), is_speech (`torch.BoolTensor` of shape (B, L)):
-                instead of `input_features`: speech tokens and their positions in an expanded prompt (`generate`).
+            speech_embeds (`torch.FloatTensor` of shape (B, P + L, D)):
+                instead of `input_features`: speech tokens at their positions in an expanded prompt (`generate`).
+            is_speech (`torch.BoolTensor` of shape (B, P + L)): these positions.
             labels (`torch.LongTensor` of shape (B, L), *optional*): response tokens, -100 elsewhere.
             teacher_input_ids, teacher_attention_mask (B, L'), *optional*:
                 the same dialogues with the transcript in place of the placeholder. Given: a distillation step.
@@ -390,7 +475,7 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, GenerationMixin):
         """
         if teacher_input_ids is not None and not self.adapter.one_to_one:
             num_speech_tokens = None  # the transcripts' lengths do not bind an adapter of a fixed rate
-        has_past = past_key_values is not None and past_key_values.get_seq_length() > 0
+        num_past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
         audio = None
         if input_features is not None:
             if input_ids is None or speech_embeds is not None or position_ids is not None:
@@ -398,19 +483,19 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, GenerationMixin):
                     "input_features go with input_ids alone: the model expands the prompt and makes its own "
                     "inputs_embeds, speech_embeds and position_ids."
                 )
-            if has_past:
-                raise ValueError("Audio after a key-value cache is not supported: pass the whole conversation again.")
+            attention_mask = self._mask_after_cache(input_ids, attention_mask, num_past)
             prompt, audio = self._hear_prompt(
                 input_ids, attention_mask, labels, input_features, input_features_mask, num_speech_tokens
             )
+            self._check_context(prompt)
             input_ids, attention_mask, position_ids = prompt.input_ids, prompt.attention_mask, prompt.position_ids
             labels, is_speech, speech_embeds = prompt.labels, prompt.is_speech, prompt.speech_embeds
+        elif speech_embeds is not None:
+            is_speech, speech_embeds = cut_out(is_speech, speech_embeds, num_past, input_ids.shape[1])
         if speech_embeds is not None:
-            # Without a cache, generated text grows past the mask of the prompt.
-            is_speech = nn.functional.pad(is_speech, (0, input_ids.shape[1] - is_speech.shape[1]), value=False)
             inputs_embeds = self._embed(input_ids, is_speech, speech_embeds)
             input_ids = None
-        elif input_ids is not None and not has_past and not torch.compiler.is_compiling():
+        elif input_ids is not None and num_past == 0 and not torch.compiler.is_compiling():
             self._check_text_only(input_ids, attention_mask)
 
         if teacher_input_ids is not None:
@@ -522,6 +607,8 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, GenerationMixin):
     def _output_head(self) -> tuple[torch.Tensor, dict]:
         """The LLM's output head as the losses take it. Read anew in each forward: sharding swaps the weight."""
         head = self.language_model.get_output_embeddings()
+        if head.weight.is_meta:
+            raise ValueError("The LLM's output head is offloaded, so the losses cannot read it. Keep it on a device.")
         text_config = self.config.get_text_config()
         scale = getattr(text_config, "logit_scale", None) or 1.0  # Cohere
         scale /= getattr(text_config, "logits_scaling", None) or 1.0  # Granite
@@ -552,80 +639,6 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, GenerationMixin):
                 f"know (largest difference {float(difference):.3g}); distilling it would be wrong. Known are a scale "
                 "(logit_scale, logits_scaling) and soft-capping (final_logit_softcapping)."
             )
-
-    # -- generation ---------------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def generate(self, inputs=None, generation_config=None, *args, input_features=None, streamer=None, **kwargs):
-        """Generate after prompts of text and audio; see `GenerationMixin.generate` for all other arguments.
-
-        The result begins with the prompts exactly as they were given (one placeholder per audio), so
-        `output[:, inputs["input_ids"].shape[1]:]` are the new tokens. `max_length` counts LLM positions, speech
-        tokens included; `max_new_tokens` is unaffected. Without audio this is the LLM's own `generate`.
-
-        Args:
-            input_ids, attention_mask (B, L): prompts, left-padded; from the processor.
-            input_features, input_features_mask, *optional*: their audio clips; from the processor.
-            streamer ([`~transformers.generation.BaseStreamer`], *optional*): receives text tokens as they come.
-
-        Raises:
-            ValueError: placeholders and audios do not fit together, or the prompts do not fit the LLM's context.
-        """
-        input_ids = kwargs.pop("input_ids", inputs)
-        input_features_mask = kwargs.pop("input_features_mask", None)
-        if input_ids is not None and input_ids.dtype.is_floating_point:
-            raise ValueError("generate takes prompts as input_ids, got floats. Pass audio as input_features.")
-        if input_ids is not None:
-            kwargs["input_ids"] = input_ids
-        if input_features is None:
-            if input_ids is not None:
-                self._check_text_only(input_ids, kwargs.get("attention_mask"))
-            return super().generate(None, generation_config, *args, streamer=streamer, **kwargs)
-
-        if input_ids is None:
-            raise ValueError(
-                "Audio needs a prompt: pass input_ids with one placeholder per audio (the processor does)."
-            )
-        prompt, _ = self._hear_prompt(
-            input_ids, kwargs.pop("attention_mask", None), None, input_features, input_features_mask, None
-        )
-        self._check_context(prompt)
-        if kwargs.get("past_key_values") is not None:
-            raise ValueError("Audio after a key-value cache is not supported: pass the whole conversation again.")
-        kwargs |= {
-            "input_ids": prompt.input_ids.masked_fill(prompt.is_speech, self._unspoken_token_id()),
-            "attention_mask": prompt.attention_mask,
-            "is_speech": prompt.is_speech,
-            "speech_embeds": prompt.speech_embeds,
-        }
-        if streamer is not None:
-            streamer = _OriginalPromptStreamer(streamer, input_ids)
-        output = super().generate(None, generation_config, *args, streamer=streamer, **kwargs)
-
-        sequences = output if isinstance(output, torch.Tensor) else output.sequences
-        originals = input_ids.repeat_interleave(len(sequences) // len(input_ids), dim=0)
-        sequences = torch.cat([originals, sequences[:, prompt.input_ids.shape[1] :]], dim=1)
-        if isinstance(output, torch.Tensor):
-            return sequences
-        output.sequences = sequences
-        return output
-
-    def _check_context(self, prompt: SpeechPrompt):
-        capacity = getattr(self.config.get_text_config(), "max_position_embeddings", None)
-        if capacity is not None and prompt.input_ids.shape[1] >= capacity:
-            raise ValueError(
-                f"The prompt takes {prompt.input_ids.shape[1]} positions ({int(prompt.is_speech.sum(1).max())} of them "
-                f"speech), but the LLM's context holds {capacity}, the answer included. Shorten the audio or the text."
-            )
-
-    def prepare_inputs_for_generation(
-        self, *args, is_first_iteration=False, speech_embeds=None, is_speech=None, **kwargs
-    ):
-        inputs = super().prepare_inputs_for_generation(*args, is_first_iteration=is_first_iteration, **kwargs)
-        # Speech is part of the prompt: with a cache, later steps are plain text.
-        if is_first_iteration or not kwargs.get("use_cache", True):
-            inputs |= {"speech_embeds": speech_embeds, "is_speech": is_speech}
-        return inputs
 
 
 BlspKdForCausalLM.register_for_auto_class("AutoModelForCausalLM")

@@ -1,20 +1,25 @@
 """Partial LoRA (PLoRA): LoRA on the LLM's linear layers, added at speech positions only.
 
-Follows arXiv 2405.19041 (partial LoRA after arXiv 2401.16420) on stock PEFT layers, so that quantised layers and PEFT's
-own file format keep working. Leaves out: merging (the update depends on the position), DoRA and LoRA biases (both
-would reach text positions), and expert layers of mixtures, which see regrouped tokens.
+Follows arXiv 2405.19041 (partial LoRA after arXiv 2401.16420) on stock PEFT layers, so that quantised layers, PEFT's
+own file format and a user's own LoRA beside it keep working. Leaves out: merging (the update depends on the position),
+DoRA and LoRA biases (both would reach text positions), and expert layers of mixtures, which see regrouped tokens.
 """
 
+import copy
 import math
+import os
 from contextlib import contextmanager
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, load_peft_weights
+from safetensors.torch import save_file
 from torch import nn
 from transformers import initialization as init
 
-ADAPTER_NAME = "default"
+# PEFT's name of these weights. Not its "default", which a LoRA of the user's own takes.
+ADAPTER_NAME = "plora"
 
 
 def _refuse_merge(*args, **kwargs):
@@ -27,7 +32,8 @@ def _refuse_merge(*args, **kwargs):
 class PartialLora:
     """Injects LoRA layers into a language model and switches them on for the speech positions of one call.
 
-    Outside [`~PartialLora.at`] the layers are off, and the model is the original LLM bit for bit.
+    Outside [`~PartialLora.at`] the layers are off, and the model is the original LLM bit for bit. Other LoRA adapters
+    on the same layers go on as PEFT switches them.
 
     Args:
         language_model (`nn.Module`): changed in place, its linear layers become `peft` LoRA layers.
@@ -46,13 +52,17 @@ class PartialLora:
             r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, target_modules=target_modules, bias="none"
         )
         inject_adapter_in_model(lora_config, language_model, adapter_name=ADAPTER_NAME)
-        self.layers = [module for module in language_model.modules() if isinstance(module, LoraLayer)]
+        self.lora_config = language_model.peft_config[ADAPTER_NAME]  # with the names that "all-linear" stands for
+        named_layers = [item for item in language_model.named_modules() if isinstance(item[1], LoraLayer)]
+        self.layer_names = [name for name, _ in named_layers]
+        self.layers = [layer for _, layer in named_layers]
         self.is_speech: torch.BoolTensor | None = None
+        self._states_outside: list[tuple[bool, list[str]]] = []
         for layer in self.layers:
             # A bound method, not a closure: copy.deepcopy then rebinds it to the copy of this object.
             layer.lora_A[ADAPTER_NAME].register_forward_hook(self._drop_text_positions)
             layer.merge = _refuse_merge
-            layer._disable_adapters = True
+            layer._active_adapter = []
 
     def initialize(self):
         """Initialise as PEFT does: random A, zero B, so that the untrained update is nothing.
@@ -64,13 +74,59 @@ class PartialLora:
             init.zeros_(layer.lora_B[ADAPTER_NAME].weight)
 
     @property
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """The trainable matrices A and B of every layer, by their names in a PEFT adapter file."""
+        return {
+            f"base_model.model.{name}.{kind}.weight": getattr(layer, kind)[ADAPTER_NAME].weight
+            for name, layer in zip(self.layer_names, self.layers)
+            for kind in ("lora_A", "lora_B")
+        }
+
+    @property
     def parameters(self) -> list[nn.Parameter]:
-        """The trainable matrices A and B of every layer."""
-        return [
-            matrix.weight
-            for layer in self.layers
-            for matrix in (layer.lora_A[ADAPTER_NAME], layer.lora_B[ADAPTER_NAME])
-        ]
+        return list(self.named_parameters.values())
+
+    def save_pretrained(self, folder: str | os.PathLike, base_model_name_or_path: str | None = None):
+        """Write a standard PEFT adapter folder.
+
+        [`~PartialLora.load_pretrained`] reads it back. PEFT itself loads it onto the bare LLM too, as an ordinary
+        LoRA, which adds the update at every position.
+
+        Args:
+            folder (`str` or `os.PathLike`): made if missing.
+            base_model_name_or_path (`str`, *optional*): the LLM that the adapter belongs to, for its config.
+        """
+        lora_config = copy.copy(self.lora_config)
+        lora_config.base_model_name_or_path, lora_config.task_type = base_model_name_or_path, "CAUSAL_LM"
+        lora_config.inference_mode = True
+        lora_config.save_pretrained(folder)
+        weights = {name: parameter.detach().contiguous() for name, parameter in self.named_parameters.items()}
+        save_file(weights, os.path.join(folder, SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})
+
+    @torch.no_grad()
+    def load_pretrained(self, folder: str | os.PathLike):
+        """Take over the weights of a PEFT adapter folder, or of a Hub repository of one.
+
+        Raises:
+            ValueError: it is not a LoRA of the same rank, scale and layers.
+        """
+        lora_config = LoraConfig.from_pretrained(folder)
+        weights = load_peft_weights(folder, device="cpu")
+        parameters = self.named_parameters
+        for name, expected, got in [
+            ("rank", self.lora_config.r, lora_config.r),
+            ("lora_alpha", self.lora_config.lora_alpha, lora_config.lora_alpha),
+            ("weights", sorted(parameters), sorted(weights)),
+        ]:
+            if got != expected:
+                if name == "weights":
+                    expected, got = sorted(set(expected) - set(got))[:3], sorted(set(got) - set(expected))[:3]
+                raise ValueError(
+                    f"{folder} does not fit this model's partial LoRA: its {name} should be {expected}, but is {got}. "
+                    "Build the model with the same `plora` options."
+                )
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])
 
     @contextmanager
     def at(self, is_speech: torch.BoolTensor | None):
@@ -100,10 +156,18 @@ class PartialLora:
         return checkpoint_with_mask
 
     def _switch(self, is_speech):
-        self.is_speech = is_speech
+        was_on, self.is_speech = self.is_speech is not None, is_speech
+        if was_on == (is_speech is not None):
+            return
+        # Not PEFT's own switches, which also change requires_grad.
+        if was_on:
+            for layer, (disabled, active) in zip(self.layers, self._states_outside):
+                layer._disable_adapters, layer._active_adapter = disabled, active
+            return
+        self._states_outside = [(layer._disable_adapters, layer._active_adapter) for layer in self.layers]
         for layer in self.layers:
-            # Not `enable_adapters`, which also changes requires_grad.
-            layer._disable_adapters = is_speech is None
+            others = [] if layer._disable_adapters else layer.active_adapters
+            layer._disable_adapters, layer._active_adapter = False, [ADAPTER_NAME, *others]
 
     def _drop_text_positions(self, lora_a: nn.Module, inputs, low_rank: torch.Tensor) -> torch.Tensor:
         if low_rank.shape[:2] != self.is_speech.shape:

@@ -1,25 +1,39 @@
-"""Whisper's speech encoder on the true length of each clip, instead of on 30 padded seconds.
+"""Speech encoders: features of clips (log-mel or waveform) to frames, blind to padding.
 
-Same weights and layers as `transformers.models.whisper.modeling_whisper.WhisperEncoder`; only the length rule differs.
-Leaves out: other encoder families, and audio longer than the encoder's position table (an error).
+Whisper runs on the true length of each clip, or on 30 padded seconds as it was pretrained; other encoders are used as
+transformers has them. Leaves out: making features (the processor), choosing the encoder (`configuration_blsp_kd.py`)
+and cutting long clips (`speech_windows.py`).
+
+Shapes: N clips or windows of clips, T frames, H encoder width.
 """
 
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.whisper.modeling_whisper import WhisperEncoder, WhisperModel, sinusoids
+
+# What 30 s of 16 kHz audio are along axis 1, the time axis, of the features.
+WINDOW_LENGTHS = {
+    "wav2vec2": 480_000,  # waveforms (N, samples)
+    "hubert": 480_000,
+    "wavlm": 480_000,
+    "wav2vec2-bert": 1499,  # pairs of filter bank frames (N, length, 160)
+    "parakeet_encoder": 3000,  # log-mel frames (N, length, num_mel_bins)
+}
 
 
 @dataclass
 class SpeechEncoderOutput(BaseModelOutput):
     """
     Args:
-        last_hidden_state (`torch.FloatTensor` of shape (A, T, H)): A clips, T encoder frames, H encoder width.
-        frame_mask (`torch.BoolTensor` of shape (A, T)): True at frames that belong to the clip.
+        last_hidden_state (`torch.FloatTensor` of shape (N, T, H)): encoder frames.
+        frame_mask (`torch.BoolTensor` of shape (N, T)): True at frames that belong to the clip.
     """
 
     frame_mask: torch.BoolTensor | None = None
@@ -30,7 +44,12 @@ class TrueLengthWhisperEncoder(WhisperEncoder):
 
     Padding never reaches a valid frame: it is zero at the input of both convolutions (as the edge of a lone clip
     is) and masked in attention, so a clip gives the same frames alone and in any batch.
+
+    With `pad_to_window` every clip is followed by digital silence up to the full window instead, which the encoder
+    hears, as in Whisper's pretraining. The result is cut and masked to the clip all the same.
     """
+
+    pad_to_window = False
 
     def _init_weights(self, module):
         super()._init_weights(module)
@@ -42,8 +61,8 @@ class TrueLengthWhisperEncoder(WhisperEncoder):
         """Encode log-mel features.
 
         Args:
-            input_features (`torch.FloatTensor` of shape (A, num_mel_bins, num_mel_frames)).
-            input_features_mask (`torch.Tensor` of shape (A, num_mel_frames), *optional*):
+            input_features (`torch.FloatTensor` of shape (N, num_mel_bins, num_mel_frames)).
+            input_features_mask (`torch.Tensor` of shape (N, num_mel_frames), *optional*):
                 True (or 1) at mel frames that belong to the clip. Omitted: all of them.
 
         Returns:
@@ -57,7 +76,7 @@ class TrueLengthWhisperEncoder(WhisperEncoder):
         if num_mel_frames > max_mel_frames:
             raise ValueError(
                 f"The speech encoder takes at most {max_mel_frames} mel frames, but got {num_mel_frames}. "
-                "Split the audio into shorter clips."
+                "Split the audio into windows."
             )
         if input_features_mask is None:
             input_features_mask = input_features.new_ones(input_features.shape[0], num_mel_frames)
@@ -67,15 +86,79 @@ class TrueLengthWhisperEncoder(WhisperEncoder):
         if self.training and self.config.apply_spec_augment:
             # Whisper's own SpecAugment, which only its full model applies. It writes in place.
             input_features = WhisperModel._mask_input_features(self, input_features.clone(), mel_mask.long())
+        if self.pad_to_window:
+            input_features, mel_mask = _follow_by_silence(input_features, mel_mask, max_mel_frames)
         hidden_states = (input_features * mel_mask[:, None]).to(self.conv1.weight.dtype)
         hidden_states = nn.functional.gelu(self.conv1(hidden_states)) * mel_mask[:, None]
         hidden_states = nn.functional.gelu(self.conv2(hidden_states)).transpose(1, 2)
         hidden_states = hidden_states + self.embed_positions.weight[: hidden_states.shape[1]]
         hidden_states = nn.functional.dropout(hidden_states, p=self.dropout, training=self.training)
 
-        attention_mask = create_bidirectional_mask(self.config, hidden_states, frame_mask)
+        attention_mask = create_bidirectional_mask(self.config, hidden_states, mel_mask[:, ::2])
         for layer in self.layers:
             if self.training and self.layerdrop > 0.0 and torch.rand([]) < self.layerdrop:
                 continue
             hidden_states = layer(hidden_states, attention_mask, **kwargs)
-        return SpeechEncoderOutput(last_hidden_state=self.layer_norm(hidden_states), frame_mask=frame_mask)
+        hidden_states = self.layer_norm(hidden_states)[:, : frame_mask.shape[1]]
+        return SpeechEncoderOutput(last_hidden_state=hidden_states, frame_mask=frame_mask)
+
+
+def _follow_by_silence(log_mel, mel_mask, num_mel_frames: int):
+    """Put the features of digital silence after each clip: (N, M, <= num_mel_frames) to (N, M, num_mel_frames).
+
+    Whisper's feature extractor clips log10 power at 1e-10 and at 8 below the clip's maximum, then takes (x + 4) / 4.
+    """
+    loudest = log_mel.masked_fill(~mel_mask[:, None], -torch.inf).amax((1, 2))
+    silence = (loudest - 2.0).clamp(min=-1.5)[:, None, None]
+    missing = num_mel_frames - log_mel.shape[-1]
+    log_mel, mel_mask = nn.functional.pad(log_mel, (0, missing)), nn.functional.pad(mel_mask, (0, missing))
+    return torch.where(mel_mask[:, None], log_mel, silence), torch.ones_like(mel_mask)
+
+
+def build_speech_encoder(config) -> PreTrainedModel:
+    """A speech encoder with random weights.
+
+    Args:
+        config (`PreTrainedConfig`): of model type "whisper" or one of `WINDOW_LENGTHS`.
+    """
+    if config.model_type == "whisper":
+        return TrueLengthWhisperEncoder._from_config(config)
+    return AutoModel.from_config(config)
+
+
+def window_of(config) -> tuple[int, int]:
+    """The longest input that an encoder takes at once (30 s), and the axis of the features that it is counted on."""
+    if config.model_type == "whisper":
+        return 2 * config.max_source_positions, 2  # log-mel (N, num_mel_bins, num_mel_frames)
+    return WINDOW_LENGTHS[config.model_type], 1
+
+
+def encode_speech(audio_tower: PreTrainedModel, input_features, input_features_mask) -> SpeechEncoderOutput:
+    """Run any supported encoder on clips or windows.
+
+    Args:
+        input_features (`torch.FloatTensor` of shape (N, ...)): what the encoder's feature extractor makes, zero-padded.
+        input_features_mask (`torch.Tensor` of shape (N, length)): 1 at what belongs to the clip, on the time axis.
+    """
+    if isinstance(audio_tower, TrueLengthWhisperEncoder):
+        return audio_tower(input_features, input_features_mask)
+    config, mask = audio_tower.config, input_features_mask.long()
+    is_valid = mask.bool().reshape(*mask.shape, *[1] * (input_features.ndim - 2))
+    input_features = input_features.masked_fill(~is_valid, 0.0).to(audio_tower.dtype)
+    if getattr(config, "feat_extract_norm", None) == "group" and not bool(mask.all()):
+        # Its first layer normalises over time, padding included: only equal lengths can share a batch.
+        alone = [
+            encode_speech(audio_tower, clip[None, : int(clip_mask.sum())], clip_mask[None, clip_mask.bool()])
+            for clip, clip_mask in zip(input_features, mask)
+        ]
+        return SpeechEncoderOutput(
+            last_hidden_state=pad_sequence([output.last_hidden_state[0] for output in alone], batch_first=True),
+            frame_mask=pad_sequence([output.frame_mask[0] for output in alone], batch_first=True),
+        )
+    encoded = audio_tower(input_features, attention_mask=mask)
+    frames = encoded.last_hidden_state
+    if config.model_type == "parakeet_encoder":
+        frame_mask = encoded.attention_mask
+    else:
+        frame_mask = audio_tower._get_feature_vector_attention_mask(frames.shape[1], mask)
+    return SpeechEncoderOutput(last_hidden_state=frames, frame_mask=frame_mask.bool())

@@ -3,13 +3,13 @@
 A prompt comes with one placeholder per audio. How many positions an audio takes is known only after the adapter has
 heard it, so the placeholder is repeated here. Leaves out: hearing (`adapters.py`) and reading (`modeling_blsp_kd.py`).
 
-Shapes: B prompts, L their length, A clips in reading order, U speech tokens of a clip, S of a prompt, D LLM width.
+Shapes: B prompts, L their length, A clips in reading order, U speech tokens of a clip, D LLM width.
 """
 
 from dataclasses import dataclass
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
+from torch import nn
 
 
 @dataclass
@@ -17,9 +17,10 @@ class SpeechPrompt:
     """A batch of prompts in which every audio has its positions.
 
     Args:
-        input_ids, attention_mask, labels: (B, L); labels may be None.
+        input_ids, labels: (B, L); labels may be None.
+        attention_mask (B, P + L): begins with that of P positions in a key-value cache, if there is one.
         is_speech (B, L): True at speech positions.
-        speech_embeds (B, S, D): the k-th speech position of a row takes the k-th vector.
+        speech_embeds (B, L, D): speech vectors at speech positions, zero elsewhere.
     """
 
     input_ids: torch.LongTensor
@@ -30,13 +31,15 @@ class SpeechPrompt:
 
     @property
     def position_ids(self):
-        return (self.attention_mask.cumsum(1) - 1).clamp(min=0)
+        return (self.attention_mask.cumsum(1) - 1).clamp(min=0)[:, -self.input_ids.shape[1] :]
 
 
 def find_placeholders(input_ids, attention_mask, audio_token_id: int) -> torch.BoolTensor:
     """True at audio placeholders that are not padding: (B, L)."""
     is_placeholder = input_ids == audio_token_id
-    return is_placeholder if attention_mask is None else is_placeholder & attention_mask.bool()
+    if attention_mask is None:
+        return is_placeholder
+    return is_placeholder & attention_mask[:, -input_ids.shape[1] :].bool()
 
 
 def check_placeholders(is_placeholder, audio_token_id: int, num_audios: int, num_speech_tokens=None) -> bool:
@@ -67,6 +70,7 @@ def lay_out(
     Prompts without padding count as left-padded, which is what generation needs.
 
     Args:
+        input_ids (B, L), attention_mask (B, P + L) or None.
         is_placeholder (B, L), is_repeated: of [`find_placeholders`] and [`check_placeholders`].
         speech_embeds (A, U, D), num_speech_tokens (A,): what the adapter made of the audios.
         pad_id: token id at padding.
@@ -76,6 +80,7 @@ def lay_out(
             raise ValueError("A batch of audio prompts needs its attention_mask; the processor returns it.")
         attention_mask = torch.ones_like(input_ids)
     num_rows, length = input_ids.shape
+    past_mask, attention_mask = attention_mask[:, :-length], attention_mask[:, -length:]
     repeats = attention_mask.long()
     if not is_repeated:
         repeats = repeats.masked_scatter(is_placeholder, num_speech_tokens.to(repeats))
@@ -96,17 +101,23 @@ def lay_out(
 
     is_speech = expand(is_placeholder, False)
     is_token = torch.arange(speech_embeds.shape[1], device=num_speech_tokens.device) < num_speech_tokens[:, None]
-    by_row = speech_embeds[is_token].split(is_speech.sum(1).tolist())
+    embeds = speech_embeds.new_zeros(*is_speech.shape, speech_embeds.shape[-1])
+    embeds[is_speech] = speech_embeds[is_token]
     return SpeechPrompt(
         input_ids=expand(input_ids, pad_id),
-        attention_mask=expand(attention_mask, 0),
+        attention_mask=torch.cat([past_mask, expand(attention_mask, 0)], dim=1),
         labels=None if labels is None else expand(labels.masked_fill(is_placeholder, -100), -100),
         is_speech=is_speech,
-        speech_embeds=pad_sequence(by_row, batch_first=True),
+        speech_embeds=embeds,
     )
 
 
-def merge_speech(text_embeds, is_speech, speech_embeds) -> torch.FloatTensor:
-    """Put the k-th speech vector of a row at its k-th speech position: (B, L, D) and (B, S, D) to (B, L, D)."""
-    place = (is_speech.cumsum(1) - 1).clamp(min=0)[..., None].expand(-1, -1, speech_embeds.shape[-1])
-    return torch.where(is_speech[..., None], speech_embeds.to(text_embeds.dtype).gather(1, place), text_embeds)
+def cut_out(is_speech, speech_embeds, start: int, length: int):
+    """What one call reads of a prompt: positions `start` to `start + length` of (B, L) and (B, L, D).
+
+    Positions past the prompt are generated text.
+    """
+    missing = max(0, start + length - is_speech.shape[1])
+    is_speech = nn.functional.pad(is_speech, (0, missing), value=False)
+    speech_embeds = nn.functional.pad(speech_embeds, (0, 0, 0, missing))
+    return is_speech[:, start : start + length], speech_embeds[:, start : start + length]

@@ -14,9 +14,12 @@ import soxr
 
 # Quieter than three steps of 16-bit audio: a muted microphone, not speech.
 SILENCE_PEAK = 1e-4
+MAX_DURATION_S = 600.0
 
 
-def load_audio(audio, sampling_rate: int, source_rate: int | None = None, max_duration_s: float = 30.0) -> np.ndarray:
+def load_audio(
+    audio, sampling_rate: int, source_rate: int | None = None, max_duration_s: float = MAX_DURATION_S
+) -> np.ndarray:
     """Load one clip.
 
     Args:
@@ -82,8 +85,8 @@ def load_audio(audio, sampling_rate: int, source_rate: int | None = None, max_du
 
 def _too_long(name, duration_s, max_duration_s) -> str:
     return (
-        f"{name} lasts {duration_s:.2f} s, but the speech encoder takes at most {max_duration_s:g} s. Split it into "
-        "shorter clips."
+        f"{name} lasts {duration_s:.2f} s, but a clip may last at most {max_duration_s:g} s. Split it into shorter "
+        "clips."
     )
 
 

@@ -7,6 +7,7 @@ audio for the student. Leaves out: where rows come from, and responses, which th
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
@@ -17,7 +18,7 @@ class BlspKdDataCollator:
 
     Each row is a mapping with
 
-    - `audio`: a clip as in [`load_audio`], or `input_features` (num_mel_bins, num_mel_frames) made ahead of time;
+    - `audio`: a clip as in [`load_audio`], or `input_features` of one clip made ahead of time;
     - `text`: what is said in it;
     - `response`: the LLM's answer to instruction and text;
     - `instruction` (optional): what to do with the content.
@@ -94,12 +95,8 @@ class BlspKdDataCollator:
 
     def _features(self, rows) -> dict[str, torch.Tensor]:
         if all("input_features" in row for row in rows):
-            mels = [torch.as_tensor(row["input_features"]).float().T for row in rows]
-            mask = pad_sequence([torch.ones(len(mel), dtype=torch.long) for mel in mels], batch_first=True)
-            return {
-                "input_features": pad_sequence(mels, batch_first=True).transpose(1, 2),
-                "input_features_mask": mask,
-            }
+            features = self.processor.pad_features([np.asarray(row["input_features"]) for row in rows])
+            return {name: torch.from_numpy(values) for name, values in features.items()}
         for index, row in enumerate(rows):
             if row.get("audio") is None:
                 raise ValueError(f"Row {index} of the batch has no 'audio' (its fields: {sorted(row)}).")

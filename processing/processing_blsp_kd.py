@@ -9,7 +9,7 @@ import numbers
 import os
 
 import numpy as np
-from transformers import AutoFeatureExtractor, AutoTokenizer
+from transformers import AutoFeatureExtractor, AutoTokenizer, WhisperFeatureExtractor
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import AudioKwargs, ProcessingKwargs, ProcessorMixin, TextKwargs, Unpack
 from transformers.utils import logging
@@ -19,6 +19,9 @@ from .audio_loading import load_audio
 logger = logging.get_logger(__name__)
 
 AUDIO_TOKEN = "<|audio|>"
+# Longer clips are encoded window by window; features are made so too, since feature extractors normalise over a clip.
+WINDOW_S = 30
+ANALYSIS_WINDOW_S = 0.025
 AUDIO_KEYS = ("audio", "path", "bytes", "url")
 
 # Put before an LLM's own chat template: turns each message's list of blocks into the string that the LLM's template
@@ -65,7 +68,7 @@ class BlspKdProcessor(ProcessorMixin):
     """Prepares prompts with audio.
 
     Args:
-        feature_extractor ([`WhisperFeatureExtractor`]).
+        feature_extractor ([`FeatureExtractionMixin`]): the speech encoder's.
         tokenizer ([`PreTrainedTokenizerBase`]): the LLM's, with `audio_token` among its special tokens.
         chat_template (`str`, *optional*): renders messages whose content is text, or a list of text and audio blocks.
         audio_token (`str`): the placeholder for one audio.
@@ -126,8 +129,8 @@ class BlspKdProcessor(ProcessorMixin):
                 unless told otherwise.
 
         Returns:
-            `BatchFeature`: `input_ids` and `attention_mask` (B, L); with audio also `input_features`
-            (A, num_mel_bins, num_mel_frames) and `input_features_mask` (A, num_mel_frames).
+            `BatchFeature`: `input_ids` and `attention_mask` (B, L); with audio also `input_features` and
+            `input_features_mask`, see [`~BlspKdProcessor.extract_features`].
 
         Raises:
             ValueError: placeholders and audios do not match, or a clip is unusable (see [`load_audio`]).
@@ -168,17 +171,18 @@ class BlspKdProcessor(ProcessorMixin):
         return BatchFeature(data, tensor_type=return_tensors)
 
     def extract_features(self, clips: list, sampling_rate: int | None = None) -> dict[str, np.ndarray]:
-        """Log-mel features of clips, each on its true length, then zero-padded to the longest.
+        """Features of clips, each on its true length, then zero-padded to the longest.
 
-        Each clip is taken alone, so its features do not depend on the batch.
+        Each clip is taken alone, so its features do not depend on the batch; each 30 s of a longer clip likewise.
 
         Args:
             clips (`list`): each as in [`load_audio`].
             sampling_rate (`int`, *optional*): of bare arrays, Hz.
 
         Returns:
-            `dict` of `input_features` (A, num_mel_bins, num_mel_frames) float32, and `input_features_mask`
-            (A, num_mel_frames) int64.
+            `dict` of `input_features` float32, and `input_features_mask` (A, length) int64. The features are what the
+            speech encoder takes: log-mel (A, num_mel_bins, length) for Whisper, waveforms (A, length), or filter bank
+            frames (A, length, bins).
         """
         rate = self.feature_extractor.sampling_rate
         if sampling_rate is None and any(not _knows_rate(clip) for clip in clips):
@@ -189,25 +193,51 @@ class BlspKdProcessor(ProcessorMixin):
         features = []
         for index, clip in enumerate(clips):
             try:
-                waveform = load_audio(clip, rate, sampling_rate, max_duration_s=self.feature_extractor.chunk_length)
+                waveform = load_audio(clip, rate, sampling_rate)
             except (FileNotFoundError, TypeError, ValueError) as error:
                 raise type(error)(f"Audio {index} of the batch: {error}") from error
-            if len(waveform) < self.feature_extractor.n_fft:
+            if len(waveform) < ANALYSIS_WINDOW_S * rate:
                 raise ValueError(
                     f"Audio {index} of the batch is too short: {len(waveform) / rate:.4f} s, expected at least one "
-                    f"analysis window of {self.feature_extractor.n_fft / rate:.3f} s."
+                    f"analysis window of {ANALYSIS_WINDOW_S:.3f} s."
                 )
-            mel = self.feature_extractor(
-                waveform, sampling_rate=rate, padding="do_not_pad", truncation=False, return_tensors="np"
+            features.append(self._features_of(waveform))
+        return self.pad_features(features)
+
+    def _features_of(self, waveform: np.ndarray) -> np.ndarray:
+        """One clip's features, without padding."""
+        rate = self.feature_extractor.sampling_rate
+        name = self.feature_extractor.model_input_names[0]
+        by_window = []
+        for window in np.split(waveform, range(WINDOW_S * rate, len(waveform), WINDOW_S * rate)):
+            # The rest of a long clip may be shorter than what a frame takes.
+            window = np.pad(window, (0, max(0, int(2 * ANALYSIS_WINDOW_S * rate) - len(window)) if by_window else 0))
+            made = self.feature_extractor(
+                window, sampling_rate=rate, padding="do_not_pad", truncation=False, return_tensors="np"
             )
-            features.append(mel["input_features"][0])
-        num_mel_frames = max(mel.shape[1] for mel in features)
-        padded = np.zeros((len(features), features[0].shape[0], num_mel_frames), dtype=np.float32)
-        mask = np.zeros((len(features), num_mel_frames), dtype=np.int64)
-        for index, mel in enumerate(features):
-            padded[index, :, : mel.shape[1]] = mel
-            mask[index, : mel.shape[1]] = 1
-        return {"input_features": padded, "input_features_mask": mask}
+            values = np.asarray(made[name])[0]
+            if "attention_mask" in made and self._time_axis == 0:
+                values = values[: int(np.asarray(made["attention_mask"])[0].sum())]
+            by_window.append(values)
+        return np.concatenate(by_window, axis=self._time_axis)
+
+    @property
+    def _time_axis(self) -> int:
+        """Of one clip's features: log-mel has time last, waveforms and filter bank frames have it first."""
+        return 1 if isinstance(self.feature_extractor, WhisperFeatureExtractor) else 0
+
+    def pad_features(self, features: list[np.ndarray]) -> dict[str, np.ndarray]:
+        """Zero-pad clips' features to the longest; returns as [`~BlspKdProcessor.extract_features`]."""
+        time_axis = self._time_axis
+        lengths = [clip.shape[time_axis] for clip in features]
+        mask = np.zeros((len(features), max(lengths)), dtype=np.int64)
+        padded = []
+        for index, (clip, length) in enumerate(zip(features, lengths)):
+            mask[index, :length] = 1
+            widths = [(0, 0)] * clip.ndim
+            widths[time_axis] = (0, max(lengths) - length)
+            padded.append(np.pad(clip, widths))
+        return {"input_features": np.stack(padded).astype(np.float32), "input_features_mask": mask}
 
     def _prepare_processor_kwargs(self, *args, **kwargs):
         # A template writes all special tokens itself, as in the tokenizer's own `apply_chat_template` and in training.

@@ -28,6 +28,23 @@ CHAT_TEMPLATE = (
 SMALL_CFORMER = {"type": "cformer", "num_pre_layers": 1, "num_post_layers": 1}
 
 
+def _runs_common_tests(config) -> bool:
+    return config.getoption("markexpr") == "hf_common"
+
+
+def pytest_configure(config):
+    if _runs_common_tests(config):
+        config.pluginmanager.import_plugin("hf_common.plugin")
+
+
+def pytest_ignore_collect(collection_path, config):
+    # transformers' own tests need a download, so they are not even imported unless they are asked for.
+    is_common = collection_path.name == "hf_common" or collection_path.parent.name == "hf_common"
+    if collection_path.suffix in ("", ".py") and is_common != _runs_common_tests(config):
+        return collection_path.is_file() or is_common
+    return None
+
+
 def text_config(family="llama", **overrides):
     options = {
         "vocab_size": VOCAB_SIZE,

@@ -56,7 +56,7 @@ def test_equals_lora_written_by_hand(family):
     by_hand = base_llm(model)
     for name, layer in model.language_model.named_modules():
         if hasattr(layer, "lora_A"):
-            low, high = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            low, high = layer.lora_A["plora"].weight, layer.lora_B["plora"].weight
 
             def add(module, inputs, output, low=low, high=high):
                 return output + is_speech[..., None] * (inputs[0] @ low.T @ high.T) * (7 / 3)
@@ -82,8 +82,8 @@ def test_untrained_update_is_zero():
     """LoRA injected before `post_init` lost its zero B: the LLM's own initialisation filled it with noise."""
     model = BlspKdForCausalLM(make_config(plora=True)).eval()
     for layer in model.plora.layers:
-        assert (layer.lora_B["default"].weight == 0).all()
-        assert (layer.lora_A["default"].weight != 0).any()
+        assert (layer.lora_B["plora"].weight == 0).all()
+        assert (layer.lora_A["plora"].weight != 0).any()
     embeds, is_speech = prompt(model)
     assert torch.equal(logits_at(model, embeds, is_speech), model.language_model(inputs_embeds=embeds).logits)
 
@@ -96,8 +96,8 @@ def test_update_stays_zero_when_a_checkpoint_lacks_it(tmp_path):
         config=make_config(plora=True),
         key_mapping={r"(language_model\..*_proj)\.weight": r"\1.base_layer.weight"},
     )
-    assert all((layer.lora_B["default"].weight == 0).all() for layer in model.plora.layers)
-    assert all(layer.lora_A["default"].weight.isfinite().all() for layer in model.plora.layers)
+    assert all((layer.lora_B["plora"].weight == 0).all() for layer in model.plora.layers)
+    assert all(layer.lora_A["plora"].weight.isfinite().all() for layer in model.plora.layers)
 
 
 def test_no_mask_is_left_behind_after_a_call_or_an_error():
