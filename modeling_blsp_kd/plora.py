@@ -17,6 +17,9 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, load_peft_weights
 from safetensors.torch import save_file
 from torch import nn
 from transformers import initialization as init
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 # PEFT's name of these weights. Not its "default", which a LoRA of the user's own takes.
 ADAPTER_NAME = "plora"
@@ -25,7 +28,8 @@ ADAPTER_NAME = "plora"
 def _refuse_merge(*args, **kwargs):
     raise NotImplementedError(
         "Partial LoRA cannot be merged into the LLM: it applies at speech positions only, and merged weights would "
-        "change the LLM at text positions too. Keep it unmerged; text and decoding steps skip it at no cost."
+        "change the LLM at text positions too. Keep it unmerged; text and decoding steps skip it at no cost. To take a "
+        "LoRA of your own off again, use PEFT's delete_adapter."
     )
 
 
@@ -62,6 +66,8 @@ class PartialLora:
             # A bound method, not a closure: copy.deepcopy then rebinds it to the copy of this object.
             layer.lora_A[ADAPTER_NAME].register_forward_hook(self._drop_text_positions)
             layer.merge = _refuse_merge
+            # What PEFT calls to merge or to unload a layer; both would lose partial LoRA.
+            layer.unload_and_optionally_merge_module = _refuse_merge
             layer._active_adapter = []
 
     def initialize(self):
@@ -168,6 +174,11 @@ class PartialLora:
         for layer in self.layers:
             others = [] if layer._disable_adapters else layer.active_adapters
             layer._disable_adapters, layer._active_adapter = False, [ADAPTER_NAME, *others]
+            if others and torch.is_grad_enabled() and layer.lora_A[ADAPTER_NAME].weight.requires_grad:
+                logger.warning_once(
+                    f"LoRA {others} is trained, and the model's own partial LoRA with it, which PEFT does not save in "
+                    "that adapter. Call model.requires_grad_(False) before get_peft_model to train yours alone."
+                )
 
     def _drop_text_positions(self, lora_a: nn.Module, inputs, low_rank: torch.Tensor) -> torch.Tensor:
         if low_rank.shape[:2] != self.is_speech.shape:

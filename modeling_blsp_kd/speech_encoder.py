@@ -91,7 +91,9 @@ class TrueLengthWhisperEncoder(WhisperEncoder):
         hidden_states = (input_features * mel_mask[:, None]).to(self.conv1.weight.dtype)
         hidden_states = nn.functional.gelu(self.conv1(hidden_states)) * mel_mask[:, None]
         hidden_states = nn.functional.gelu(self.conv2(hidden_states)).transpose(1, 2)
-        hidden_states = hidden_states + self.embed_positions.weight[: hidden_states.shape[1]]
+        # Called, not indexed: an offloaded table is fetched by a call.
+        positions = torch.arange(hidden_states.shape[1], device=hidden_states.device)
+        hidden_states = hidden_states + self.embed_positions(positions)
         hidden_states = nn.functional.dropout(hidden_states, p=self.dropout, training=self.training)
 
         attention_mask = create_bidirectional_mask(self.config, hidden_states, mel_mask[:, ::2])

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from .backbones import load_audio_tower, load_language_model
@@ -85,13 +86,14 @@ def load_thin(
     language_model = fetch(
         "language_model",
         config.backbones["language_model"],
-        load_language_model,
+        _load_quantised,
         config=config.text_config,
+        quantization_config=quantization_config,
         dtype=dtype,
         device_map=_part_of(device_map, "language_model"),
-        quantization_config=quantization_config,
         **hub_of_backbones,
     )
+    config.text_config = language_model.config
     embeddings_device = language_model.get_input_embeddings().weight.device
     if isinstance(device_map, str) or embeddings_device.type == "meta":
         device_map = {"": "cpu" if embeddings_device.type == "meta" else embeddings_device}
@@ -134,6 +136,22 @@ def load_thin(
     model.eval()
     loading_info = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
     return (model, loading_info) if output_loading_info else model
+
+
+def _load_quantised(name_or_path, config, quantization_config, device_map, **kwargs):
+    """Load the LLM, quantised while loading if it was so in training but its own weights are not."""
+    own_config = AutoConfig.from_pretrained(name_or_path, **kwargs)
+    in_training = getattr(config, "quantization_config", None)
+    if not hasattr(own_config, "quantization_config") and in_training is not None:
+        # Left in the config, it would say that the stored weights are quantised.
+        config = copy.deepcopy(config)
+        del config.quantization_config
+        quantization_config = quantization_config or in_training
+    if isinstance(quantization_config, dict):
+        quantization_config = AutoQuantizationConfig.from_dict(quantization_config)
+    return load_language_model(
+        name_or_path, config=config, quantization_config=quantization_config, device_map=device_map, **kwargs
+    )
 
 
 def _own_weights(name_or_path, hub: dict) -> dict[str, torch.Tensor]:
