@@ -31,13 +31,14 @@ from processing import BlspKdDataCollator, BlspKdProcessor
 TINY_TEXT_MODEL = str(Path(__file__).parent / "tiny_world" / "llm")
 TINY_SPEECH_MODEL = str(Path(__file__).parent / "tiny_world" / "speech_encoder")
 REPORTED = ("token_count_accuracy", "token_count_error", "response_kl", "input_kl")
+SPEC_AUGMENT = {"apply_spec_augment": True, "mask_time_prob": 0.05, "mask_time_length": 5, "mask_feature_prob": 0.05}
 DEFAULT_INSTRUCTION = "Continue the following text."
 
 
 @dataclass
 class ModelOptions:
     text_model: str = field(default=TINY_TEXT_MODEL, metadata={"help": "Hub id or folder of the LLM."})
-    speech_model: str = field(default=TINY_SPEECH_MODEL, metadata={"help": "Hub id or folder of a Whisper model."})
+    speech_model: str = field(default=TINY_SPEECH_MODEL, metadata={"help": "Hub id or folder of a speech encoder."})
     adapter: str = field(default="cformer", metadata={"help": "cformer or subsampler."})
     adapter_options: str | None = field(
         default=None,
@@ -54,7 +55,15 @@ class ModelOptions:
     encoder_learning_rate: float | None = field(
         default=None, metadata={"help": "Of the speech encoder; 0.4 of learning_rate if omitted."}
     )
-    spec_augment: bool = field(default=True, metadata={"help": "Mask bits of the features of an unfrozen encoder."})
+    spec_augment: bool = field(
+        default=True, metadata={"help": "Mask bits of the features of an unfrozen encoder (all but Parakeet's)."}
+    )
+    speech_padding: str = field(
+        default="do_not_pad", metadata={"help": "do_not_pad, or max_length: Whisper hears each clip padded to 30 s."}
+    )
+    thin: bool = field(
+        default=False, metadata={"help": "Save only what was trained; checkpoints name the two backbones."}
+    )
 
 
 @dataclass
@@ -139,9 +148,9 @@ def main():
 
 
 def build_model(options: ModelOptions, processor) -> BlspKdForCausalLM:
-    augment = {}
-    if options.spec_augment:
-        augment = {"apply_spec_augment": True, "mask_time_prob": 0.05, "mask_time_length": 5, "mask_feature_prob": 0.05}
+    speech_config = AutoConfig.from_pretrained(options.speech_model)
+    if options.spec_augment and hasattr(speech_config, "apply_spec_augment"):
+        speech_config.update(SPEC_AUGMENT)
     adapter_options = json.loads(options.adapter_options) if options.adapter_options else {}
     if options.adapter_options is None and options.adapter == "cformer" and options.speech_model == TINY_SPEECH_MODEL:
         adapter_options = {"num_pre_layers": 1, "num_post_layers": 2}
@@ -149,11 +158,13 @@ def build_model(options: ModelOptions, processor) -> BlspKdForCausalLM:
         options.speech_model,
         options.text_model,
         audio_token_id=processor.audio_token_id,
-        speech_kwargs={"config": AutoConfig.from_pretrained(options.speech_model, **augment)},
+        speech_kwargs={"config": speech_config},
         dtype=torch.float32,
         adapter={"type": options.adapter, **adapter_options},
         plora=options.plora,
         freeze_speech_encoder=options.freeze_speech_encoder,
+        speech_padding=options.speech_padding,
+        thin=options.thin,
         distillation=json.loads(options.distillation),
     )
 

@@ -15,7 +15,7 @@ def load_audio_tower(name_or_path, config=None, dtype: torch.dtype | str = "auto
 
     Args:
         name_or_path (`str` or `os.PathLike`): Hub id or folder.
-        config (`PreTrainedConfig`, *optional*): of the encoder. Omitted: the model's own.
+        config (`PreTrainedConfig`, *optional*): of the encoder or the whole model. Omitted: its own.
         kwargs: for `from_pretrained`.
 
     Raises:
@@ -23,7 +23,7 @@ def load_audio_tower(name_or_path, config=None, dtype: torch.dtype | str = "auto
     """
     if config is None:
         config = AutoConfig.from_pretrained(name_or_path, **kwargs)
-        config = getattr(config, "encoder_config", config)  # Parakeet's heads hold their encoder's
+    config = getattr(config, "encoder_config", config)  # Parakeet's heads hold their encoder's
     if config.model_type not in SPEECH_ENCODERS:
         raise ValueError(
             f"The speech model must be of a type among {SPEECH_ENCODERS}, but {name_or_path} is {config.model_type!r}."

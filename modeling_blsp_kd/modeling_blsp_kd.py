@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs
+from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .adapters import CFormer, Subsampler
 from .backbones import load_audio_tower, load_language_model
@@ -223,7 +223,14 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, BlspKdGenerationMixin):
             kwargs["quantization_config"] = _for_language_model_only(kwargs["quantization_config"])
         result = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         # transformers makes every loaded parameter trainable, so freezing has to be repeated.
-        (result[0] if isinstance(result, tuple) else result).freeze_backbones()
+        model = result[0] if isinstance(result, tuple) else result
+        model.freeze_backbones()
+        distributed = getattr(model.config, "distributed_config", None)
+        if model.plora is not None and getattr(distributed, "tp_plan", None) is not None:
+            raise ValueError(
+                "Tensor parallelism does not know the layers that partial LoRA wraps. Use a device_map, FSDP or data "
+                "parallelism, or a model with plora off."
+            )
         return result
 
     def save_pretrained(self, save_directory, *args, full: bool = False, **kwargs):
@@ -307,7 +314,15 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, BlspKdGenerationMixin):
 
     # -- audio into the prompt ----------------------------------------------------------------------------------------
 
-    def get_audio_features(self, input_features, input_features_mask=None, num_speech_tokens=None) -> BlspKdAudioOutput:
+    @can_return_tuple
+    def get_audio_features(
+        self,
+        input_features,
+        input_features_mask=None,
+        num_speech_tokens=None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+    ) -> BlspKdAudioOutput:
         """Hear audio clips: encoder frames, and the speech tokens that the LLM reads.
 
         Args:
@@ -315,9 +330,14 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, BlspKdGenerationMixin):
                 (A, num_mel_bins, length) for Whisper, waveforms (A, length), or filter bank frames (A, length, bins).
                 Longer than 30 s: encoded in windows, see `speech_windows.py`.
             input_features_mask (`torch.Tensor` of shape (A, length), *optional*): 1 at what belongs to the clip.
+            output_hidden_states, output_attentions (`bool`, *optional*): of the encoder, by window; not from encoders
+                that take clips one at a time.
             num_speech_tokens (`torch.LongTensor` of shape (A,), *optional*):
                 tokens that CIF must fire; omitted, they are predicted. CFormer only.
         """
+        # An option that is not given must stay away: None would overrule the encoder's own config.
+        wanted = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
+        wanted = {name: value for name, value in wanted.items() if value is not None}
         window, time_axis = window_of(self.config.speech_config)
         if input_features_mask is None:
             input_features_mask = input_features.new_ones(len(input_features), input_features.shape[time_axis])
@@ -326,7 +346,7 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, BlspKdGenerationMixin):
         )
         is_trained = any(parameter.requires_grad for parameter in self.audio_tower.parameters())
         with nullcontext() if is_trained else _frozen(self.audio_tower):
-            encoded = encode_speech(self.audio_tower, windows, window_mask)
+            encoded = encode_speech(self.audio_tower, windows, window_mask, **wanted)
         frames, frame_mask = encoded.last_hidden_state, encoded.frame_mask
         adapter_dtype = next(self.adapter.parameters()).dtype
         adapted = self.adapter(frames.to(adapter_dtype), frame_mask, num_speech_tokens, windows_per_clip)
@@ -337,6 +357,8 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, BlspKdGenerationMixin):
         return BlspKdAudioOutput(
             last_hidden_state=frames,
             pooler_output=adapted.speech_embeds,
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
             num_speech_tokens=adapted.num_speech_tokens,
             frame_mask=frame_mask,
             alphas=adapted.alphas,
@@ -424,6 +446,7 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, BlspKdGenerationMixin):
 
     # -- forward ------------------------------------------------------------------------------------------------------
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -518,6 +541,7 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, BlspKdGenerationMixin):
                 labels=labels,
                 use_cache=use_cache,
                 logits_to_keep=logits_to_keep,
+                return_dict=True,
                 **kwargs,
             )
         return BlspKdOutputWithPast(

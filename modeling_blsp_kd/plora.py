@@ -6,6 +6,7 @@ DoRA and LoRA biases (both would reach text positions), and expert layers of mix
 """
 
 import copy
+import functools
 import math
 import os
 from contextlib import contextmanager
@@ -69,6 +70,7 @@ class PartialLora:
             # What PEFT calls to merge or to unload a layer; both would lose partial LoRA.
             layer.unload_and_optionally_merge_module = _refuse_merge
             layer._active_adapter = []
+            layer.forward = functools.partial(self._forward, layer)
 
     def initialize(self):
         """Initialise as PEFT does: random A, zero B, so that the untrained update is nothing.
@@ -179,6 +181,12 @@ class PartialLora:
                     f"LoRA {others} is trained, and the model's own partial LoRA with it, which PEFT does not save in "
                     "that adapter. Call model.requires_grad_(False) before get_peft_model to train yours alone."
                 )
+
+    def _forward(self, layer: LoraLayer, x, *args, **kwargs):
+        if self.is_speech is None and len(layer.lora_A) == 1:
+            # PEFT's own bookkeeping around the base layer takes as long as a small matrix product.
+            return layer.base_layer(x, *args, **kwargs)
+        return type(layer).forward(layer, x, *args, **kwargs)
 
     def _drop_text_positions(self, lora_a: nn.Module, inputs, low_rank: torch.Tensor) -> torch.Tensor:
         if low_rank.shape[:2] != self.is_speech.shape:

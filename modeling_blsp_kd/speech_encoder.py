@@ -17,6 +17,7 @@ from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.whisper.modeling_whisper import WhisperEncoder, WhisperModel, sinusoids
+from transformers.utils.output_capturing import capture_outputs
 
 # What 30 s of 16 kHz audio are along axis 1, the time axis, of the features.
 WINDOW_LENGTHS = {
@@ -57,6 +58,7 @@ class TrueLengthWhisperEncoder(WhisperEncoder):
         if module is self.embed_positions:
             init.copy_(module.weight, sinusoids(*module.weight.shape))
 
+    @capture_outputs
     def forward(self, input_features, input_features_mask=None, **kwargs) -> SpeechEncoderOutput:
         """Encode log-mel features.
 
@@ -135,7 +137,7 @@ def window_of(config) -> tuple[int, int]:
     return WINDOW_LENGTHS[config.model_type], 1
 
 
-def encode_speech(audio_tower: PreTrainedModel, input_features, input_features_mask) -> SpeechEncoderOutput:
+def encode_speech(audio_tower: PreTrainedModel, input_features, input_features_mask, **kwargs) -> SpeechEncoderOutput:
     """Run any supported encoder on clips or windows.
 
     Args:
@@ -143,24 +145,29 @@ def encode_speech(audio_tower: PreTrainedModel, input_features, input_features_m
         input_features_mask (`torch.Tensor` of shape (N, length)): 1 at what belongs to the clip, on the time axis.
     """
     if isinstance(audio_tower, TrueLengthWhisperEncoder):
-        return audio_tower(input_features, input_features_mask)
+        return audio_tower(input_features, input_features_mask, **kwargs)
     config, mask = audio_tower.config, input_features_mask.long()
     is_valid = mask.bool().reshape(*mask.shape, *[1] * (input_features.ndim - 2))
     input_features = input_features.masked_fill(~is_valid, 0.0).to(audio_tower.dtype)
     if getattr(config, "feat_extract_norm", None) == "group" and not bool(mask.all()):
         # Its first layer normalises over time, padding included: only equal lengths can share a batch.
         alone = [
-            encode_speech(audio_tower, clip[None, : int(clip_mask.sum())], clip_mask[None, clip_mask.bool()])
+            encode_speech(audio_tower, clip[None, : int(clip_mask.sum())], clip_mask[None, clip_mask.bool()], **kwargs)
             for clip, clip_mask in zip(input_features, mask)
         ]
         return SpeechEncoderOutput(
             last_hidden_state=pad_sequence([output.last_hidden_state[0] for output in alone], batch_first=True),
             frame_mask=pad_sequence([output.frame_mask[0] for output in alone], batch_first=True),
         )
-    encoded = audio_tower(input_features, attention_mask=mask)
+    encoded = audio_tower(input_features, attention_mask=mask, **kwargs)
     frames = encoded.last_hidden_state
     if config.model_type == "parakeet_encoder":
         frame_mask = encoded.attention_mask
     else:
         frame_mask = audio_tower._get_feature_vector_attention_mask(frames.shape[1], mask)
-    return SpeechEncoderOutput(last_hidden_state=frames, frame_mask=frame_mask.bool())
+    return SpeechEncoderOutput(
+        last_hidden_state=frames,
+        hidden_states=encoded.hidden_states,
+        attentions=encoded.attentions,
+        frame_mask=frame_mask.bool(),
+    )

@@ -76,8 +76,8 @@ def lay_out(
         pad_id: token id at padding.
     """
     if attention_mask is None:
-        if input_ids.shape[0] > 1:
-            raise ValueError("A batch of audio prompts needs its attention_mask; the processor returns it.")
+        if len(input_ids) > 1 and bool((input_ids[:, [0, -1]] == pad_id).any()):
+            raise ValueError("A batch of padded audio prompts needs its attention_mask; the processor returns it.")
         attention_mask = torch.ones_like(input_ids)
     num_rows, length = input_ids.shape
     past_mask, attention_mask = attention_mask[:, :-length], attention_mask[:, -length:]

@@ -116,9 +116,7 @@ class BlspKdProcessor(ProcessorMixin):
     def model_input_names(self):
         return ["input_ids", "attention_mask", "input_features", "input_features_mask"]
 
-    def __call__(
-        self, text=None, audio=None, sampling_rate=None, **kwargs: Unpack[BlspKdProcessorKwargs]
-    ) -> BatchFeature:
+    def __call__(self, text=None, audio=None, **kwargs: Unpack[BlspKdProcessorKwargs]) -> BatchFeature:
         """Prepare prompts and their audio.
 
         Args:
@@ -144,12 +142,12 @@ class BlspKdProcessor(ProcessorMixin):
                 f"Unknown argument(s) {unknown} of BlspKdProcessor. It takes 'text', 'audio' (one clip or a list), "
                 "'sampling_rate' and the options of tokenizers, such as 'padding'."
             )
-        # Without `tokenizer_init_kwargs`, whose padding side (often right) would beat ours: generation needs left.
-        merged = self._merge_kwargs(BlspKdProcessorKwargs, **kwargs)
+        # Without the tokenizer's own padding side (often right), which would beat ours: generation needs left.
+        own = {name: value for name, value in self.tokenizer.init_kwargs.items() if name != "padding_side"}
+        merged = self._merge_kwargs(BlspKdProcessorKwargs, tokenizer_init_kwargs=own, **kwargs)
         text_kwargs = merged["text_kwargs"]
         return_tensors = text_kwargs.pop("return_tensors", None)
-        if sampling_rate is None:
-            sampling_rate = merged["audio_kwargs"].get("sampling_rate")
+        sampling_rate = merged["audio_kwargs"].get("sampling_rate")
 
         prompts = [text] if isinstance(text, str) else list(text)
         num_placeholders = [prompt.count(self.audio_token) for prompt in prompts]
@@ -238,6 +236,12 @@ class BlspKdProcessor(ProcessorMixin):
             widths[time_axis] = (0, max(lengths) - length)
             padded.append(np.pad(clip, widths))
         return {"input_features": np.stack(padded).astype(np.float32), "input_features_mask": mask}
+
+    def save_pretrained(self, *args, **kwargs):
+        saved = super().save_pretrained(*args, **kwargs)
+        # transformers notes on the processor where its code lies; saving must not change what is saved.
+        vars(self).pop("auto_map", None)
+        return saved
 
     def _prepare_processor_kwargs(self, *args, **kwargs):
         # A template writes all special tokens itself, as in the tokenizer's own `apply_chat_template` and in training.

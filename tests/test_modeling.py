@@ -350,8 +350,9 @@ def test_audio_beside_embeddings_or_without_a_mask_is_an_error(processor):
     inputs = dict(spoken_prompts(processor))
     with pytest.raises(ValueError, match="input_features go with input_ids alone"):
         model(inputs_embeds=torch.randn(2, 3, 32), input_features=inputs["input_features"])
+    inputs["input_ids"] = torch.nn.functional.pad(inputs["input_ids"], (1, 0), value=0)
     del inputs["attention_mask"]
-    with pytest.raises(ValueError, match="needs its attention_mask"):
+    with pytest.raises(ValueError, match="padded audio prompts needs its attention_mask"):
         model(**inputs)
 
 

@@ -198,7 +198,9 @@ def test_batches_are_left_padded_whatever_the_llms_tokenizer_says(other_processo
 
 
 def test_lists_without_padding_on_request(processor):
-    inputs = processor([AUDIO, f"cat {AUDIO}"], [clip(0.1)] * 2, SAMPLING_RATE, padding=False, return_tensors=None)
+    inputs = processor(
+        [AUDIO, f"cat {AUDIO}"], [clip(0.1)] * 2, sampling_rate=SAMPLING_RATE, padding=False, return_tensors=None
+    )
     assert inputs["input_ids"] == [processor.tokenizer(text)["input_ids"] for text in (AUDIO, f"cat {AUDIO}")]
     assert isinstance(inputs["input_features"], np.ndarray)
 
@@ -447,10 +449,10 @@ def test_an_unusable_clip_is_named_by_its_place_in_the_batch(processor, tmp_path
 def test_truncation_must_not_drop_a_placeholder(processor):
     prompt = f"the red cat {AUDIO}"
     num_tokens = len(processor.tokenizer(prompt)["input_ids"])
-    kept = processor(prompt, clip(0.1), SAMPLING_RATE, truncation=True, max_length=num_tokens)
+    kept = processor(prompt, clip(0.1), sampling_rate=SAMPLING_RATE, truncation=True, max_length=num_tokens)
     assert kept["input_ids"].shape[1] == num_tokens
     with pytest.raises(ValueError, match=r"Truncation would drop 1 of 1 audio placeholder\(s\). Raise max_length"):
-        processor(prompt, clip(0.1), SAMPLING_RATE, truncation=True, max_length=num_tokens - 1)
+        processor(prompt, clip(0.1), sampling_rate=SAMPLING_RATE, truncation=True, max_length=num_tokens - 1)
 
 
 def test_a_tokenizer_without_the_audio_token_is_refused():

@@ -62,8 +62,8 @@ class CommonTests:
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session):
-        # A run of nothing is no success. When pytest was only asked to list tests, nothing was meant to run.
-        if not self.outcomes and not session.config.option.collectonly:
+        # A run of nothing, or of nothing but skips, is no success. Listing the tests is not meant to run any.
+        if "passed" not in self.outcomes.values() and not session.config.option.collectonly:
             session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED
 
     def pytest_terminal_summary(self, terminalreporter, config):

@@ -62,7 +62,9 @@ class ModelTester:
         self.encoder_seq_length = self.seq_length + layout.num_speech_tokens - layout.num_placeholders
 
     def get_config(self):
-        text = text_config(self.family, vocab_size=99, initializer_range=0.02)
+        # Both kinds of output head: of its own, and tied to the embeddings.
+        tied = self.family == "qwen3"
+        text = text_config(self.family, vocab_size=99, initializer_range=0.02, tie_word_embeddings=tied)
         speech = speech_config(num_mel_bins=NUM_MEL_BINS, max_source_positions=24, init_std=0.02)
         adapters = {
             "cformer": {"type": "cformer", "num_pre_layers": 1, "num_post_layers": 1},

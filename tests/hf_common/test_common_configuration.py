@@ -7,9 +7,9 @@ import unittest
 from itertools import product
 
 import pytest
-from hf_common.small_models import REPEATED, ModelTester
 from transformers_tests.test_configuration_common import ConfigTester
 
+from hf_common.small_models import REPEATED, ModelTester
 from modeling_blsp_kd import BlspKdConfig
 
 pytestmark = pytest.mark.hf_common

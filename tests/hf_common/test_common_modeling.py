@@ -8,6 +8,12 @@ from itertools import product
 from unittest.mock import patch
 
 import pytest
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
+from transformers.testing_utils import set_config_for_less_flaky_test
+from transformers_tests import test_modeling_common
+from transformers_tests.generation.test_utils import GenerationTesterMixin
+from transformers_tests.test_modeling_common import ModelTesterMixin
+
 from hf_common.plugin import skip
 from hf_common.small_models import (
     GROWING,
@@ -18,12 +24,6 @@ from hf_common.small_models import (
     TEXT_ONLY,
     ModelTester,
 )
-from transformers.testing_utils import set_config_for_less_flaky_test
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
-from transformers_tests import test_modeling_common
-from transformers_tests.generation.test_utils import GenerationTesterMixin
-from transformers_tests.test_modeling_common import ModelTesterMixin
-
 from modeling_blsp_kd import BlspKdConfig, BlspKdForCausalLM
 
 pytestmark = pytest.mark.hf_common
@@ -57,12 +57,19 @@ class CommonModelTests(ModelTesterMixin, GenerationTesterMixin):
         )
 
     def _audio_features_prepare_config_and_inputs(self):
-        config, inputs = super()._audio_features_prepare_config_and_inputs()
+        # A prompt of text has no clips, yet its model has ears.
+        layout = self.model_tester.layout
+        with patch.object(self.model_tester, "layout", REPEATED if layout == TEXT_ONLY else layout):
+            config, inputs = super()._audio_features_prepare_config_and_inputs()
         config.audio_config = config.speech_config  # the name that the tests know
         return config, inputs
 
     def _audio_features_get_expected_num_attentions(self, model_tester=None):
         return self.model_tester.get_config().speech_config.encoder_layers
+
+    test_model_base_model_prefix = skip(
+        "the LLM keeps its own head, whatever its family, so this model holds no base model apart from a head"
+    )
 
     def _without_audio(self):
         """Embeddings come without audio: its places are found by the placeholder's id."""
@@ -94,7 +101,6 @@ for adapter, plora, family in product(("cformer", "subsampler"), (False, True), 
     add_test_class(name, family=family, adapter=adapter, plora=plora, layout=layout)
 
 for name, adapter, layout in (
-    ("TextOnlyTest", "cformer", TEXT_ONLY),
     ("OneFiringTest", "cformer", ONE_TO_ONE),
     ("GrowingPromptTest", "cformer", GROWING),
     ("SubsampledGrowingPromptTest", "subsampler", SUBSAMPLED_GROWING),
@@ -109,3 +115,18 @@ add_test_class(
     layout=REPEATED,
     freeze_speech_encoder=True,
 )
+
+
+class TextOnlyTest(CommonModelTests, unittest.TestCase):
+    tester_options = {"family": "llama", "adapter": "cformer", "plora": True, "layout": TEXT_ONLY}
+
+    skip_training = skip("the LLM is frozen, and a prompt of text alone meets no parameter that is trained")
+    test_training = skip_training
+    test_retain_grad_hidden_states_attentions = skip_training
+    skip_checkpointing = skip(
+        "the test watches the first layer that can be checkpointed, which is the speech encoder's, and a prompt of "
+        "text alone does not run it"
+    )
+    test_training_gradient_checkpointing = skip_checkpointing
+    test_training_gradient_checkpointing_use_reentrant_false = skip_checkpointing
+    test_training_gradient_checkpointing_use_reentrant_true = skip_checkpointing

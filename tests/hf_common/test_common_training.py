@@ -8,24 +8,29 @@ from itertools import product
 from unittest.mock import patch
 
 import pytest
-from hf_common.small_models import TEXT_ONLY, ModelTester
 from transformers_tests import test_tensor_parallel_mixin
 from transformers_tests.test_tensor_parallel_mixin import TensorParallelTesterMixin
 from transformers_tests.test_training_mixin import TrainingTesterMixin
 
+from hf_common.plugin import skip
+from hf_common.small_models import TEXT_ONLY, ModelTester
 from modeling_blsp_kd import BlspKdForCausalLM
 
 pytestmark = pytest.mark.hf_common
 
 
-def unfrozen_model(config):
+class UnfrozenModel(BlspKdForCausalLM):
     """With the LLM trainable: it is all that a batch of text goes through, and is frozen by design."""
-    model = BlspKdForCausalLM(config)
-    model.language_model.requires_grad_(True)
-    return model
+
+    def freeze_backbones(self):
+        self.requires_grad_(True)
 
 
-class TextModelTester(ModelTester):
+class UnfrozenTester(ModelTester):
+    causal_lm_class = UnfrozenModel
+
+
+class TrainingTester(UnfrozenTester):
     def get_config(self):
         config = super().get_config()
         config.vocab_size = config.text_config.vocab_size  # where the training test looks for it
@@ -35,14 +40,10 @@ class TextModelTester(ModelTester):
 class CommonTrainingTests(TrainingTesterMixin):
     model_tester = None
     tester_options = {}
-    all_model_classes = (BlspKdForCausalLM,)
     training_overfit_learning_rate = 1e-2
 
     def setUp(self):
-        self.model_tester = TextModelTester(self, **self.tester_options, layout=TEXT_ONLY)
-
-    def _get_trainable_model_class(self):
-        return unfrozen_model
+        self.model_tester = TrainingTester(self, **self.tester_options, layout=TEXT_ONLY)
 
 
 class CommonTensorParallelTests(TensorParallelTesterMixin):
@@ -51,13 +52,25 @@ class CommonTensorParallelTests(TensorParallelTesterMixin):
     all_model_classes = (BlspKdForCausalLM,)
 
     def setUp(self):
-        self.model_tester = ModelTester(self, **self.tester_options, layout=TEXT_ONLY)
+        self.model_tester = UnfrozenTester(self, **self.tester_options, layout=TEXT_ONLY)
         # The mixin runs its distributed tests for a list of model types only.
         self.enterContext(patch.object(test_tensor_parallel_mixin, "TP_DISTRIBUTED_TEST_MODEL_TYPES", None))
 
 
+class PartialLoraTensorParallelTests(CommonTensorParallelTests):
+    skip_sharding = skip(
+        "partial LoRA wraps the linear layers that the LLM's tensor parallel plan finds by name, so it is not sharded"
+    )
+    test_tp_forward_0 = skip_sharding
+    test_tp_forward_1 = skip_sharding
+    test_tp_backward = skip_sharding
+    test_tp_generation = skip_sharding
+    test_tp_generation_quantized = skip_sharding
+
+
 for plora, family in product((False, True), ("llama", "qwen3")):
     options = {"tester_options": {"family": family, "adapter": "cformer", "plora": plora}}
-    for kind in (CommonTrainingTests, CommonTensorParallelTests):
-        name = f"{'Plora' if plora else 'Plain'}{family.title()}{kind.__name__.removeprefix('Common')[:-1]}"
+    parallel = PartialLoraTensorParallelTests if plora else CommonTensorParallelTests
+    for name, kind in (("Training", CommonTrainingTests), ("TensorParallel", parallel)):
+        name = f"{'Plora' if plora else 'Plain'}{family.title()}{name}Test"
         globals()[name] = type(name, (kind, unittest.TestCase), options)
