@@ -3,6 +3,9 @@
 Leaves out: joining them (`modeling_blsp_kd.py`), and checkpoints without them (`thin_checkpoints.py`).
 """
 
+import copy
+import os
+
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
@@ -45,6 +48,14 @@ def load_audio_tower(name_or_path, config=None, dtype: torch.dtype | str = "auto
             "missing."
         )
     return audio_tower
+
+
+def without_folder(config):
+    """A copy of a backbone's config that does not tell where on this machine it lay; a Hub id is worth keeping."""
+    config = copy.deepcopy(config)
+    if os.path.isdir(config._name_or_path):
+        config._name_or_path = ""
+    return config
 
 
 def load_language_model(name_or_path, dtype: torch.dtype | str = "auto", **kwargs) -> PreTrainedModel:

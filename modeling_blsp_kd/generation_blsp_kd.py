@@ -11,6 +11,9 @@ import torch
 from torch import nn
 from transformers import GenerationMixin
 from transformers.generation.streamers import BaseStreamer
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from .speech_prompt import SpeechPrompt
 
 
 class _OriginalPromptStreamer(BaseStreamer):
@@ -42,10 +45,12 @@ class BlspKdGenerationMixin(GenerationMixin):
 
         A conversation goes on from `past_key_values` in two ways. With the attention mask of the prompts alone, (B, L),
         the prompts are whole conversations with all their audios, and what the cache holds of them is not read again.
-        With that of P cached and L new positions, (B, P + L), prompts and audios are the new turn alone.
+        With that of P cached and L new positions, (B, P + L), prompts and audios are the last generated token and the
+        new turn. The mask of the cached positions, (B, P), is `past_key_values.attention_mask` of the output.
 
         Args:
             input_ids, attention_mask (B, L): prompts, left-padded; from the processor.
+            inputs_embeds (B, L, D), *optional*: their embeddings, to be read instead.
             input_features, input_features_mask, *optional*: their audio clips; from the processor.
             num_speech_tokens (`torch.LongTensor` of shape (A,), *optional*): tokens that CIF must fire.
             streamer ([`~transformers.generation.BaseStreamer`], *optional*): receives text tokens as they come.
@@ -67,49 +72,88 @@ class BlspKdGenerationMixin(GenerationMixin):
                 self._check_text_only(input_ids, kwargs.get("attention_mask"))
             return super().generate(None, generation_config, *args, streamer=streamer, **kwargs)
 
-        if input_ids is None:
-            raise ValueError(
-                "Audio needs a prompt: pass input_ids with one placeholder per audio (the processor does)."
-            )
+        if kwargs.get("position_ids") is not None:
+            raise ValueError("input_features go without position_ids: the model expands the prompt and makes its own.")
+        inputs_embeds = kwargs.pop("inputs_embeds", None)
+        # Of embeddings alone the answer comes back alone, as without audio.
+        prompt_ids = self._find_in_embeds(inputs_embeds) if input_ids is None else input_ids
         attention_mask, cache = kwargs.pop("attention_mask", None), kwargs.get("past_key_values")
         num_past = 0 if cache is None else int(cache.get_seq_length())
-        is_new_turn = attention_mask is not None and attention_mask.shape[1] != input_ids.shape[1]
-        if is_new_turn:
-            attention_mask = self._mask_after_cache(input_ids, attention_mask, num_past)
+        is_new_turn = num_past > 0 and attention_mask is not None and attention_mask.shape[1] != prompt_ids.shape[1]
+        if is_new_turn and inputs_embeds is not None:
+            raise ValueError("A new turn after a key-value cache is read from input_ids, not from inputs_embeds.")
+        attention_mask = self._mask_after_cache(prompt_ids, attention_mask, num_past if is_new_turn else 0)
         prompt, _ = self._hear_prompt(
-            input_ids, attention_mask, None, input_features, input_features_mask, num_speech_tokens
+            prompt_ids, attention_mask, None, input_features, input_features_mask, num_speech_tokens, inputs_embeds
         )
         self._check_context(prompt, num_new_tokens=1)
-        if not is_new_turn and prompt.input_ids.shape[1] <= num_past:
-            raise ValueError(
-                f"past_key_values hold {num_past} positions, but the whole conversation only takes "
-                f"{prompt.input_ids.shape[1]}. Pass all of it, or the attention_mask of cached and new positions."
-            )
+        if num_past and not is_new_turn:
+            self._check_cache(prompt, cache, num_past)
         # Positions count from the start of the cache.
         num_before = num_past if is_new_turn else 0
-        kwargs |= {
-            "input_ids": prompt.input_ids.masked_fill(prompt.is_speech, self._unspoken_token_id()),
-            "attention_mask": prompt.attention_mask,
-            "is_speech": nn.functional.pad(prompt.is_speech, (num_before, 0), value=False),
-            "speech_embeds": nn.functional.pad(prompt.speech_embeds, (0, 0, num_before, 0)),
-        }
-        if streamer is not None:
+        expanded_ids = prompt.input_ids.masked_fill(prompt.is_speech, self._unspoken_token_id())
+        if input_ids is not None:
+            kwargs["input_ids"] = expanded_ids
+        kwargs["attention_mask"] = prompt.attention_mask
+        kwargs["is_speech"] = nn.functional.pad(prompt.is_speech, (num_before, 0), value=False)
+        if inputs_embeds is None:
+            kwargs["speech_embeds"] = nn.functional.pad(prompt.speech_embeds, (0, 0, num_before, 0))
+        else:
+            kwargs["inputs_embeds"] = self._embed(
+                prompt.input_ids, prompt.is_speech, prompt.speech_embeds, prompt.text_embeds
+            )
+        if streamer is not None and input_ids is not None:
             streamer = _OriginalPromptStreamer(streamer, input_ids)
         output = super().generate(None, generation_config, *args, streamer=streamer, **kwargs)
 
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
-        originals = input_ids.repeat_interleave(len(sequences) // len(input_ids), dim=0)
-        sequences = torch.cat([originals, sequences[:, prompt.input_ids.shape[1] :]], dim=1)
+        answers = sequences[:, prompt.input_ids.shape[1] :] if input_ids is not None else sequences
+        if isinstance(output, GenerateDecoderOnlyOutput) and output.past_key_values is not None:
+            self._note_mask(output.past_key_values, prompt.attention_mask, answers)
+        if input_ids is not None:
+            originals = input_ids.repeat_interleave(len(sequences) // len(input_ids), dim=0)
+            sequences = torch.cat([originals, answers], dim=1)
         if isinstance(output, torch.Tensor):
             return sequences
         output.sequences = sequences
         return output
 
+    def _check_cache(self, prompt: SpeechPrompt, cache, num_past: int):
+        """Whole conversations must begin with what the cache holds, at the same positions."""
+        if prompt.input_ids.shape[1] <= num_past:
+            raise ValueError(
+                f"past_key_values hold {num_past} positions, but the whole conversation only takes "
+                f"{prompt.input_ids.shape[1]}. Pass all of it, or the attention_mask of cached and new positions."
+            )
+        cached_mask = getattr(cache, "attention_mask", None)
+        if cached_mask is None or cached_mask.shape[1] != num_past:
+            return
+        if not torch.equal(cached_mask.bool(), prompt.attention_mask[:, :num_past].bool()):
+            raise ValueError(
+                "These whole conversations are padded otherwise than past_key_values were, so the cache does not fit "
+                "them. Pass the new turn alone, with the attention_mask of cached and new positions: "
+                "torch.cat([past_key_values.attention_mask, new_attention_mask], dim=1)."
+            )
+
+    def _note_mask(self, cache, prompt_mask, answers):
+        """Keep the mask of the cached positions with the cache: only here it is known how prompts were expanded."""
+        eos_token_id = self.generation_config.eos_token_id
+        eos_token_id = [] if eos_token_id is None else eos_token_id
+        is_end = torch.isin(answers, torch.tensor(eos_token_id, device=answers.device))
+        # What follows the end of a row, until the longest row ends, is padding.
+        is_said = is_end.cumsum(1) - is_end.long() == 0
+        prompt_mask = prompt_mask.repeat_interleave(len(answers) // len(prompt_mask), dim=0)
+        mask = torch.cat([prompt_mask, is_said.to(prompt_mask)], dim=1)
+        cache.attention_mask = mask[:, : int(cache.get_seq_length())]
+
     def prepare_inputs_for_generation(
-        self, *args, is_first_iteration=False, speech_embeds=None, is_speech=None, **kwargs
+        self, input_ids, inputs_embeds=None, past_key_values=None, speech_embeds=None, is_speech=None, **kwargs
     ):
-        inputs = super().prepare_inputs_for_generation(*args, is_first_iteration=is_first_iteration, **kwargs)
-        # Speech is part of the prompt: with a cache, later steps are plain text.
-        if is_first_iteration or not kwargs.get("use_cache", True):
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, inputs_embeds=inputs_embeds, past_key_values=past_key_values, **kwargs
+        )
+        # Speech is part of the prompt: once that is in the cache, all is plain text.
+        num_past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        if is_speech is not None and num_past < is_speech.shape[1]:
             inputs |= {"speech_embeds": speech_embeds, "is_speech": is_speech}
         return inputs

@@ -10,7 +10,6 @@ encoder frames, U speech tokens of a clip, H encoder width, D LLM width, V vocab
 """
 
 import copy
-import os
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -23,11 +22,11 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .adapters import CFormer, Subsampler
-from .backbones import load_audio_tower, load_language_model
+from .backbones import load_audio_tower, load_language_model, without_folder
 from .configuration_blsp_kd import BlspKdConfig
 from .distillation import linear_cross_entropy, linear_kl, postprocess_logits, predicts_next, quantity_loss
 from .generation_blsp_kd import BlspKdGenerationMixin
-from .plora import ADAPTER_NAME, PartialLora
+from .plora import ADAPTER_NAME, PartialLora, leave_out_of_peft_model
 from .speech_encoder import TrueLengthWhisperEncoder, build_speech_encoder, encode_speech, window_of
 from .speech_prompt import SpeechPrompt, check_placeholders, cut_out, find_placeholders, lay_out
 from .speech_windows import is_within, per_clip, regroup, split_into_windows
@@ -95,13 +94,13 @@ def _frozen(module: nn.Module):
 
 
 def _for_language_model_only(quantization_config):
-    """Exempt all but the LLM from a quantisation, unless its user chose what to exempt."""
-    kept = ["audio_tower", "adapter", f"lora_A.{ADAPTER_NAME}", f"lora_B.{ADAPTER_NAME}", "lm_head", "embed_out"]
+    """Exempt all but the LLM's linear layers from a quantisation, beside what its user exempts."""
+    # Regular expressions from the start of a name of a module (bitsandbytes) or of a weight (torchao).
+    kept = ["audio_tower", "adapter", rf".*\.lora_[AB]\.{ADAPTER_NAME}", r".*\.(lm_head|embed_out)"]
     for option in ("llm_int8_skip_modules", "modules_to_not_convert"):
         if hasattr(quantization_config, option):
-            if not getattr(quantization_config, option):
-                quantization_config = copy.copy(quantization_config)
-                setattr(quantization_config, option, kept)
+            quantization_config = copy.copy(quantization_config)
+            setattr(quantization_config, option, [*kept, *(getattr(quantization_config, option) or [])])
             return quantization_config
     raise ValueError(
         f"{type(quantization_config).__name__} cannot exempt parts of a model, and only the LLM should be quantised. "
@@ -148,7 +147,10 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, BlspKdGenerationMixin):
         if adapter_class is CFormer:
             options["attn_implementation"] = config._attn_implementation or "sdpa"
         self.adapter = adapter_class(speech_config.hidden_size, text_config.get_text_config().hidden_size, **options)
-        self.plora = PartialLora(self.language_model, **config.plora) if config.plora else None
+        self.plora = None
+        if config.plora:
+            self.plora = PartialLora(self.language_model, **config.plora)
+            self.register_state_dict_post_hook(leave_out_of_peft_model)
         self.post_init()
         self.freeze_backbones()
 
@@ -185,21 +187,16 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, BlspKdGenerationMixin):
             [`BlspKdForCausalLM`] with the LLM's generation config.
         """
         speech_kwargs, text_kwargs = dict(speech_kwargs or {}), dict(text_kwargs or {})
-        language_model = load_language_model(text_model, dtype, **text_kwargs)
-        audio_tower = load_audio_tower(speech_model, dtype=language_model.dtype, **speech_kwargs)
         if thin:
             config_options["backbones"] = {
-                "audio_tower": identify(speech_model, getattr(audio_tower.config, "_commit_hash", None)),
-                "language_model": identify(text_model, getattr(language_model.config, "_commit_hash", None)),
+                "audio_tower": identify(speech_model, speech_kwargs),
+                "language_model": identify(text_model, text_kwargs),
             }
-        speech_config, text_config = audio_tower.config.to_dict(), language_model.config.to_dict()
-        for backbone_config in (speech_config, text_config):
-            # The id of a Hub model is worth keeping; a folder of this machine has no place in a published config.
-            if os.path.isdir(backbone_config["_name_or_path"]):
-                del backbone_config["_name_or_path"]
+        language_model = load_language_model(text_model, dtype, **text_kwargs)
+        audio_tower = load_audio_tower(speech_model, dtype=language_model.dtype, **speech_kwargs)
         config = cls.config_class(
-            speech_config=speech_config,
-            text_config=text_config,
+            speech_config=without_folder(audio_tower.config).to_dict(),
+            text_config=without_folder(language_model.config).to_dict(),
             audio_token_id=audio_token_id,
             **config_options,
         )
@@ -258,6 +255,15 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, BlspKdGenerationMixin):
         finally:
             self.config.backbones = backbones
             self._skip_backbones_on_save()
+
+    def resize_token_embeddings(self, *args, **kwargs):
+        if self.config.backbones is not None:
+            raise ValueError(
+                "The vocabulary belongs to the LLM, which this model's thin checkpoints leave out, so new embeddings "
+                "would not be saved. Export a full checkpoint first: save_pretrained(folder, full=True). The audio "
+                "placeholder needs no embedding."
+            )
+        return super().resize_token_embeddings(*args, **kwargs)
 
     def _skip_backbones_on_save(self):
         is_full = self.config.backbones is None
@@ -348,6 +354,9 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, BlspKdGenerationMixin):
         with nullcontext() if is_trained else _frozen(self.audio_tower):
             encoded = encode_speech(self.audio_tower, windows, window_mask, **wanted)
         frames, frame_mask = encoded.last_hidden_state, encoded.frame_mask
+        if self.training and self.is_activation_checkpointing and not frames.requires_grad:
+            # Reentrant checkpointing gives a layer no gradient unless its input needs one.
+            frames.requires_grad_(True)
         adapter_dtype = next(self.adapter.parameters()).dtype
         adapted = self.adapter(frames.to(adapter_dtype), frame_mask, num_speech_tokens, windows_per_clip)
         if windows_per_clip is not None:
@@ -367,12 +376,20 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, BlspKdGenerationMixin):
         )
 
     def _hear_prompt(
-        self, input_ids, attention_mask, labels, input_features, input_features_mask, num_speech_tokens
+        self,
+        input_ids,
+        attention_mask,
+        labels,
+        input_features,
+        input_features_mask,
+        num_speech_tokens,
+        inputs_embeds=None,
     ) -> tuple[SpeechPrompt, BlspKdAudioOutput]:
         """Hear the clips of a batch of prompts and give each its positions.
 
         Args:
             attention_mask (B, L), or (B, P + L) when the prompts follow P positions in a key-value cache.
+            inputs_embeds (B, L, D), *optional*: read instead of the embeddings of input_ids.
         """
         audio_token_id = self.config.audio_token_id
         is_placeholder = find_placeholders(input_ids, attention_mask, audio_token_id)
@@ -387,8 +404,21 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, BlspKdGenerationMixin):
             audio.pooler_output,
             audio.num_speech_tokens,
             self._harmless_token_id(),
+            inputs_embeds,
         )
         return prompt, audio
+
+    def _find_in_embeds(self, inputs_embeds) -> torch.LongTensor:
+        """Ids that tell placeholders from all else in embedded prompts, (B, L)."""
+        embeddings, audio_token_id = self.get_input_embeddings(), self.config.audio_token_id
+        if inputs_embeds is None or audio_token_id >= embeddings.weight.shape[0]:
+            raise ValueError(
+                "Audio needs a prompt: pass input_ids with one placeholder per audio (the processor does)"
+                + (f", since the placeholder {audio_token_id} has no embedding." if inputs_embeds is not None else ".")
+            )
+        placeholder = embeddings(torch.tensor(audio_token_id, device=inputs_embeds.device))
+        is_placeholder = (inputs_embeds == placeholder.to(inputs_embeds.dtype)).all(-1)
+        return torch.where(is_placeholder, audio_token_id, self._harmless_token_id())
 
     def _check_context(self, prompt: SpeechPrompt, num_new_tokens: int = 0):
         capacity = getattr(self.config.get_text_config(), "max_position_embeddings", None)
@@ -401,15 +431,15 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, BlspKdGenerationMixin):
 
     def _mask_after_cache(self, input_ids, attention_mask, num_past: int):
         """The attention mask of P cached and L new positions, (B, P + L)."""
-        if num_past == 0:
-            return attention_mask
+        if attention_mask is None and num_past == 0:
+            return None
         if attention_mask is None and len(input_ids) == 1:
             return input_ids.new_ones(1, num_past + input_ids.shape[1])
         expected = (len(input_ids), num_past + input_ids.shape[1])
         if attention_mask is None or tuple(attention_mask.shape) != expected:
             raise ValueError(
-                f"New audio after a key-value cache needs the attention_mask of all {num_past} cached and "
-                f"{input_ids.shape[1]} new positions, of shape {expected}, but got "
+                f"A prompt with audio needs the attention_mask of {num_past} cached and {input_ids.shape[1]} new "
+                f"positions, of shape {expected}, but got "
                 f"{None if attention_mask is None else tuple(attention_mask.shape)}."
             )
         return attention_mask
@@ -428,17 +458,25 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, BlspKdGenerationMixin):
     def _unspoken_token_id(self) -> int:
         """What logits processors, which read the prompt, see at speech positions: an id that is never generated.
 
-        The placeholder itself, as in other audio LLMs; if that lies outside the vocabulary, the start of text.
+        The placeholder itself, as in other audio LLMs; if that lies outside the vocabulary, the start of text or
+        whatever else does not look like an end.
         """
         text_config = self.config.get_text_config()
         if self.config.audio_token_id < text_config.vocab_size:
             return self.config.audio_token_id
-        bos_token_id = text_config.bos_token_id
-        return self._harmless_token_id() if bos_token_id is None else bos_token_id
+        ends = {text_config.pad_token_id, self.generation_config.pad_token_id}
+        for eos_token_id in (text_config.eos_token_id, self.generation_config.eos_token_id):
+            ends |= set(eos_token_id) if isinstance(eos_token_id, (list, tuple)) else {eos_token_id}
+        return next(
+            token_id
+            for token_id in (text_config.bos_token_id, *range(text_config.vocab_size))
+            if token_id is not None and token_id not in ends
+        )
 
-    def _embed(self, input_ids, is_speech, speech_embeds):
-        """Embed tokens, with speech vectors at speech positions: (B, L) -> (B, L, D)."""
-        text_embeds = self.get_input_embeddings()(input_ids.masked_fill(is_speech, self._harmless_token_id()))
+    def _embed(self, input_ids, is_speech, speech_embeds, text_embeds=None):
+        """Embed tokens (unless they are), with speech vectors at speech positions: (B, L) -> (B, L, D)."""
+        if text_embeds is None:
+            text_embeds = self.get_input_embeddings()(input_ids.masked_fill(is_speech, self._harmless_token_id()))
         return torch.where(is_speech[..., None], speech_embeds.to(text_embeds.dtype), text_embeds)
 
     def _partial_lora_at(self, is_speech):
@@ -481,9 +519,12 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, BlspKdGenerationMixin):
             num_speech_tokens (`torch.LongTensor` of shape (A,), *optional*):
                 token counts that CIF must fire (the transcripts' own, in training). With them, the prompt may also
                 come with the placeholders already repeated.
-            speech_embeds (`torch.FloatTensor` of shape (B, P + L, D)):
-                instead of `input_features`: speech tokens at their positions in an expanded prompt (`generate`).
-            is_speech (`torch.BoolTensor` of shape (B, P + L)): these positions.
+            inputs_embeds (`torch.FloatTensor` of shape (B, L, D), *optional*): embedded prompts; with audio, those of
+                the placeholder stand at its places.
+            is_speech (`torch.BoolTensor` of shape (B, P + L), *optional*):
+                instead of `input_features`: the speech positions of an expanded prompt (`generate`).
+            speech_embeds (`torch.FloatTensor` of shape (B, P + L, D), *optional*):
+                speech tokens at these positions. Omitted, `inputs_embeds` holds them.
             labels (`torch.LongTensor` of shape (B, L), *optional*): response tokens, -100 elsewhere.
             teacher_input_ids, teacher_attention_mask (B, L'), *optional*:
                 the same dialogues with the transcript in place of the placeholder. Given: a distillation step.
@@ -501,23 +542,33 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, BlspKdGenerationMixin):
         num_past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
         audio = None
         if input_features is not None:
-            if input_ids is None or speech_embeds is not None or position_ids is not None:
+            if speech_embeds is not None or position_ids is not None:
                 raise ValueError(
-                    "input_features go with input_ids alone: the model expands the prompt and makes its own "
-                    "inputs_embeds, speech_embeds and position_ids."
+                    "input_features go without speech_embeds and position_ids: the model expands the prompt and makes "
+                    "its own."
                 )
-            attention_mask = self._mask_after_cache(input_ids, attention_mask, num_past)
+            if input_ids is None:
+                input_ids = self._find_in_embeds(inputs_embeds)
             prompt, audio = self._hear_prompt(
-                input_ids, attention_mask, labels, input_features, input_features_mask, num_speech_tokens
+                input_ids,
+                self._mask_after_cache(input_ids, attention_mask, num_past),
+                labels,
+                input_features,
+                input_features_mask,
+                num_speech_tokens,
+                inputs_embeds,
             )
             self._check_context(prompt)
             input_ids, attention_mask, position_ids = prompt.input_ids, prompt.attention_mask, prompt.position_ids
-            labels, is_speech, speech_embeds = prompt.labels, prompt.is_speech, prompt.speech_embeds
-        elif speech_embeds is not None:
-            is_speech, speech_embeds = cut_out(is_speech, speech_embeds, num_past, input_ids.shape[1])
-        if speech_embeds is not None:
-            inputs_embeds = self._embed(input_ids, is_speech, speech_embeds)
+            labels, is_speech = prompt.labels, prompt.is_speech
+            inputs_embeds = self._embed(input_ids, is_speech, prompt.speech_embeds, prompt.text_embeds)
             input_ids = None
+        elif is_speech is not None:
+            length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+            is_speech = cut_out(is_speech, num_past, length)
+            if inputs_embeds is None:
+                inputs_embeds = self._embed(input_ids, is_speech, cut_out(speech_embeds, num_past, length))
+                input_ids = None
         elif input_ids is not None and num_past == 0 and not torch.compiler.is_compiling():
             self._check_text_only(input_ids, attention_mask)
 

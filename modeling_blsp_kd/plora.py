@@ -34,6 +34,23 @@ def _refuse_merge(*args, **kwargs):
     )
 
 
+def _set_other_adapters(layer: LoraLayer, names, *args, **kwargs):
+    # PEFT activates whatever is left when an adapter is deleted. Only `PartialLora.at` switches partial LoRA.
+    others = [name for name in ([names] if isinstance(names, str) else names) if name != ADAPTER_NAME]
+    type(layer).set_adapter(layer, others, *args, **kwargs)
+
+
+def leave_out_of_peft_model(model, state_dict, prefix, local_metadata):
+    """A state dict hook: in that of a `PeftModel`, PEFT would save partial LoRA as weights of its user's adapter."""
+    if prefix.endswith("base_model.model."):
+        for name in [name for name in state_dict if f".{ADAPTER_NAME}." in name]:
+            del state_dict[name]
+
+
+def _shapes(weights: dict[str, torch.Tensor]) -> set[tuple]:
+    return {(name, tuple(tensor.shape)) for name, tensor in weights.items()}
+
+
 class PartialLora:
     """Injects LoRA layers into a language model and switches them on for the speech positions of one call.
 
@@ -71,6 +88,12 @@ class PartialLora:
             layer.unload_and_optionally_merge_module = _refuse_merge
             layer._active_adapter = []
             layer.forward = functools.partial(self._forward, layer)
+            layer.set_adapter = functools.partial(_set_other_adapters, layer)
+            offload = getattr(layer.base_layer, "_hf_hook", None)
+            if offload is not None and layer.base_layer.weight.is_meta:
+                # PEFT puts the matrices where the weight is; that of an offloaded layer is nowhere between calls.
+                layer.lora_A.to_empty(device=offload.execution_device)
+                layer.lora_B.to_empty(device=offload.execution_device)
 
     def initialize(self):
         """Initialise as PEFT does: random A, zero B, so that the untrained update is nothing.
@@ -124,11 +147,11 @@ class PartialLora:
         for name, expected, got in [
             ("rank", self.lora_config.r, lora_config.r),
             ("lora_alpha", self.lora_config.lora_alpha, lora_config.lora_alpha),
-            ("weights", sorted(parameters), sorted(weights)),
+            ("weights", _shapes(parameters), _shapes(weights)),
         ]:
             if got != expected:
                 if name == "weights":
-                    expected, got = sorted(set(expected) - set(got))[:3], sorted(set(got) - set(expected))[:3]
+                    expected, got = sorted(expected - got)[:3], sorted(got - expected)[:3]
                 raise ValueError(
                     f"{folder} does not fit this model's partial LoRA: its {name} should be {expected}, but is {got}. "
                     "Build the model with the same `plora` options."

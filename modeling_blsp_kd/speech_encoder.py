@@ -85,7 +85,7 @@ class TrueLengthWhisperEncoder(WhisperEncoder):
         mel_mask = input_features_mask.bool()
         frame_mask = mel_mask[:, ::2]
 
-        if self.training and self.config.apply_spec_augment:
+        if self.training and self.config.apply_spec_augment and num_mel_frames > self.config.mask_time_length:
             # Whisper's own SpecAugment, which only its full model applies. It writes in place.
             input_features = WhisperModel._mask_input_features(self, input_features.clone(), mel_mask.long())
         if self.pad_to_window:
@@ -159,6 +159,13 @@ def encode_speech(audio_tower: PreTrainedModel, input_features, input_features_m
             last_hidden_state=pad_sequence([output.last_hidden_state[0] for output in alone], batch_first=True),
             frame_mask=pad_sequence([output.frame_mask[0] for output in alone], batch_first=True),
         )
+    if audio_tower.training and hasattr(config, "mask_time_length"):
+        num_frames = input_features.shape[1]
+        if input_features.ndim == 2:
+            num_frames = int(audio_tower._get_feat_extract_output_lengths(num_frames))
+        if num_frames <= config.mask_time_length:
+            # SpecAugment refuses clips that are shorter than the span that it masks.
+            kwargs["mask_time_indices"] = mask.new_zeros(len(mask), num_frames, dtype=torch.bool)
     encoded = audio_tower(input_features, attention_mask=mask, **kwargs)
     frames = encoded.last_hidden_state
     if config.model_type == "parakeet_encoder":

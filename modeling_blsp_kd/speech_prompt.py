@@ -21,6 +21,7 @@ class SpeechPrompt:
         attention_mask (B, P + L): begins with that of P positions in a key-value cache, if there is one.
         is_speech (B, L): True at speech positions.
         speech_embeds (B, L, D): speech vectors at speech positions, zero elsewhere.
+        text_embeds (B, L, D), *optional*: the caller's own embeddings of the text.
     """
 
     input_ids: torch.LongTensor
@@ -28,6 +29,7 @@ class SpeechPrompt:
     labels: torch.LongTensor | None
     is_speech: torch.BoolTensor
     speech_embeds: torch.FloatTensor
+    text_embeds: torch.FloatTensor | None = None
 
     @property
     def position_ids(self):
@@ -63,7 +65,15 @@ def check_placeholders(is_placeholder, audio_token_id: int, num_audios: int, num
 
 
 def lay_out(
-    input_ids, attention_mask, labels, is_placeholder, is_repeated: bool, speech_embeds, num_speech_tokens, pad_id: int
+    input_ids,
+    attention_mask,
+    labels,
+    is_placeholder,
+    is_repeated: bool,
+    speech_embeds,
+    num_speech_tokens,
+    pad_id: int,
+    text_embeds=None,
 ) -> SpeechPrompt:
     """Repeat the placeholder of each audio once per speech token, and pad anew on the side that was padded.
 
@@ -74,6 +84,7 @@ def lay_out(
         is_placeholder (B, L), is_repeated: of [`find_placeholders`] and [`check_placeholders`].
         speech_embeds (A, U, D), num_speech_tokens (A,): what the adapter made of the audios.
         pad_id: token id at padding.
+        text_embeds (B, L, D), *optional*: what is read instead of the embeddings of input_ids.
     """
     if attention_mask is None:
         if len(input_ids) > 1 and bool((input_ids[:, [0, -1]] == pad_id).any()):
@@ -95,8 +106,8 @@ def lay_out(
         column = column + (max_length - lengths)[row]
 
     def expand(values, fill):
-        expanded = values.new_full((num_rows, max_length), fill)
-        expanded[row, column] = values.flatten()[source]
+        expanded = values.new_full((num_rows, max_length, *values.shape[2:]), fill)
+        expanded[row, column] = values.flatten(0, 1)[source]
         return expanded
 
     is_speech = expand(is_placeholder, False)
@@ -109,15 +120,15 @@ def lay_out(
         labels=None if labels is None else expand(labels.masked_fill(is_placeholder, -100), -100),
         is_speech=is_speech,
         speech_embeds=embeds,
+        text_embeds=None if text_embeds is None else expand(text_embeds, 0.0),
     )
 
 
-def cut_out(is_speech, speech_embeds, start: int, length: int):
-    """What one call reads of a prompt: positions `start` to `start + length` of (B, L) and (B, L, D).
+def cut_out(values, start: int, length: int):
+    """What one call reads of a prompt: positions `start` to `start + length` of (B, L, ...).
 
-    Positions past the prompt are generated text.
+    Positions past the prompt are generated text: zero, or False.
     """
-    missing = max(0, start + length - is_speech.shape[1])
-    is_speech = nn.functional.pad(is_speech, (0, missing), value=False)
-    speech_embeds = nn.functional.pad(speech_embeds, (0, 0, 0, missing))
-    return is_speech[:, start : start + length], speech_embeds[:, start : start + length]
+    missing = max(0, start + length - values.shape[1])
+    padding = (0, 0) * (values.ndim - 2) + (0, missing)
+    return nn.functional.pad(values, padding, value=0)[:, start : start + length]

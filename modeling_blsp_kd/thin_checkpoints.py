@@ -13,12 +13,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers import AutoQuantizationConfig
-from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+from transformers.utils.hub import cached_file, extract_commit_hash, get_checkpoint_shard_files
 
-from .backbones import load_audio_tower, load_language_model
+from .backbones import load_audio_tower, load_language_model, without_folder
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin")
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+# Where and how the LLM, the one large part, is to be put.
+PLACING_OPTIONS = ("low_cpu_mem_usage", "max_memory", "offload_buffers", "offload_folder", "use_safetensors")
 # What the Auto classes hand on; of no meaning once the class is chosen.
 AUTO_OPTIONS = ("trust_remote_code", "code_revision", "adapter_kwargs", "_from_auto", "_commit_hash")
 
@@ -69,6 +71,9 @@ def load_thin(
         TypeError: unknown arguments.
     """
     hub = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
+    placing = {name: kwargs.pop(name) for name in PLACING_OPTIONS if name in kwargs}
+    dtype = kwargs.pop("torch_dtype", dtype)
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
     for name in AUTO_OPTIONS:
         kwargs.pop(name, None)
     if isinstance(config, PreTrainedConfig):
@@ -91,9 +96,10 @@ def load_thin(
         quantization_config=quantization_config,
         dtype=dtype,
         device_map=_part_of(device_map, "language_model"),
+        **placing,
         **hub_of_backbones,
     )
-    config.text_config = language_model.config
+    config.text_config = without_folder(language_model.config)
     embeddings_device = language_model.get_input_embeddings().weight.device
     if isinstance(device_map, str) or embeddings_device.type == "meta":
         device_map = {"": "cpu" if embeddings_device.type == "meta" else embeddings_device}
@@ -107,11 +113,16 @@ def load_thin(
         **hub_of_backbones,
     )
     model = model_class(config, audio_tower=audio_tower, language_model=language_model)
-    model.adapter.to((_part_of(device_map, "adapter") or {"": "cpu"})[""])
+    for name, device in (_part_of(device_map, "adapter") or {"": "cpu"}).items():
+        model.adapter.get_submodule(name).to(device)
 
     weights = _own_weights(name_or_path, hub)
     current = model.state_dict()
-    missing, unexpected = sorted(trained_names(model) - set(weights)), sorted(set(weights) - set(current))
+    expected = trained_names(model)
+    if not any(name.startswith("audio_tower.") for name in weights):
+        # Frozen so far; the backbone has its weights, whether it is to be trained from now on or not.
+        expected = {name for name in expected if not name.startswith("audio_tower.")}
+    missing, unexpected = sorted(expected - set(weights)), sorted(set(weights) - set(current))
     if missing or unexpected:
         raise ValueError(
             f"The weights of {name_or_path} do not fit its config: missing are {missing[:5]}, and unknown are "
@@ -119,12 +130,15 @@ def load_thin(
         )
     model.load_state_dict(
         {
-            name: tensor.to(current[name].device, tensor.dtype if dtype == "auto" else dtype)
+            name: tensor.to(
+                current[name].device, dtype if dtype != "auto" and tensor.is_floating_point() else tensor.dtype
+            )
             for name, tensor in weights.items()
         },
         strict=False,
         assign=True,
     )
+    model.tie_weights()
     for name in weights:
         # What its user had unfrozen stays so, or the next checkpoint would lose it.
         if name in dict(model.named_parameters()):
@@ -173,24 +187,26 @@ def _part_of(device_map, part: str):
     return inside or ({"": device_map[""]} if "" in device_map else None)
 
 
-def identify(name_or_path, commit_hash: str | None) -> dict[str, str]:
+def identify(name_or_path, loading_options: dict) -> dict[str, str]:
     """Name a backbone so that the same weights can be fetched again.
 
     Args:
         name_or_path (`str` or `os.PathLike`): Hub id or folder.
-        commit_hash (`str`, *optional*): what a loaded config has as `_commit_hash`; None for folders.
+        loading_options (`dict`): what it will be loaded with, such as `revision`.
 
     Returns:
         `dict` of `name_or_path`, and `revision`: the commit on the Hub, or the checksum of a folder's weight files.
     """
     if os.path.isdir(name_or_path):
         return {"name_or_path": os.path.abspath(name_or_path), "revision": _checksum(Path(name_or_path))}
-    if commit_hash is None:
+    hub = {name: loading_options[name] for name in HUB_OPTIONS if name in loading_options}
+    commit = extract_commit_hash(cached_file(name_or_path, "config.json", **hub), None)
+    if commit is None:
         raise ValueError(
-            f"The commit of {name_or_path} is unknown, so a thin checkpoint could not name it. Pass its `revision`, or "
-            "build the model with thin=False."
+            f"The commit of {name_or_path} is unknown, so a thin checkpoint could not name it. Load it from the Hub or "
+            "from a folder, or build the model with thin=False."
         )
-    return {"name_or_path": str(name_or_path), "revision": commit_hash}
+    return {"name_or_path": str(name_or_path), "revision": commit}
 
 
 def fetch(part: str, backbone: dict[str, str], load, **kwargs) -> PreTrainedModel:

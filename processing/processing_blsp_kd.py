@@ -208,8 +208,9 @@ class BlspKdProcessor(ProcessorMixin):
         name = self.feature_extractor.model_input_names[0]
         by_window = []
         for window in np.split(waveform, range(WINDOW_S * rate, len(waveform), WINDOW_S * rate)):
-            # The rest of a long clip may be shorter than what a frame takes.
-            window = np.pad(window, (0, max(0, int(2 * ANALYSIS_WINDOW_S * rate) - len(window)) if by_window else 0))
+            # The rest of a long clip may be shorter than what a frame takes; some encoders' frames take two windows.
+            shortest = 2 * int(ANALYSIS_WINDOW_S * rate) if by_window or self._time_axis == 0 else 0
+            window = np.pad(window, (0, max(0, shortest - len(window))))
             made = self.feature_extractor(
                 window, sampling_rate=rate, padding="do_not_pad", truncation=False, return_tensors="np"
             )

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CHAT_TEMPLATE, SAMPLING_RATE, make_model, make_tokenizer
+from transformers import SeamlessM4TFeatureExtractor, Wav2Vec2FeatureExtractor
 
 from processing import BlspKdDataCollator, BlspKdProcessor
 from processing.data_collator import split_prompt
@@ -144,6 +145,27 @@ def test_features_made_ahead_of_time_equal_those_of_the_audio(collator, processo
         again = collator([{**row, "input_features": convert(row["input_features"])} for row in ahead])
         for name, values in batch.items():
             assert torch.equal(values, again[name]), name
+
+
+@pytest.mark.parametrize("kind", ["waveform", "filter bank"])
+def test_rows_hold_the_features_of_any_encoder(processor, rows, kind):
+    """Log-mel has time last, waveforms and filter bank frames have it first."""
+    if kind == "waveform":
+        extractor = Wav2Vec2FeatureExtractor(do_normalize=True)
+    else:
+        extractor = SeamlessM4TFeatureExtractor(feature_size=80, num_mel_bins=80, stride=2)
+    other = BlspKdProcessor(extractor, processor.tokenizer, chat_template=processor.chat_template)
+    collator = BlspKdDataCollator(other)
+    expected = collator(rows)
+    assert expected["input_features"].shape[2:] == (() if kind == "waveform" else (160,))
+    assert expected["input_features"].shape[:2] == expected["input_features_mask"].shape
+    ahead = []
+    for row in rows:
+        made = other.extract_features([row["audio"]])["input_features"][0]
+        ahead.append({**{name: row[name] for name in ("text", "instruction", "response")}, "input_features": made})
+    assert len({len(row["input_features"]) for row in ahead}) > 1
+    again = collator(ahead)
+    assert all(torch.equal(again[name], values) for name, values in expected.items())
 
 
 def test_a_distillation_step_takes_the_batch_as_it_is(batch):

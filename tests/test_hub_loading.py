@@ -131,9 +131,9 @@ def load_elsewhere(source, audio_path, folder, hf_home=None):
     return torch.load(folder / "results.pt")
 
 
-def as_hub_cache(saved, hf_home):
+def as_hub_cache(saved, hf_home, repo_id=REPO_ID):
     """Lay a folder out as the Hub client would after a download: blobs, and a snapshot of links to them."""
-    repository = hf_home / "hub" / f"models--{REPO_ID.replace('/', '--')}"
+    repository = hf_home / "hub" / f"models--{repo_id.replace('/', '--')}"
     snapshot = repository / "snapshots" / COMMIT
     for folder in (repository / "refs", repository / "blobs", snapshot):
         folder.mkdir(parents=True)

@@ -11,7 +11,7 @@ import soundfile
 import torch
 from conftest import CHAT_TEMPLATE, SAMPLING_RATE, VOCAB_SIZE, clip, make_tokenizer, spoken_prompts
 from tokenizers.processors import TemplateProcessing
-from transformers import WhisperFeatureExtractor
+from transformers import Wav2Vec2FeatureExtractor, WhisperFeatureExtractor
 from transformers.utils import logging as transformers_logging
 
 from processing import BlspKdProcessor
@@ -229,6 +229,51 @@ def test_the_callers_arguments_stay_as_they_are(processor):
     clips = [clip(0.1)]
     processor(AUDIO, clips, sampling_rate=SAMPLING_RATE)
     assert np.array_equal(clips[0], clip(0.1))
+
+
+@pytest.mark.parametrize("duration_s", [30.0, 30.01, 60.0, 61.5])
+def test_features_of_a_long_clip_are_those_of_its_thirty_second_parts(processor, duration_s):
+    """Whisper's extractor clips at 8 below the loudest moment of what it is given, and the model sees parts apart."""
+    waveform = clip(duration_s)
+    waveform[: 30 * SAMPLING_RATE] *= 0.1
+    pieces = np.split(waveform, range(30 * SAMPLING_RATE, len(waveform), 30 * SAMPLING_RATE))
+    if len(pieces[-1]) < 800:  # the rest is filled up with silence to the length of two analysis windows
+        pieces[-1] = np.pad(pieces[-1], (0, 800 - len(pieces[-1])))
+    parts = [processor(AUDIO, piece, sampling_rate=SAMPLING_RATE)["input_features"][0] for piece in pieces]
+    inputs = processor(AUDIO, waveform, sampling_rate=SAMPLING_RATE)
+    assert torch.equal(inputs["input_features"][0], torch.cat(parts, dim=1))
+    assert inputs["input_features_mask"].shape == (1, inputs["input_features"].shape[2])
+    assert inputs["input_features_mask"].all()
+
+
+def test_a_long_clip_and_a_short_one_share_a_batch(processor):
+    clips = [clip(0.5, seed=1), clip(31.0, seed=2)]
+    batch = processor(AUDIO * 2, clips, sampling_rate=SAMPLING_RATE)
+    assert batch["input_features_mask"].sum(1).tolist() == [50, 3100]
+    for row, waveform in enumerate(clips):
+        alone = processor(AUDIO, waveform, sampling_rate=SAMPLING_RATE)["input_features"][0]
+        assert torch.equal(batch["input_features"][row, :, : alone.shape[1]], alone)
+        assert (batch["input_features"][row, :, alone.shape[1] :] == 0).all()
+
+
+@pytest.mark.parametrize("kind", ["log-mel", "waveform", "filter bank"])
+def test_pad_features_pads_the_time_axis_with_zeros(processor, kind):
+    if kind != "log-mel":
+        processor = BlspKdProcessor(Wav2Vec2FeatureExtractor(), processor.tokenizer)
+    shape = {"log-mel": (3, "length"), "waveform": ("length",), "filter bank": ("length", 3)}[kind]
+    axis = shape.index("length")
+    lengths = [4, 7, 1]
+    rng = np.random.default_rng(0)
+    clips = [rng.random([length if size == "length" else size for size in shape]) for length in lengths]
+    padded = processor.pad_features(clips)
+    features, mask = padded["input_features"], padded["input_features_mask"]
+    assert features.dtype == np.float32 and mask.dtype == np.int64
+    assert features.shape == (3, *(7 if size == "length" else size for size in shape))
+    assert mask.tolist() == [[1] * length + [0] * (7 - length) for length in lengths]
+    for row, one in enumerate(clips):
+        kept, rest = np.split(features[row], [lengths[row]], axis=axis)
+        assert np.array_equal(kept, one.astype(np.float32)) and not rest.any()
+    assert clips[0].shape[axis] == 4  # the caller's arrays stay as they are
 
 
 # -- chat templates ---------------------------------------------------------------------------------------------------

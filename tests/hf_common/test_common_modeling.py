@@ -71,19 +71,8 @@ class CommonModelTests(ModelTesterMixin, GenerationTesterMixin):
         "the LLM keeps its own head, whatever its family, so this model holds no base model apart from a head"
     )
 
-    def _without_audio(self):
-        """Embeddings come without audio: its places are found by the placeholder's id."""
-        config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
-        inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-        inputs["input_ids"].clamp_(max=config.audio_token_id - 1)
-        return patch.object(self.model_tester, "prepare_config_and_inputs_for_common", lambda: (config, inputs))
-
-    def test_inputs_embeds(self):
-        with self._without_audio():
-            super().test_inputs_embeds()
-
     def test_inputs_embeds_matches_input_ids(self):
-        with self._without_audio(), as_base_model():
+        with as_base_model():
             super().test_inputs_embeds_matches_input_ids()
 
     def test_model_forward_default_config_values(self):
