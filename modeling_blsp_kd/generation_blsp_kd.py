@@ -104,12 +104,14 @@ class BlspKdGenerationMixin(GenerationMixin):
             )
         if streamer is not None and input_ids is not None:
             streamer = _OriginalPromptStreamer(streamer, input_ids)
+        defaults = generation_config or self.generation_config
+        settings = {name: kwargs.get(name, getattr(defaults, name)) for name in ("eos_token_id", "pad_token_id")}
         output = super().generate(None, generation_config, *args, streamer=streamer, **kwargs)
 
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
         answers = sequences[:, prompt.input_ids.shape[1] :] if input_ids is not None else sequences
         if isinstance(output, GenerateDecoderOnlyOutput) and output.past_key_values is not None:
-            self._note_mask(output.past_key_values, prompt.attention_mask, answers)
+            self._note_mask(output.past_key_values, prompt.attention_mask, answers, settings)
         if input_ids is not None:
             originals = input_ids.repeat_interleave(len(sequences) // len(input_ids), dim=0)
             sequences = torch.cat([originals, answers], dim=1)
@@ -135,15 +137,18 @@ class BlspKdGenerationMixin(GenerationMixin):
                 "torch.cat([past_key_values.attention_mask, new_attention_mask], dim=1)."
             )
 
-    def _note_mask(self, cache, prompt_mask, answers):
+    def _note_mask(self, cache, prompt_mask, answers, settings: dict):
         """Keep the mask of the cached positions with the cache: only here it is known how prompts were expanded."""
-        eos_token_id = self.generation_config.eos_token_id
-        eos_token_id = [] if eos_token_id is None else eos_token_id
-        is_end = torch.isin(answers, torch.tensor(eos_token_id, device=answers.device))
-        # What follows the end of a row, until the longest row ends, is padding.
-        is_said = is_end.cumsum(1) - is_end.long() == 0
+        eos_token_id = settings["eos_token_id"]
+        ends = eos_token_id if isinstance(eos_token_id, (list, tuple)) else [eos_token_id]
+        pad_token_id = ends[0] if settings["pad_token_id"] is None else settings["pad_token_id"]
+        # Rows that end before the longest one go on with padding, whatever ended them.
+        is_padding = (answers == pad_token_id).flip(1).cumprod(1).flip(1).bool()
+        if pad_token_id in ends:
+            # The first of them was said.
+            is_padding = is_padding & nn.functional.pad(is_padding, (1, 0), value=False)[:, :-1]
         prompt_mask = prompt_mask.repeat_interleave(len(answers) // len(prompt_mask), dim=0)
-        mask = torch.cat([prompt_mask, is_said.to(prompt_mask)], dim=1)
+        mask = torch.cat([prompt_mask, (~is_padding).to(prompt_mask)], dim=1)
         cache.attention_mask = mask[:, : int(cache.get_seq_length())]
 
     def prepare_inputs_for_generation(
