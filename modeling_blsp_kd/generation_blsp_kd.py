@@ -60,53 +60,26 @@ class BlspKdGenerationMixin(GenerationMixin):
                 the cache.
         """
         input_ids = kwargs.pop("input_ids", inputs)
-        input_features_mask = kwargs.pop("input_features_mask", None)
-        num_speech_tokens = kwargs.pop("num_speech_tokens", None)
+        audio_options = {name: kwargs.pop(name, None) for name in ("input_features_mask", "num_speech_tokens")}
         if input_ids is not None and input_ids.dtype.is_floating_point:
             raise ValueError("generate takes prompts as input_ids, got floats. Pass audio as input_features.")
-        if input_ids is not None:
-            kwargs["input_ids"] = input_ids
         if input_features is None:
-            # An assistant is given prompts that were expanded for the model it assists.
-            if input_ids is not None and kwargs.get("speech_embeds") is None:
-                self._check_text_only(input_ids, kwargs.get("attention_mask"))
+            if input_ids is not None:
+                # An assistant is given prompts that were expanded for the model it assists.
+                if kwargs.get("speech_embeds") is None:
+                    self._check_text_only(input_ids, kwargs.get("attention_mask"))
+                kwargs["input_ids"] = input_ids
             return super().generate(None, generation_config, *args, streamer=streamer, **kwargs)
 
-        if kwargs.get("position_ids") is not None:
-            raise ValueError("input_features go without position_ids: the model expands the prompt and makes its own.")
-        inputs_embeds = kwargs.pop("inputs_embeds", None)
-        # Of embeddings alone the answer comes back alone, as without audio.
-        prompt_ids = self._find_in_embeds(inputs_embeds) if input_ids is None else input_ids
-        attention_mask, cache = kwargs.pop("attention_mask", None), kwargs.get("past_key_values")
-        num_past = 0 if cache is None else int(cache.get_seq_length())
-        is_new_turn = num_past > 0 and attention_mask is not None and attention_mask.shape[1] != prompt_ids.shape[1]
-        if is_new_turn and inputs_embeds is not None:
-            raise ValueError("A new turn after a key-value cache is read from input_ids, not from inputs_embeds.")
-        attention_mask = self._mask_after_cache(prompt_ids, attention_mask, num_past if is_new_turn else 0)
-        prompt, _ = self._hear_prompt(
-            prompt_ids, attention_mask, None, input_features, input_features_mask, num_speech_tokens, inputs_embeds
+        prompt_options = {name: kwargs.pop(name, None) for name in ("attention_mask", "inputs_embeds", "position_ids")}
+        prompt, expanded = self._expand_inputs(
+            input_ids, input_features, kwargs.get("past_key_values"), **audio_options, **prompt_options
         )
-        self._check_context(prompt, num_new_tokens=1)
-        if num_past and not is_new_turn:
-            self._check_cache(prompt, cache, num_past)
-        # Positions count from the start of the cache.
-        num_before = num_past if is_new_turn else 0
-        expanded_ids = prompt.input_ids.masked_fill(prompt.is_speech, self._unspoken_token_id())
-        if input_ids is not None:
-            kwargs["input_ids"] = expanded_ids
-        kwargs["attention_mask"] = prompt.attention_mask
-        kwargs["is_speech"] = nn.functional.pad(prompt.is_speech, (num_before, 0), value=False)
-        if inputs_embeds is None:
-            kwargs["speech_embeds"] = nn.functional.pad(prompt.speech_embeds, (0, 0, num_before, 0))
-        else:
-            kwargs["inputs_embeds"] = self._embed(
-                prompt.input_ids, prompt.is_speech, prompt.speech_embeds, prompt.text_embeds
-            )
         if streamer is not None and input_ids is not None:
             streamer = _OriginalPromptStreamer(streamer, input_ids)
         defaults = generation_config or self.generation_config
         settings = {name: kwargs.get(name, getattr(defaults, name)) for name in ("eos_token_id", "pad_token_id")}
-        output = super().generate(None, generation_config, *args, streamer=streamer, **kwargs)
+        output = super().generate(None, generation_config, *args, streamer=streamer, **kwargs, **expanded)
 
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
         answers = sequences[:, prompt.input_ids.shape[1] :] if input_ids is not None else sequences
@@ -119,6 +92,49 @@ class BlspKdGenerationMixin(GenerationMixin):
             return sequences
         output.sequences = sequences
         return output
+
+    def _expand_inputs(
+        self,
+        input_ids,
+        input_features,
+        cache,
+        input_features_mask,
+        num_speech_tokens,
+        attention_mask,
+        inputs_embeds,
+        position_ids,
+    ) -> tuple[SpeechPrompt, dict]:
+        """The expanded prompts, and what `generate` takes in place of the prompts and their audio."""
+        if position_ids is not None:
+            raise ValueError("input_features go without position_ids: the model expands the prompt and makes its own.")
+        # Of embeddings alone the answer comes back alone, as without audio.
+        prompt_ids = self._find_in_embeds(inputs_embeds) if input_ids is None else input_ids
+        num_past = 0 if cache is None else int(cache.get_seq_length())
+        is_new_turn = num_past > 0 and attention_mask is not None and attention_mask.shape[1] != prompt_ids.shape[1]
+        if is_new_turn and inputs_embeds is not None:
+            raise ValueError("A new turn after a key-value cache is read from input_ids, not from inputs_embeds.")
+        attention_mask = self._mask_after_cache(prompt_ids, attention_mask, num_past if is_new_turn else 0)
+        prompt, _ = self._hear_prompt(
+            prompt_ids, attention_mask, None, input_features, input_features_mask, num_speech_tokens, inputs_embeds
+        )
+        self._check_context(prompt, num_new_tokens=1)
+        if num_past and not is_new_turn:
+            self._check_cache(prompt, cache, num_past)
+
+        num_before = num_past if is_new_turn else 0  # positions count from the start of the cache
+        expanded = {
+            "attention_mask": prompt.attention_mask,
+            "is_speech": nn.functional.pad(prompt.is_speech, (num_before, 0), value=False),
+        }
+        if input_ids is not None:
+            expanded["input_ids"] = prompt.input_ids.masked_fill(prompt.is_speech, self._unspoken_token_id())
+        if inputs_embeds is None:
+            expanded["speech_embeds"] = nn.functional.pad(prompt.speech_embeds, (0, 0, num_before, 0))
+        else:
+            expanded["inputs_embeds"] = self._embed(
+                prompt.input_ids, prompt.is_speech, prompt.speech_embeds, prompt.text_embeds
+            )
+        return prompt, expanded
 
     def _check_cache(self, prompt: SpeechPrompt, cache, num_past: int):
         """Whole conversations must begin with what the cache holds, at the same positions."""
@@ -143,7 +159,8 @@ class BlspKdGenerationMixin(GenerationMixin):
         ends = eos_token_id if isinstance(eos_token_id, (list, tuple)) else [eos_token_id]
         pad_token_id = ends[0] if settings["pad_token_id"] is None else settings["pad_token_id"]
         # Rows that end before the longest one go on with padding, whatever ended them.
-        is_padding = (answers == pad_token_id).flip(1).cumprod(1).flip(1).bool()
+        is_pad_token = torch.zeros_like(answers) if pad_token_id is None else (answers == pad_token_id).long()
+        is_padding = is_pad_token.flip(1).cumprod(1).flip(1).bool()
         if pad_token_id in ends:
             # The first of them was said.
             is_padding = is_padding & nn.functional.pad(is_padding, (1, 0), value=False)[:, :-1]

@@ -1,20 +1,19 @@
-"""`BlspKdForCausalLM`: speech encoder -> adapter -> LLM, and its distillation loss.
+"""`BlspKdForCausalLM`: speech encoder -> adapter -> LLM.
 
 Follows arXiv 2405.19041: speech tokens stand in the LLM's input where the transcript's tokens would stand, and the LLM
 on the text prompt teaches the LLM on the speech prompt. Leaves out: the parts (`speech_encoder.py`, `adapters.py`,
-`plora.py`, `speech_prompt.py`), the loss formulas (`distillation.py`), generation (`generation_blsp_kd.py`) and
-training itself (`trainer.py`).
+`plora.py`, `speech_prompt.py`), the distillation loss (`distillation_step.py`), `generate` (`generation_blsp_kd.py`)
+and training itself (`trainer.py`).
 
 Shapes: B prompts, L prompt length, P positions in a key-value cache, A audio clips in reading order over the batch, T
 encoder frames, U speech tokens of a clip, H encoder width, D LLM width, V vocabulary.
 """
 
 import copy
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
@@ -24,7 +23,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from .adapters import CFormer, Subsampler
 from .backbones import load_audio_tower, load_language_model, without_folder
 from .configuration_blsp_kd import BlspKdConfig
-from .distillation import linear_cross_entropy, linear_kl, postprocess_logits, predicts_next, quantity_loss
+from .distillation_step import RESPONSE_TOKENS, DistillationStep, frozen
 from .generation_blsp_kd import BlspKdGenerationMixin
 from .plora import ADAPTER_NAME, PartialLora, leave_out_of_peft_model
 from .speech_encoder import TrueLengthWhisperEncoder, build_speech_encoder, encode_speech, window_of
@@ -33,15 +32,6 @@ from .speech_windows import is_within, per_clip, regroup, split_into_windows
 from .thin_checkpoints import identify, is_thin, load_thin, trained_names
 
 ADAPTER_CLASSES = {"cformer": CFormer, "subsampler": Subsampler}
-# What each loss part is a mean over, in the order of `num_items_in_batch`.
-RESPONSE_TOKENS, CONTENT_TOKENS, CLIPS = range(3)
-LOSS_PARTS = {
-    "response_kl": RESPONSE_TOKENS,
-    "input_kl": CONTENT_TOKENS,
-    "quantity": CLIPS,
-    "response_ce": RESPONSE_TOKENS,
-    "transcript_ce": CONTENT_TOKENS,
-}
 
 
 @dataclass
@@ -80,19 +70,6 @@ class BlspKdOutputWithPast(CausalLMOutputWithPast):
     loss_parts: dict[str, torch.FloatTensor] | None = None
 
 
-@contextmanager
-def _frozen(module: nn.Module):
-    """Run a frozen module: no gradient, and no dropout whatever the mode of the model around it."""
-    was_training = [(child, child.training) for child in module.modules()]
-    module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for child, training in was_training:
-            child.training = training
-
-
 def _for_language_model_only(quantization_config):
     """Exempt all but the LLM's linear layers from a quantisation, beside what its user exempts."""
     # Regular expressions from the start of a name of a module (bitsandbytes) or of a weight (torchao).
@@ -125,7 +102,7 @@ class BlspKdPreTrainedModel(PreTrainedModel):
     accepts_loss_kwargs = False
 
 
-class BlspKdForCausalLM(BlspKdPreTrainedModel, BlspKdGenerationMixin):
+class BlspKdForCausalLM(BlspKdPreTrainedModel, DistillationStep, BlspKdGenerationMixin):
     """An LLM with ears.
 
     Args:
@@ -351,7 +328,7 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, BlspKdGenerationMixin):
             input_features, input_features_mask, window, time_axis
         )
         is_trained = any(parameter.requires_grad for parameter in self.audio_tower.parameters())
-        with nullcontext() if is_trained else _frozen(self.audio_tower):
+        with nullcontext() if is_trained else frozen(self.audio_tower):
             encoded = encode_speech(self.audio_tower, windows, window_mask, **wanted)
         frames, frame_mask = encoded.last_hidden_state, encoded.frame_mask
         if self.training and self.is_activation_checkpointing and not frames.requires_grad:
@@ -577,9 +554,10 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, BlspKdGenerationMixin):
                 raise ValueError("A distillation step needs input_features and labels beside the teacher's inputs.")
             student = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "position_ids": position_ids}
             teacher = {"input_ids": teacher_input_ids, "attention_mask": teacher_attention_mask}
-            return self._distill(
+            loss, loss_parts = self._distill(
                 student, teacher, labels, is_speech, audio, teacher_is_content, teacher_is_response, num_items_in_batch
             )
+            return BlspKdOutputWithPast(loss=loss, loss_parts=loss_parts)
         if num_items_in_batch is not None:
             kwargs["num_items_in_batch"] = torch.as_tensor(num_items_in_batch).flatten()[RESPONSE_TOKENS]
         with self._partial_lora_at(is_speech):
@@ -602,118 +580,6 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, BlspKdGenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-
-    # -- distillation -------------------------------------------------------------------------------------------------
-
-    def _distill(
-        self, student, teacher, labels, is_speech, audio, teacher_is_content, teacher_is_response, num_items_in_batch
-    ) -> BlspKdOutputWithPast:
-        weights = self.config.distillation
-        # Evaluation reports every KL that exists; training computes only what the loss weighs.
-        wanted = {name for name in LOSS_PARTS if weights[name]}
-        if not self.training:
-            wanted |= {"response_kl", "input_kl"} if self.adapter.one_to_one else {"response_kl"}
-
-        # `base_model` is the LLM without its head: vocabulary products are taken at the compared positions only.
-        with _frozen(self.language_model):
-            teacher_states = self.language_model.base_model(**teacher, use_cache=False).last_hidden_state
-        with self._partial_lora_at(is_speech):
-            student_states = self.language_model.base_model(**student, use_cache=False).last_hidden_state
-
-        predicts_response = predicts_next(labels != -100)
-        teacher_predicts_response = predicts_next(teacher_is_response)
-        compared = {
-            "response": (student_states[predicts_response], teacher_states[teacher_predicts_response]),
-            "content": (student_states[is_speech], teacher_states[teacher_is_content]),
-        }
-        for name in ("response", "content") if self.adapter.one_to_one else ("response",):
-            num_student, num_teacher = (len(states) for states in compared[name])
-            if num_student != num_teacher:
-                raise ValueError(
-                    f"Speech and text prompts must hold the same {name} tokens, but hold {num_student} and "
-                    f"{num_teacher}. Build both with BlspKdDataCollator."
-                )
-        response, content = compared["response"], compared["content"]
-        weight, head_options = self._output_head()
-        kl_options = {"temperature": weights["temperature"], "reduction": "sum", **head_options}
-
-        parts = {}
-        if "response_kl" in wanted:
-            parts["response_kl"] = linear_kl(*response, weight, **kl_options)
-        if "input_kl" in wanted:
-            parts["input_kl"] = linear_kl(*content, weight, **kl_options)
-        if "quantity" in wanted:
-            parts["quantity"] = quantity_loss(audio.alpha_sum, audio.num_speech_tokens)
-        if "response_ce" in wanted:
-            targets = labels[:, 1:][predicts_response[:, :-1]]
-            parts["response_ce"] = linear_cross_entropy(response[0], targets, weight, **head_options)
-        if "transcript_ce" in wanted:
-            # The LLM's token embeddings double as the output matrix of the recogniser.
-            num_slots = audio.pooler_output.shape[1]
-            is_token = torch.arange(num_slots, device=labels.device) < audio.num_speech_tokens[:, None]
-            targets = teacher["input_ids"][teacher_is_content]
-            parts["transcript_ce"] = linear_cross_entropy(
-                audio.pooler_output[is_token], targets, self.get_input_embeddings().weight
-            )
-
-        counts = torch.stack(
-            [
-                predicts_response.sum(),
-                teacher_is_content.sum(),
-                torch.tensor(len(audio.num_speech_tokens), device=labels.device),
-            ]
-        )
-        divisors = counts if num_items_in_batch is None else num_items_in_batch.to(counts.device)
-        loss = sum(
-            weights[name] * part / divisors[LOSS_PARTS[name]].clamp(min=1)
-            for name, part in parts.items()
-            if weights[name]
-        )
-        loss_parts = {
-            name: torch.stack([part.detach().float(), counts[LOSS_PARTS[name]].float()]) for name, part in parts.items()
-        }
-        if audio.alpha_sum is not None:
-            miss = (audio.alpha_sum.detach().round().clamp(min=1) - audio.num_speech_tokens).abs()
-            num_clips = counts[CLIPS].float()
-            loss_parts["token_count_accuracy"] = torch.stack([(miss == 0).sum().float(), num_clips])
-            loss_parts["token_count_error"] = torch.stack([miss.sum(), num_clips])
-        return BlspKdOutputWithPast(loss=loss, loss_parts=loss_parts)
-
-    def _output_head(self) -> tuple[torch.Tensor, dict]:
-        """The LLM's output head as the losses take it. Read anew in each forward: sharding swaps the weight."""
-        head = self.language_model.get_output_embeddings()
-        if head.weight.is_meta:
-            raise ValueError("The LLM's output head is offloaded, so the losses cannot read it. Keep it on a device.")
-        text_config = self.config.get_text_config()
-        scale = getattr(text_config, "logit_scale", None) or 1.0  # Cohere
-        scale /= getattr(text_config, "logits_scaling", None) or 1.0  # Granite
-        softcap = getattr(text_config, "final_logit_softcapping", None)  # Gemma
-        return head.weight, {"lm_head_bias": getattr(head, "bias", None), "scale": scale, "softcap": softcap}
-
-    @torch.no_grad()
-    def check_output_head(self):
-        """Make sure that the losses see the same logits as the LLM's own forward returns.
-
-        The losses read the output head directly, which is only right while they know all that the LLM does to its
-        logits afterwards. The trainer calls this once.
-
-        Raises:
-            ValueError: this LLM does something else.
-        """
-        input_ids = torch.arange(4, device=self.device)[None]
-        weight, options = self._output_head()
-        with _frozen(self.language_model):
-            own = self.language_model(input_ids=input_ids, use_cache=False).logits.float()
-            states = self.language_model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-            logits = nn.functional.linear(states, weight, options.pop("lm_head_bias"))
-        difference = (postprocess_logits(logits, **options) - own).abs().max()
-        tolerance = 1e-3 if own.dtype == torch.float32 else 1e-1
-        if not difference <= tolerance * max(1.0, float(own.abs().max())):
-            raise ValueError(
-                f"{type(self.language_model).__name__} treats its logits in a way that the distillation losses do not "
-                f"know (largest difference {float(difference):.3g}); distilling it would be wrong. Known are a scale "
-                "(logit_scale, logits_scaling) and soft-capping (final_logit_softcapping)."
-            )
 
 
 BlspKdForCausalLM.register_for_auto_class("AutoModelForCausalLM")
