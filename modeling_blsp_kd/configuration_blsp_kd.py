@@ -223,6 +223,11 @@ class BlspKdConfig(PreTrainedConfig):
         given = {name: kwargs.pop(name) for name in CHECKED_OPTIONS if name in kwargs}
         return super().from_dict({**config_dict, **given}, **kwargs)
 
+    def to_dict(self):
+        # Libraries set attributes of their own on configs. In a file they would be unknown options.
+        unknown = set(self.__dict__) - set(self.__class__.__dataclass_fields__) - GENERAL_OPTIONS
+        return {name: value for name, value in super().to_dict().items() if name not in unknown}
+
     def _check_speech_encoder(self):
         model_type = self.speech_config.model_type
         _require(

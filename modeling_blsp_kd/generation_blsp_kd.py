@@ -9,7 +9,7 @@ Shapes: B prompts, L prompt length, P positions in a key-value cache, A audio cl
 
 import torch
 from torch import nn
-from transformers import GenerationMixin
+from transformers import GenerationMixin, SuppressTokensLogitsProcessor
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
@@ -61,6 +61,8 @@ class BlspKdGenerationMixin(GenerationMixin):
         """
         input_ids = kwargs.pop("input_ids", inputs)
         audio_options = {name: kwargs.pop(name, None) for name in ("input_features_mask", "num_speech_tokens")}
+        defaults = generation_config or self.generation_config
+        settings = {name: kwargs.get(name, getattr(defaults, name)) for name in ("eos_token_id", "pad_token_id")}
         if input_ids is not None and input_ids.dtype.is_floating_point:
             raise ValueError("generate takes prompts as input_ids, got floats. Pass audio as input_features.")
         if input_features is None:
@@ -69,7 +71,10 @@ class BlspKdGenerationMixin(GenerationMixin):
                 if kwargs.get("speech_embeds") is None:
                     self._check_text_only(input_ids, kwargs.get("attention_mask"))
                 kwargs["input_ids"] = input_ids
-            return super().generate(None, generation_config, *args, streamer=streamer, **kwargs)
+            output = super().generate(None, generation_config, *args, streamer=streamer, **kwargs)
+            prompt_length = 0 if input_ids is None else input_ids.shape[1]
+            self._note_mask(output, kwargs.get("attention_mask"), prompt_length, settings)
+            return output
 
         prompt_options = {name: kwargs.pop(name, None) for name in ("attention_mask", "inputs_embeds", "position_ids")}
         prompt, expanded = self._expand_inputs(
@@ -77,17 +82,16 @@ class BlspKdGenerationMixin(GenerationMixin):
         )
         if streamer is not None and input_ids is not None:
             streamer = _OriginalPromptStreamer(streamer, input_ids)
-        defaults = generation_config or self.generation_config
-        settings = {name: kwargs.get(name, getattr(defaults, name)) for name in ("eos_token_id", "pad_token_id")}
         output = super().generate(None, generation_config, *args, streamer=streamer, **kwargs, **expanded)
+        # Of embeddings alone the answer comes back alone, as without audio.
+        prompt_length = 0 if input_ids is None else prompt.input_ids.shape[1]
+        self._note_mask(output, prompt.attention_mask, prompt_length, settings)
+        if input_ids is None:
+            return output
 
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
-        answers = sequences[:, prompt.input_ids.shape[1] :] if input_ids is not None else sequences
-        if isinstance(output, GenerateDecoderOnlyOutput) and output.past_key_values is not None:
-            self._note_mask(output.past_key_values, prompt.attention_mask, answers, settings)
-        if input_ids is not None:
-            originals = input_ids.repeat_interleave(len(sequences) // len(input_ids), dim=0)
-            sequences = torch.cat([originals, answers], dim=1)
+        originals = input_ids.repeat_interleave(len(sequences) // len(input_ids), dim=0)
+        sequences = torch.cat([originals, sequences[:, prompt_length:]], dim=1)
         if isinstance(output, torch.Tensor):
             return sequences
         output.sequences = sequences
@@ -105,9 +109,6 @@ class BlspKdGenerationMixin(GenerationMixin):
         position_ids,
     ) -> tuple[SpeechPrompt, dict]:
         """The expanded prompts, and what `generate` takes in place of the prompts and their audio."""
-        if position_ids is not None:
-            raise ValueError("input_features go without position_ids: the model expands the prompt and makes its own.")
-        # Of embeddings alone the answer comes back alone, as without audio.
         prompt_ids = self._find_in_embeds(inputs_embeds) if input_ids is None else input_ids
         num_past = 0 if cache is None else int(cache.get_seq_length())
         is_new_turn = num_past > 0 and attention_mask is not None and attention_mask.shape[1] != prompt_ids.shape[1]
@@ -115,7 +116,14 @@ class BlspKdGenerationMixin(GenerationMixin):
             raise ValueError("A new turn after a key-value cache is read from input_ids, not from inputs_embeds.")
         attention_mask = self._mask_after_cache(prompt_ids, attention_mask, num_past if is_new_turn else 0)
         prompt, _ = self._hear_prompt(
-            prompt_ids, attention_mask, None, input_features, input_features_mask, num_speech_tokens, inputs_embeds
+            prompt_ids,
+            attention_mask,
+            None,
+            input_features,
+            input_features_mask,
+            num_speech_tokens,
+            inputs_embeds,
+            position_ids,
         )
         self._check_context(prompt, num_new_tokens=1)
         if num_past and not is_new_turn:
@@ -126,6 +134,8 @@ class BlspKdGenerationMixin(GenerationMixin):
             "attention_mask": prompt.attention_mask,
             "is_speech": nn.functional.pad(prompt.is_speech, (num_before, 0), value=False),
         }
+        if position_ids is not None:
+            expanded["position_ids"] = prompt.position_ids
         if input_ids is not None:
             expanded["input_ids"] = prompt.input_ids.masked_fill(prompt.is_speech, self._unspoken_token_id())
         if inputs_embeds is None:
@@ -144,7 +154,7 @@ class BlspKdGenerationMixin(GenerationMixin):
                 f"{prompt.input_ids.shape[1]}. Pass all of it, or the attention_mask of cached and new positions."
             )
         cached_mask = getattr(cache, "attention_mask", None)
-        if cached_mask is None or cached_mask.shape[1] != num_past:
+        if cached_mask is None or cached_mask.shape != (len(prompt.input_ids), num_past):
             return
         if not torch.equal(cached_mask.bool(), prompt.attention_mask[:, :num_past].bool()):
             raise ValueError(
@@ -153,11 +163,28 @@ class BlspKdGenerationMixin(GenerationMixin):
                 "torch.cat([past_key_values.attention_mask, new_attention_mask], dim=1)."
             )
 
-    def _note_mask(self, cache, prompt_mask, answers, settings: dict):
-        """Keep the mask of the cached positions with the cache: only here it is known how prompts were expanded."""
-        eos_token_id = settings["eos_token_id"]
-        ends = eos_token_id if isinstance(eos_token_id, (list, tuple)) else [eos_token_id]
-        pad_token_id = ends[0] if settings["pad_token_id"] is None else settings["pad_token_id"]
+    def _note_mask(self, output, prompt_mask, prompt_length: int, settings: dict):
+        """Keep the mask of the cached positions with the cache: only here it is known how prompts were expanded.
+
+        Args:
+            output: of transformers' `generate`; only its own single sequences have a cache that can go on.
+            prompt_mask (B, P + L), *optional*: what `generate` was given; omitted, one prompt without padding.
+            prompt_length (`int`): how much of each sequence is prompt.
+            settings (`dict`): `eos_token_id` and `pad_token_id` of this call.
+        """
+        if not isinstance(output, GenerateDecoderOnlyOutput) or output.past_key_values is None:
+            return
+        cache, answers = output.past_key_values, output.sequences[:, prompt_length:]
+        num_cached = int(cache.get_seq_length())
+        if prompt_mask is None and len(answers) > 1:
+            cache.attention_mask = None  # transformers guessed where padding is
+            return
+        if prompt_mask is None:
+            prompt_mask = answers.new_ones(1, max(0, num_cached + 1 - answers.shape[1]))
+        ends = torch.as_tensor([] if settings["eos_token_id"] is None else settings["eos_token_id"]).flatten().tolist()
+        pad_token_id = settings["pad_token_id"]
+        if pad_token_id is None and ends:
+            pad_token_id = ends[0]
         # Rows that end before the longest one go on with padding, whatever ended them.
         is_pad_token = torch.zeros_like(answers) if pad_token_id is None else (answers == pad_token_id).long()
         is_padding = is_pad_token.flip(1).cumprod(1).flip(1).bool()
@@ -165,8 +192,15 @@ class BlspKdGenerationMixin(GenerationMixin):
             # The first of them was said.
             is_padding = is_padding & nn.functional.pad(is_padding, (1, 0), value=False)[:, :-1]
         prompt_mask = prompt_mask.repeat_interleave(len(answers) // len(prompt_mask), dim=0)
-        mask = torch.cat([prompt_mask, (~is_padding).to(prompt_mask)], dim=1)
-        cache.attention_mask = mask[:, : int(cache.get_seq_length())]
+        cache.attention_mask = torch.cat([prompt_mask, (~is_padding).to(prompt_mask)], dim=1)[:, :num_cached]
+
+    def _get_logits_processor(self, *args, model_kwargs=None, device=None, **kwargs):
+        processors = super()._get_logits_processor(*args, model_kwargs=model_kwargs, device=device, **kwargs)
+        has_audio = model_kwargs is not None and model_kwargs.get("is_speech") is not None
+        if has_audio and self.config.audio_token_id < self.config.get_text_config().vocab_size:
+            # An answer with a placeholder in it would ask for audio when the conversation goes on.
+            processors.insert(0, SuppressTokensLogitsProcessor([self.config.audio_token_id], device=device))
+        return processors
 
     def prepare_inputs_for_generation(
         self, input_ids, inputs_embeds=None, past_key_values=None, speech_embeds=None, is_speech=None, **kwargs

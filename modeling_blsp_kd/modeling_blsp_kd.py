@@ -361,6 +361,7 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, DistillationStep, BlspKdGeneratio
         input_features_mask,
         num_speech_tokens,
         inputs_embeds=None,
+        position_ids=None,
     ) -> tuple[SpeechPrompt, BlspKdAudioOutput]:
         """Hear the clips of a batch of prompts and give each its positions.
 
@@ -382,6 +383,7 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, DistillationStep, BlspKdGeneratio
             audio.num_speech_tokens,
             self._harmless_token_id(),
             inputs_embeds,
+            position_ids,
         )
         return prompt, audio
 
@@ -395,7 +397,7 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, DistillationStep, BlspKdGeneratio
             )
         placeholder = embeddings(torch.tensor(audio_token_id, device=inputs_embeds.device))
         is_placeholder = (inputs_embeds == placeholder.to(inputs_embeds.dtype)).all(-1)
-        return torch.where(is_placeholder, audio_token_id, self._harmless_token_id())
+        return torch.where(is_placeholder, audio_token_id, -1)
 
     def _check_context(self, prompt: SpeechPrompt, num_new_tokens: int = 0):
         capacity = getattr(self.config.get_text_config(), "max_position_embeddings", None)
@@ -422,8 +424,8 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, DistillationStep, BlspKdGeneratio
         return attention_mask
 
     def _check_text_only(self, input_ids, attention_mask):
-        if attention_mask is not None and attention_mask.shape != input_ids.shape:
-            attention_mask = None  # of a static cache, or 4-D
+        if not isinstance(attention_mask, torch.Tensor) or attention_mask.shape != input_ids.shape:
+            attention_mask = None  # of a static cache (also one mask per kind of layer), or 4-D
         audio_token_id = self.config.audio_token_id
         check_placeholders(find_placeholders(input_ids, attention_mask, audio_token_id), audio_token_id, num_audios=0)
 
@@ -519,11 +521,8 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, DistillationStep, BlspKdGeneratio
         num_past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
         audio = None
         if input_features is not None:
-            if speech_embeds is not None or position_ids is not None:
-                raise ValueError(
-                    "input_features go without speech_embeds and position_ids: the model expands the prompt and makes "
-                    "its own."
-                )
+            if speech_embeds is not None:
+                raise ValueError("input_features go without speech_embeds: the model makes its own.")
             if input_ids is None:
                 input_ids = self._find_in_embeds(inputs_embeds)
             prompt, audio = self._hear_prompt(
@@ -534,9 +533,13 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, DistillationStep, BlspKdGeneratio
                 input_features_mask,
                 num_speech_tokens,
                 inputs_embeds,
+                position_ids,
             )
             self._check_context(prompt)
-            input_ids, attention_mask, position_ids = prompt.input_ids, prompt.attention_mask, prompt.position_ids
+            # Without a mask, position_ids may tell that one row holds several prompts (packing).
+            is_unmasked = attention_mask is None and position_ids is not None and len(input_ids) == 1
+            attention_mask = None if is_unmasked else prompt.attention_mask
+            input_ids, position_ids = prompt.input_ids, prompt.position_ids
             labels, is_speech = prompt.labels, prompt.is_speech
             inputs_embeds = self._embed(input_ids, is_speech, prompt.speech_embeds, prompt.text_embeds)
             input_ids = None

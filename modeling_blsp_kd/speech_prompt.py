@@ -22,6 +22,7 @@ class SpeechPrompt:
         is_speech (B, L): True at speech positions.
         speech_embeds (B, L, D): speech vectors at speech positions, zero elsewhere.
         text_embeds (B, L, D), *optional*: the caller's own embeddings of the text.
+        position_ids (B, L): of the expanded prompt.
     """
 
     input_ids: torch.LongTensor
@@ -29,11 +30,8 @@ class SpeechPrompt:
     labels: torch.LongTensor | None
     is_speech: torch.BoolTensor
     speech_embeds: torch.FloatTensor
+    position_ids: torch.LongTensor
     text_embeds: torch.FloatTensor | None = None
-
-    @property
-    def position_ids(self):
-        return (self.attention_mask.cumsum(1) - 1).clamp(min=0)[:, -self.input_ids.shape[1] :]
 
 
 def find_placeholders(input_ids, attention_mask, audio_token_id: int) -> torch.BoolTensor:
@@ -74,6 +72,7 @@ def lay_out(
     num_speech_tokens,
     pad_id: int,
     text_embeds=None,
+    position_ids=None,
 ) -> SpeechPrompt:
     """Repeat the placeholder of each audio once per speech token, and pad anew on the side that was padded.
 
@@ -85,6 +84,8 @@ def lay_out(
         speech_embeds (A, U, D), num_speech_tokens (A,): what the adapter made of the audios.
         pad_id: token id at padding.
         text_embeds (B, L, D), *optional*: what is read instead of the embeddings of input_ids.
+        position_ids (B or 1, L), *optional*: of the prompts as given; they shift by what audios before have added.
+            Omitted: counted by the attention mask.
     """
     if attention_mask is None:
         if len(input_ids) > 1 and bool((input_ids[:, [0, -1]] == pad_id).any()):
@@ -101,6 +102,7 @@ def lay_out(
     source = torch.arange(num_rows * length, device=input_ids.device).repeat_interleave(repeats.flatten())
     row, column = source // length, torch.arange(source.shape[0], device=source.device)
     column = column - (lengths.cumsum(0) - lengths)[row]
+    num_added = column - (attention_mask.cumsum(1) - 1).flatten()[source]
     max_length = int(lengths.max())
     if bool(attention_mask[:, -1].all()):
         column = column + (max_length - lengths)[row]
@@ -114,12 +116,19 @@ def lay_out(
     is_token = torch.arange(speech_embeds.shape[1], device=num_speech_tokens.device) < num_speech_tokens[:, None]
     embeds = speech_embeds.new_zeros(*is_speech.shape, speech_embeds.shape[-1])
     embeds[is_speech] = speech_embeds[is_token]
+    expanded_mask = torch.cat([past_mask, expand(attention_mask, 0)], dim=1)
+    if position_ids is None:
+        position_ids = (expanded_mask.cumsum(1) - 1).clamp(min=0)[:, -max_length:]
+    else:
+        position_ids = expand(position_ids[:, -length:].expand(num_rows, -1), 0)
+        position_ids[row, column] += num_added
     return SpeechPrompt(
         input_ids=expand(input_ids, pad_id),
-        attention_mask=torch.cat([past_mask, expand(attention_mask, 0)], dim=1),
+        attention_mask=expanded_mask,
         labels=None if labels is None else expand(labels.masked_fill(is_placeholder, -100), -100),
         is_speech=is_speech,
         speech_embeds=embeds,
+        position_ids=position_ids,
         text_embeds=None if text_embeds is None else expand(text_embeds, 0.0),
     )
 

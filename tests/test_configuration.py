@@ -252,6 +252,14 @@ def test_what_is_no_speech_encoder_is_refused(model_type):
         BlspKdConfig(speech_config=AutoConfig.for_model(model_type), text_config=text_config())
 
 
+def test_what_libraries_set_on_a_config_is_not_saved(tmp_path):
+    """A training script set `pretraining_tp`, and the saved model could not be loaded again."""
+    noted = config()
+    noted.pretraining_tp = 1
+    noted.save_pretrained(tmp_path)
+    assert BlspKdConfig.from_pretrained(tmp_path).to_dict() == config().to_dict()
+
+
 def test_an_unknown_option_in_a_saved_config_is_refused(tmp_path):
     config().save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())

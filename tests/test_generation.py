@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from conftest import FAMILIES, SAMPLING_RATE, VOCAB_SIZE, clip, make_model, spoken_prompts
-from transformers import AutoModelForCausalLM, LogitsProcessor, StaticCache, TextStreamer
+from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, StaticCache, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
 GREEDY = {"do_sample": False, "max_new_tokens": 6, "min_new_tokens": 6}
@@ -359,15 +359,22 @@ def test_a_batch_does_not_go_on_from_a_cache_that_was_padded_otherwise(processor
         model.generate(**whole, **GREEDY, past_key_values=told.past_key_values)
 
 
-def test_the_mask_of_the_cache_lets_a_batch_go_on(processor):
+@pytest.mark.parametrize("way", ["model", "argument", "list", "config"])
+def test_the_mask_of_the_cache_lets_a_batch_go_on(way, processor):
     """A row that ended early leaves padding in the cache, which its next turn must not read."""
     model = make_model(plora=True)
     clips_of_turn = [[[clip(0.6, 0)], [clip(1.4, 1)]], [[clip(0.9, 2)], [clip(0.3, 3)]]]
     first, second = (process(processor, [f"red{AUDIO}", f"the cat{AUDIO}"], clips) for clips in clips_of_turn)
     probe = model.generate(**first, **GREEDY)[:, first["input_ids"].shape[1] :]
     # The end of turn is what the first row says early and the second never.
-    model.generation_config.eos_token_id = next(int(token) for token in probe[0, :4] if token not in probe[1])
+    end = next(int(token) for token in probe[0, :4] if token not in probe[1])
     options = {"do_sample": False, "max_new_tokens": 6, "return_dict_in_generate": True}
+    if way == "model":
+        model.generation_config.eos_token_id = end
+    elif way == "config":
+        options = {"generation_config": GenerationConfig(**options, eos_token_id=[2, end], pad_token_id=0)}
+    else:
+        options["eos_token_id"] = [2, end] if way == "list" else end
     told = model.generate(**first, **options)
     answers = told.sequences[:, first["input_ids"].shape[1] :]
     assert (answers[0] == 0).any()  # padding
@@ -390,6 +397,62 @@ def test_the_mask_of_the_cache_lets_a_batch_go_on(processor):
         alone = {"input_ids": torch.cat(ids)[None], **{name: torch.from_numpy(x) for name, x in features.items()}}
         expected = model.generate(**alone, **options).sequences[0, alone["input_ids"].shape[1] :]
         assert torch.equal(together[row, : len(expected)], expected)
+
+
+def test_the_mask_of_the_cache_after_a_string_that_stops(processor):
+    model = make_model(plora=True)
+    inputs = spoken_prompts(processor)
+    options = {"do_sample": False, "max_new_tokens": 24, "min_new_tokens": 24, "tokenizer": processor.tokenizer}
+    texts = processor.batch_decode(model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :])
+    stop = next(letter for letter in texts[0][:12] if letter.isalpha() and letter not in texts[1])
+    told = model.generate(**inputs, **options, stop_strings=[stop], return_dict_in_generate=True)
+    answers = told.sequences[:, inputs["input_ids"].shape[1] :]
+    num_said = (answers[0] != 0).nonzero().max() + 1
+    expected = torch.ones(2, 23, dtype=torch.long)
+    expected[0, num_said:] = 0
+    assert num_said < 23 and torch.equal(told.past_key_values.attention_mask[:, -23:], expected)
+
+
+def test_the_mask_of_the_cache_after_text(processor):
+    model = make_model(plora=True)
+    batch = process(processor, ["the red cat", "cat"], [[], []])
+    told = model.generate(**batch, **GREEDY, return_dict_in_generate=True)
+    expected = torch.cat([batch["attention_mask"], torch.ones(2, 5, dtype=torch.long)], 1)
+    assert torch.equal(told.past_key_values.attention_mask, expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
+def test_text_goes_through_a_static_cache(family, text_prompt):
+    """LLMs with several kinds of layers are given several masks, which were taken for one."""
+    model = make_model(family, plora=True)
+    expected = model.generate(**text_prompt, **GREEDY)
+    assert torch.equal(model.generate(**text_prompt, **GREEDY, cache_implementation="static"), expected)
+
+
+def test_a_placeholder_is_never_an_answer(processor):
+    """A model wrote its own placeholder, and the conversation could not go on."""
+    model = make_model(text={"vocab_size": VOCAB_SIZE + 8})
+    told = model.generate(**spoken_prompts(processor), **GREEDY, return_dict_in_generate=True, output_scores=True)
+    assert all((scores[:, VOCAB_SIZE] == -torch.inf).all() for scores in told.scores)
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+@torch.no_grad()
+def test_position_ids_follow_the_expansion(adapter, processor):
+    """Positions as they are counted anyway change nothing; shifted by a constant, nothing for rotary positions."""
+    model = make_model(adapter=adapter, plora=True)
+    texts = [f"repeat {AUDIO}the red cat{AUDIO}", f"{AUDIO}cat"]
+    inputs = process(processor, texts, [[clip(0.4, 0), clip(0.9, 1)], [clip(1.5, 2)]])
+    positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    expected = model(**inputs).logits
+    mask = expanded_mask(model, inputs).bool()
+    assert torch.equal(model(**inputs, position_ids=positions).logits, expected)
+    shifted = model(**inputs, position_ids=positions + 7).logits
+    torch.testing.assert_close(shifted[mask], expected[mask], rtol=1e-4, atol=1e-4)
+    spread = model(**inputs, position_ids=positions * 2).logits
+    assert not torch.allclose(spread[mask], expected[mask], atol=1e-2)
+    told = model.generate(**inputs, **GREEDY)
+    assert torch.equal(model.generate(**inputs, **GREEDY, position_ids=positions), told)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -350,8 +350,8 @@ def test_audio_beside_embeddings_or_without_a_mask_is_an_error(processor):
     inputs = dict(spoken_prompts(processor))
     with pytest.raises(ValueError, match="pass input_ids.*the placeholder 300 has no embedding"):
         model(inputs_embeds=torch.randn(2, 3, 32), input_features=inputs["input_features"])
-    with pytest.raises(ValueError, match="input_features go without speech_embeds and position_ids"):
-        model(**inputs, position_ids=torch.arange(inputs["input_ids"].shape[1])[None])
+    with pytest.raises(ValueError, match="input_features go without speech_embeds"):
+        model(**inputs, speech_embeds=torch.randn(2, 3, 32))
     inputs["input_ids"] = torch.nn.functional.pad(inputs["input_ids"], (1, 0), value=0)
     del inputs["attention_mask"]
     with pytest.raises(ValueError, match="padded audio prompts needs its attention_mask"):
