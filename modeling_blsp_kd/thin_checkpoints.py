@@ -100,9 +100,9 @@ def load_thin(
         **hub_of_backbones,
     )
     config.text_config = without_folder(language_model.config)
-    embeddings_device = language_model.get_input_embeddings().weight.device
-    if isinstance(device_map, str) or embeddings_device.type == "meta":
-        device_map = {"": "cpu" if embeddings_device.type == "meta" else embeddings_device}
+    if isinstance(device_map, str):
+        embeddings = language_model.get_input_embeddings().weight
+        device_map = {"": "cpu" if embeddings.is_meta else embeddings.device}
     audio_tower = fetch(
         "audio_tower",
         config.backbones["audio_tower"],

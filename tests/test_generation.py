@@ -14,11 +14,15 @@ ADAPTERS = ["cformer", {"type": "subsampler", "bottleneck_dim": 8}]
 AUDIO = "<|audio|>"
 
 
+def hear(model, inputs):
+    """The expanded prompts."""
+    names = ("input_ids", "attention_mask", "labels", "input_features", "input_features_mask", "num_speech_tokens")
+    return model._hear_prompt(*(inputs.get(name) for name in names))[0]
+
+
 def literal_greedy(model, inputs, num_tokens):
     """One prompt, no cache, no `generate`: the arg max of a fresh forward pass per token."""
-    prompt, _ = model._hear_prompt(
-        inputs["input_ids"], None, None, inputs["input_features"], inputs["input_features_mask"], None
-    )
+    prompt = hear(model, {**inputs, "attention_mask": None})
     embeds = model._embed(prompt.input_ids, prompt.is_speech, prompt.speech_embeds)
     is_speech = prompt.is_speech
     tokens = []
@@ -208,8 +212,7 @@ def expanded_mask(model, inputs):
     """What a cache of these prompts holds: 1 at tokens and speech tokens, 0 at padding."""
     if "input_features" not in inputs:
         return inputs["attention_mask"]
-    names = ("input_ids", "attention_mask", "labels", "input_features", "input_features_mask", "num_speech_tokens")
-    return model._hear_prompt(*(inputs.get(name) for name in names))[0].attention_mask
+    return hear(model, inputs).attention_mask
 
 
 @contextmanager
@@ -615,14 +618,7 @@ def test_logits_processors_see_one_id_per_position(audio_token_id, processor):
     model.config.audio_token_id = audio_token_id  # outside the LLM's vocabulary, and inside it
     inputs = spoken_prompts(processor)
     inputs["input_ids"][inputs["input_ids"] == 300] = audio_token_id
-    prompt, _ = model._hear_prompt(
-        inputs["input_ids"],
-        inputs["attention_mask"],
-        None,
-        inputs["input_features"],
-        inputs["input_features_mask"],
-        None,
-    )
+    prompt = hear(model, inputs)
     recorder = PromptRecorder()
     output = model.generate(**inputs, **GREEDY, logits_processor=[recorder])
     width = prompt.input_ids.shape[1]
@@ -641,14 +637,7 @@ def test_speech_never_looks_like_the_end_of_a_turn(text, processor):
     inputs = spoken_prompts(processor, durations_s=(0.9,), instruction="repeat")
     recorder = PromptRecorder()
     model.generate(**inputs, **GREEDY, logits_processor=[recorder])
-    prompt, _ = model._hear_prompt(
-        inputs["input_ids"],
-        inputs["attention_mask"],
-        None,
-        inputs["input_features"],
-        inputs["input_features_mask"],
-        None,
-    )
+    prompt = hear(model, inputs)
     assert not (recorder.prompts[0][prompt.is_speech] == 2).any()
 
 
