@@ -223,6 +223,18 @@ def test_device_maps(device_map, thin, model, inputs):
     assert device_map == given
 
 
+@pytest.mark.parametrize("offloaded", [["layers.1"], ["embed_tokens", "layers.0", "layers.1", "norm"]], ids=len)
+def test_an_llm_on_disk_keeps_its_partial_lora(offloaded, thin, model, inputs, tmp_path):
+    """PEFT put the matrices of offloaded layers nowhere, and speech was read with garbage."""
+    parts = [f"model.{name}" for name in ("embed_tokens", "layers.0", "layers.1", "norm", "rotary_emb")] + ["lm_head"]
+    device_map = {f"language_model.{name}": "cpu" for name in parts}
+    device_map |= {f"language_model.model.{name}": "disk" for name in offloaded}
+    device_map |= {"audio_tower": "cpu", "adapter": "cpu"}
+    loaded = BlspKdForCausalLM.from_pretrained(thin, device_map=device_map, offload_folder=str(tmp_path))
+    assert loaded.language_model.model.layers[1].mlp.up_proj.base_layer.weight.is_meta
+    assert torch.equal(logits(loaded, inputs), logits(model, inputs))
+
+
 def test_shards(model, inputs, tmp_path):
     model.save_pretrained(tmp_path, max_shard_size="5KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
