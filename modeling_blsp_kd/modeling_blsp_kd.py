@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.processing_utils import Unpack
+from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .adapters import CFormer, Subsampler
@@ -72,6 +73,8 @@ class BlspKdOutputWithPast(CausalLMOutputWithPast):
 
 def _for_language_model_only(quantization_config):
     """Exempt all but the LLM's linear layers from a quantisation, beside what its user exempts."""
+    if isinstance(quantization_config, dict):
+        quantization_config = AutoQuantizationConfig.from_dict(quantization_config)
     # Regular expressions from the start of a name of a module (bitsandbytes) or of a weight (torchao).
     kept = ["audio_tower", "adapter", rf".*\.lora_[AB]\.{ADAPTER_NAME}", r".*\.(lm_head|embed_out)"]
     for option in ("llm_int8_skip_modules", "modules_to_not_convert"):
@@ -494,6 +497,8 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, DistillationStep, BlspKdGeneratio
                 logits and attention refer to the longer, expanded prompt.
             attention_mask (`torch.Tensor` of shape (B, L), *optional*): 1 at tokens, 0 at padding on either side. After
                 a key-value cache (B, P + L), as in all causal LMs.
+            position_ids (`torch.LongTensor` of shape (B, L), *optional*):
+                of the prompts as given; with audio they move on by the positions that the audio adds.
             input_features, input_features_mask: the audio clips, see [`~BlspKdForCausalLM.get_audio_features`].
             num_speech_tokens (`torch.LongTensor` of shape (A,), *optional*):
                 token counts that CIF must fire (the transcripts' own, in training). With them, the prompt may also

@@ -153,6 +153,16 @@ QUANTISATIONS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore")  # of bitsandbytes, about devices that are not here
+def test_a_quantisation_may_be_a_dict(tmp_path):
+    make_model(plora=True).save_pretrained(tmp_path)
+    given = {**bits_and_bytes(load_in_8bit=True).to_dict()}
+    loaded = BlspKdForCausalLM.from_pretrained(tmp_path, quantization_config=given)
+    layer = loaded.language_model.model.layers[0].mlp.up_proj
+    assert type(layer.base_layer).__name__ == "Linear8bitLt" and type(layer.lora_A["plora"]) is torch.nn.Linear
+    assert type(loaded.adapter.output_proj) is torch.nn.Linear
+
+
 @pytest.mark.filterwarnings("ignore")  # of torchao and bitsandbytes, about devices that are not here
 @pytest.mark.parametrize("kind", QUANTISATIONS)
 @pytest.mark.parametrize("adapter, with_plora", [(SMALL_CFORMER, True), (SMALL_CFORMER, False), (SUBSAMPLER, True)])
