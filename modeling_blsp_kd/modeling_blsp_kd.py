@@ -27,7 +27,7 @@ from .configuration_blsp_kd import BlspKdConfig
 from .distillation_step import RESPONSE_TOKENS, DistillationStep, frozen
 from .generation_blsp_kd import BlspKdGenerationMixin
 from .plora import ADAPTER_NAME, PartialLora, leave_out_of_peft_model
-from .speech_encoder import TrueLengthWhisperEncoder, build_speech_encoder, encode_speech, window_of
+from .speech_encoder import TrueLengthWhisperEncoder, build_speech_encoder, encode_speech, frame_duration_s, window_of
 from .speech_prompt import SpeechPrompt, check_placeholders, cut_out, find_placeholders, lay_out
 from .speech_windows import is_within, per_clip, regroup, split_into_windows
 from .thin_checkpoints import identify, is_thin, load_thin, trained_names
@@ -299,6 +299,11 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, DistillationStep, BlspKdGeneratio
         return self.language_model.get_decoder()
 
     # -- audio into the prompt ----------------------------------------------------------------------------------------
+
+    @property
+    def frame_duration_s(self) -> float:
+        """Seconds of audio per encoder frame: turns firing places into times."""
+        return frame_duration_s(self.config.speech_config)
 
     @can_return_tuple
     def get_audio_features(

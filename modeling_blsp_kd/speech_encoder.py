@@ -7,6 +7,7 @@ and cutting long clips (`speech_windows.py`).
 Shapes: N clips or windows of clips, T frames, H encoder width.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,7 @@ WINDOW_LENGTHS = {
     "wav2vec2-bert": 1499,  # pairs of filter bank frames (N, length, 160)
     "parakeet_encoder": 3000,  # log-mel frames (N, length, num_mel_bins)
 }
+MEL_HOP_S = 0.01
 
 
 @dataclass
@@ -135,6 +137,15 @@ def window_of(config) -> tuple[int, int]:
     if config.model_type == "whisper":
         return 2 * config.max_source_positions, 2  # log-mel (N, num_mel_bins, num_mel_frames)
     return WINDOW_LENGTHS[config.model_type], 1
+
+
+def frame_duration_s(config) -> float:
+    """How much audio one encoder frame stands for, in seconds."""
+    if config.model_type in ("wav2vec2", "hubert", "wavlm"):
+        return math.prod(config.conv_stride) / 16_000
+    if config.model_type == "parakeet_encoder":
+        return MEL_HOP_S * config.subsampling_factor
+    return 2 * MEL_HOP_S  # Whisper's second convolution has stride 2; W2V-BERT reads mel frames in pairs
 
 
 def encode_speech(audio_tower: PreTrainedModel, input_features, input_features_mask, **kwargs) -> SpeechEncoderOutput:

@@ -336,6 +336,8 @@ def test_processor_and_model_agree_where_a_window_ends(name, processor):
     one = processor("<|audio|>", pieces[0], sampling_rate=SAMPLING_RATE)["input_features"]
     assert one.shape[time_axis] == window
     assert torch.equal(inputs["input_features"].narrow(time_axis, 0, window), one)
+    frames = model.get_audio_features(one, torch.ones(1, window)).last_hidden_state
+    assert frames.shape[1] * model.frame_duration_s == pytest.approx(30.0, abs=model.frame_duration_s)
     parts = processor("<|audio|>" * 2, pieces, sampling_rate=SAMPLING_RATE)
     whole = model.get_audio_features(inputs["input_features"], inputs["input_features_mask"])
     heard = model.get_audio_features(parts["input_features"], parts["input_features_mask"])
