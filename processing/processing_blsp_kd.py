@@ -19,6 +19,7 @@ from .audio_loading import load_audio
 logger = logging.get_logger(__name__)
 
 AUDIO_TOKEN = "<|audio|>"
+TRANSCRIPTION_INSTRUCTION = "Repeat the words."
 # Longer clips are encoded window by window; features are made so too, since feature extractors normalise over a clip.
 WINDOW_S = 30
 ANALYSIS_WINDOW_S = 0.025
@@ -72,28 +73,52 @@ class BlspKdProcessor(ProcessorMixin):
         tokenizer ([`PreTrainedTokenizerBase`]): the LLM's, with `audio_token` among its special tokens.
         chat_template (`str`, *optional*): renders messages whose content is text, or a list of text and audio blocks.
         audio_token (`str`): the placeholder for one audio.
+        transcription_instruction (`str`): what to tell the LLM when the words themselves are wanted, as a speech
+            recognition pipeline does. It should be one that the model was trained on.
     """
 
     valid_processor_kwargs = BlspKdProcessorKwargs
 
-    def __init__(self, feature_extractor, tokenizer, chat_template=None, audio_token=AUDIO_TOKEN):
+    def __init__(
+        self,
+        feature_extractor,
+        tokenizer,
+        chat_template=None,
+        audio_token=AUDIO_TOKEN,
+        transcription_instruction=TRANSCRIPTION_INSTRUCTION,
+    ):
         if audio_token not in tokenizer.get_vocab():
             raise ValueError(
                 f"The tokenizer does not know the audio token {audio_token!r}. Build the processor with "
                 "BlspKdProcessor.from_backbones, which adds it."
             )
+        is_text = isinstance(transcription_instruction, str) and transcription_instruction.strip()
+        if not is_text or audio_token in transcription_instruction:
+            raise ValueError(
+                "transcription_instruction must be a non-empty string without the audio placeholder "
+                f"{audio_token!r}, got {transcription_instruction!r}."
+            )
+        self.transcription_instruction = transcription_instruction
         self.audio_token = audio_token
         self.audio_token_id = tokenizer.convert_tokens_to_ids(audio_token)
         super().__init__(feature_extractor, tokenizer, chat_template=chat_template)
 
     @classmethod
-    def from_backbones(cls, speech_model, text_model, audio_token: str = AUDIO_TOKEN, **kwargs) -> "BlspKdProcessor":
+    def from_backbones(
+        cls,
+        speech_model,
+        text_model,
+        audio_token: str = AUDIO_TOKEN,
+        transcription_instruction: str = TRANSCRIPTION_INSTRUCTION,
+        **kwargs,
+    ) -> "BlspKdProcessor":
         """Join the feature extractor of a speech model with the tokenizer and chat template of an LLM.
 
         Args:
             speech_model, text_model (`str` or `os.PathLike`): Hub ids or folders.
             audio_token (`str`): added to the tokenizer unless it has it; the LLM's embeddings are not resized, since
                 the placeholder is never embedded.
+            transcription_instruction (`str`): see [`BlspKdProcessor`].
             kwargs: for both `from_pretrained` calls (`revision` does not belong here, the models differ).
         """
         feature_extractor = AutoFeatureExtractor.from_pretrained(speech_model, **kwargs)
@@ -110,7 +135,7 @@ class BlspKdProcessor(ProcessorMixin):
             chat_template = {name: flatten + template for name, template in chat_template.items()}
         else:
             chat_template = flatten + (chat_template or PLAIN_TEMPLATE)
-        return cls(feature_extractor, tokenizer, chat_template=chat_template, audio_token=audio_token)
+        return cls(feature_extractor, tokenizer, chat_template, audio_token, transcription_instruction)
 
     @property
     def model_input_names(self):
