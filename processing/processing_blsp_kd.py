@@ -7,8 +7,10 @@ training batches, see `data_collator.py`.
 
 import numbers
 import os
+import re
 
 import numpy as np
+import torch
 from transformers import AutoFeatureExtractor, AutoTokenizer, WhisperFeatureExtractor
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import AudioKwargs, ProcessingKwargs, ProcessorMixin, TextKwargs, Unpack
@@ -262,6 +264,57 @@ class BlspKdProcessor(ProcessorMixin):
             widths[time_axis] = (0, max(lengths) - length)
             padded.append(np.pad(clip, widths))
         return {"input_features": np.stack(padded).astype(np.float32), "input_features_mask": mask}
+
+    def word_timestamps(self, token_ids, token_timestamps) -> list[dict]:
+        """Words of one answer and when they were said, as the `chunks` of transformers' speech recognition.
+
+        Words begin at white space, so punctuation stays with its word. Tokens without a time (the prompt, among
+        others) and special tokens are left out.
+
+        Args:
+            token_ids (`torch.LongTensor` of shape (L,)): a row of `sequences` of `generate`.
+            token_timestamps (`torch.FloatTensor` of shape (L, 2)): that of its `token_timestamps`, seconds.
+
+        Returns:
+            `list[dict]`: `text` with the white space before it, and `timestamp`, (start, end) in seconds.
+
+        Raises:
+            ValueError: there is not one pair of times per token.
+        """
+        token_ids, token_timestamps = (
+            np.array(torch.as_tensor(values).cpu()) for values in (token_ids, token_timestamps)
+        )
+        if token_ids.ndim != 1 or token_timestamps.shape != (len(token_ids), 2):
+            raise ValueError(
+                "word_timestamps takes one row: token_ids of shape (L,) and token_timestamps of shape (L, 2), but got "
+                f"{token_ids.shape} and {token_timestamps.shape}."
+            )
+        is_said = ~np.isnan(token_timestamps).any(1) & ~np.isin(token_ids, self.tokenizer.all_special_ids)
+        token_ids, token_timestamps = token_ids[is_said].tolist(), token_timestamps[is_said]
+        pieces = self._decode_in_pieces(token_ids)
+        ends = np.cumsum([len(text) for text, _ in pieces])
+        words = []
+        for word in re.finditer(r"\s*\S+", "".join(text for text, _ in pieces)):
+            first, last = np.searchsorted(ends, [word.start(), word.end() - 1], side="right")
+            times = token_timestamps[pieces[first][1].start : pieces[last][1].stop]
+            words.append({"text": word.group(), "timestamp": (float(times[0, 0]), float(times[-1, 1]))})
+        return words
+
+    def _decode_in_pieces(self, token_ids: list[int]) -> list[tuple[str, slice]]:
+        """Text of tokens, one by one or, where a character takes several, together: pairs of text and tokens."""
+
+        def decode(ids):
+            return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+        pieces, context, start = [], 0, 0
+        for stop in range(1, len(token_ids) + 1):
+            # Some tokenizers drop the white space before the first token, so each is decoded after the one before.
+            before, text = decode(token_ids[context:start]), decode(token_ids[context:stop])
+            if text.endswith("\N{REPLACEMENT CHARACTER}") and stop < len(token_ids):
+                continue
+            pieces.append((text[len(before) :], slice(start, stop)))
+            context, start = start, stop
+        return pieces
 
     def save_pretrained(self, *args, **kwargs):
         saved = super().save_pretrained(*args, **kwargs)
