@@ -39,8 +39,10 @@ def token_times(
     frame = edge.long().clamp(max=num_frames - 1)
     integral = torch.lerp(integral[:, frame], integral[:, frame + 1], edge - frame)
     said = integral.diff(dim=1).masked_fill(is_silent, 0.0)
+    # Of a clip that is shorter than the delay nothing is left; its tokens share the sound evenly.
+    said = torch.where(said.sum(1, keepdim=True) > 0, said, (~is_silent).double())
     integral = pad(said.cumsum(1), (1, 0))
-    integral = integral * (num_speech_tokens / integral[:, -1].clamp(min=tiny))[:, None]
+    integral = integral * (num_speech_tokens / integral[:, -1])[:, None]
 
     token = torch.arange(int(num_speech_tokens.max()), device=alphas.device)
     bounds = torch.stack([token, token + 1]).double().expand(len(alphas), -1, -1)
