@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 
 MODEL_TYPE = "blsp_kd"
 
@@ -319,3 +320,6 @@ class BlspKdConfig(PreTrainedConfig):
 
 
 BlspKdConfig.register_for_auto_class()
+# `transformers serve` and the any-to-any pipeline look in this table of names, and nowhere else, whether a model takes
+# audio; a class from a repository enters it only so (`AutoModelForMultimodalLM.register` does not write to it).
+MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES[MODEL_TYPE] = "BlspKdForCausalLM"

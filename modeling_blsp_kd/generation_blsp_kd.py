@@ -63,6 +63,9 @@ class BlspKdGenerationMixin(GenerationMixin):
         audio_options = {name: kwargs.pop(name, None) for name in ("input_features_mask", "num_speech_tokens")}
         defaults = generation_config or self.generation_config
         settings = {name: kwargs.get(name, getattr(defaults, name)) for name in ("eos_token_id", "pad_token_id")}
+        if kwargs.get("tokenizer") is not None:
+            # `transformers serve` passes the processor, which lacks the vocabulary that stop strings ask for.
+            kwargs["tokenizer"] = getattr(kwargs["tokenizer"], "tokenizer", kwargs["tokenizer"])
         if input_ids is not None and input_ids.dtype.is_floating_point:
             raise ValueError("generate takes prompts as input_ids, got floats. Pass audio as input_features.")
         if input_features is None:

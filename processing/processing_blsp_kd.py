@@ -5,6 +5,7 @@ them it leaves one placeholder per audio: how many positions an audio takes is p
 training batches, see `data_collator.py`.
 """
 
+import base64
 import numbers
 import os
 
@@ -131,6 +132,7 @@ class BlspKdProcessor(ProcessorMixin):
             `input_features_mask`, see [`~BlspKdProcessor.extract_features`].
 
         Raises:
+            TypeError: text is no text.
             ValueError: placeholders and audios do not match, or a clip is unusable (see [`load_audio`]).
         """
         if text is None:
@@ -150,6 +152,8 @@ class BlspKdProcessor(ProcessorMixin):
         sampling_rate = merged["audio_kwargs"].get("sampling_rate")
 
         prompts = [text] if isinstance(text, str) else list(text)
+        if not all(isinstance(prompt, str) for prompt in prompts):
+            raise TypeError(f"Expected text as a string or a list of strings, got {type(text)}. Pass clips as audio=.")
         num_placeholders = [prompt.count(self.audio_token) for prompt in prompts]
         clips = [] if audio is None else _as_clips(audio)
         if sum(num_placeholders) != len(clips):
@@ -280,8 +284,27 @@ def _known_arguments() -> set[str]:
 
 def _audio_of(block: dict):
     """The clip of an audio block, with its rate if the block tells one."""
-    clip = next(block[key] for key in AUDIO_KEYS if block.get(key) is not None)
+    key = next(key for key in AUDIO_KEYS if block.get(key) is not None)
+    clip = _decode_url(block["url"]) if key == "url" else block[key]
     return clip if _knows_rate(clip) or block.get("sampling_rate") is None else (clip, block["sampling_rate"])
+
+
+def _decode_url(url) -> bytes:
+    """The bytes of a data URL, or of bare base64.
+
+    Servers pass on as `url` what their clients wrote, so it must not name a file of this machine, nor an address that
+    this machine can reach.
+    """
+    try:
+        header, _, encoded = url.rpartition(",")  # base64 has no comma
+        if header and not (header.startswith("data:") and header.endswith(";base64")):
+            raise ValueError("not a base64 data URL")
+        return base64.b64decode("".join(encoded.split()), validate=True)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(
+            "The 'url' of an audio block must be a string of base64, bare or after 'data:audio/wav;base64,', but is "
+            f"{repr(url)[:60]}. Give a file as 'path'; what lies at an address has to be downloaded first."
+        ) from error
 
 
 def _knows_rate(clip) -> bool:

@@ -1,5 +1,6 @@
 """`BlspKdProcessor`: one placeholder per audio, features that do not depend on the batch, the LLM's own template."""
 
+import base64
 import copy
 import json
 import logging
@@ -291,7 +292,7 @@ def test_a_block_may_hold_audio_in_any_key(processor, tmp_path):
         {"audio": path.read_bytes()},
         {"path": str(path)},
         {"bytes": path.read_bytes()},
-        {"url": str(path)},
+        {"url": f"data:audio/wav;base64,{base64.b64encode(path.read_bytes()).decode()}"},
         {"audio": None, "path": str(path)},
     ]
     expected = processor(f"<|user|>{AUDIO}<|end|>\n<|assistant|>", (waveform, SAMPLING_RATE))
