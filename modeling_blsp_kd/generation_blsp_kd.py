@@ -12,8 +12,10 @@ from torch import nn
 from transformers import GenerationMixin, SuppressTokensLogitsProcessor
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
+from transformers.utils import ModelOutput
 
 from .speech_prompt import SpeechPrompt
+from .token_times import align, text_token_times
 
 
 class _OriginalPromptStreamer(BaseStreamer):
@@ -36,7 +38,16 @@ class BlspKdGenerationMixin(GenerationMixin):
     """`generate` of [`BlspKdForCausalLM`]."""
 
     @torch.no_grad()
-    def generate(self, inputs=None, generation_config=None, *args, input_features=None, streamer=None, **kwargs):
+    def generate(
+        self,
+        inputs=None,
+        generation_config=None,
+        *args,
+        input_features=None,
+        streamer=None,
+        return_timestamps: bool = False,
+        **kwargs,
+    ):
         """Generate after prompts of text and audio; see `GenerationMixin.generate` for all other arguments.
 
         The result begins with the prompts exactly as they were given (one placeholder per audio), so
@@ -54,10 +65,15 @@ class BlspKdGenerationMixin(GenerationMixin):
             input_features, input_features_mask, *optional*: their audio clips; from the processor.
             num_speech_tokens (`torch.LongTensor` of shape (A,), *optional*): tokens that CIF must fire.
             streamer ([`~transformers.generation.BaseStreamer`], *optional*): receives text tokens as they come.
+            return_timestamps (`bool`): tell when each token was said, which makes sense for answers that repeat what
+                was said. The output is then an object as with `return_dict_in_generate=True`, with `token_timestamps`
+                (a float tensor of the shape of `sequences` and 2): start and end in seconds of each token in its row's
+                audio; NaN at prompts, at the ends of answers, and in rows without audio. A prompt has at most one
+                audio then.
 
         Raises:
-            ValueError: placeholders and audios do not fit together, or the prompts do not fit the LLM's context or
-                the cache.
+            ValueError: placeholders and audios do not fit together, the prompts do not fit the LLM's context or the
+                cache, or there are no timestamps for them.
         """
         input_ids = kwargs.pop("input_ids", inputs)
         audio_options = {name: kwargs.pop(name, None) for name in ("input_features_mask", "num_speech_tokens")}
@@ -68,6 +84,9 @@ class BlspKdGenerationMixin(GenerationMixin):
             kwargs["tokenizer"] = getattr(kwargs["tokenizer"], "tokenizer", kwargs["tokenizer"])
         if input_ids is not None and input_ids.dtype.is_floating_point:
             raise ValueError("generate takes prompts as input_ids, got floats. Pass audio as input_features.")
+        if return_timestamps:
+            self._check_timestamps(input_features)
+            kwargs["return_dict_in_generate"] = True
         if input_features is None:
             if input_ids is not None:
                 # An assistant is given prompts that were expanded for the model it assists.
@@ -80,25 +99,72 @@ class BlspKdGenerationMixin(GenerationMixin):
             return output
 
         prompt_options = {name: kwargs.pop(name, None) for name in ("attention_mask", "inputs_embeds", "position_ids")}
-        prompt, expanded = self._expand_inputs(
+        prompt, audio, expanded = self._expand_inputs(
             input_ids, input_features, kwargs.get("past_key_values"), **audio_options, **prompt_options
         )
+        if return_timestamps and int(prompt.is_speech.any(1).sum()) < len(audio.num_speech_tokens):
+            raise ValueError("return_timestamps is for prompts with one audio each, but a prompt here has several.")
         if streamer is not None and input_ids is not None:
             streamer = _OriginalPromptStreamer(streamer, input_ids)
         output = super().generate(None, generation_config, *args, streamer=streamer, **kwargs, **expanded)
         # Of embeddings alone the answer comes back alone, as without audio.
         prompt_length = 0 if input_ids is None else prompt.input_ids.shape[1]
         self._note_mask(output, prompt.attention_mask, prompt_length, settings)
-        if input_ids is None:
-            return output
-
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
-        originals = input_ids.repeat_interleave(len(sequences) // len(input_ids), dim=0)
-        sequences = torch.cat([originals, sequences[:, prompt_length:]], dim=1)
+        answers = sequences[:, prompt_length:]
+        if input_ids is not None:
+            originals = input_ids.repeat_interleave(len(sequences) // len(input_ids), dim=0)
+            sequences = torch.cat([originals, answers], dim=1)
         if isinstance(output, torch.Tensor):
             return sequences
         output.sequences = sequences
+        if return_timestamps:
+            times = self._time_answers(answers, audio, prompt.is_speech.any(1), settings)
+            num_before = sequences.shape[1] - answers.shape[1]
+            output["token_timestamps"] = nn.functional.pad(times, (0, 0, num_before, 0), value=torch.nan)
         return output
+
+    def _check_timestamps(self, input_features):
+        if not self.adapter.one_to_one:
+            raise ValueError(
+                "return_timestamps needs one speech token per text token, which the subsampler adapter does not make. "
+                "Use a model with adapter='cformer'."
+            )
+        if input_features is None:
+            raise ValueError(
+                "return_timestamps needs the audio: pass input_features (the processor's), also when the conversation "
+                "goes on from a cache."
+            )
+
+    def _time_answers(self, answers, audio, has_audio, settings: dict) -> torch.Tensor:
+        """When the tokens of answers were said: (N, L', 2).
+
+        A token is looked for where the speech is most like it: speech tokens stand where the transcript's embeddings
+        would stand, so that they can be compared.
+
+        Args:
+            answers (N, L'): N / B of each prompt.
+            audio ([`BlspKdAudioOutput`]): of the prompts that have one, in their order.
+            has_audio (B,) bool.
+            settings (`dict`): `eos_token_id` and `pad_token_id` of this call.
+        """
+        silent = [torch.as_tensor(ids).flatten().tolist() for ids in settings.values() if ids is not None]
+        is_text = ~torch.isin(answers, answers.new_tensor(sum(silent, [])))
+        times = torch.full((*answers.shape, 2), torch.nan, device=answers.device)
+        clip_of = has_audio.cumsum(0) - 1
+        num_answers = len(answers) // len(has_audio)
+        for row in range(len(answers)):
+            prompt, is_said = row // num_answers, is_text[row]
+            if not bool(has_audio[prompt]) or not bool(is_said.any()):
+                continue
+            clip = int(clip_of[prompt])
+            num_speech_tokens = int(audio.num_speech_tokens[clip])
+            speech = audio.pooler_output[clip, :num_speech_tokens].float()
+            text = self.get_input_embeddings()(answers[row, is_said]).to(speech)
+            similarity = nn.functional.cosine_similarity(text[:, None], speech, dim=-1)
+            places = align(similarity).to(times.device)
+            times[row, is_said] = text_token_times(places, audio.token_times[clip, :num_speech_tokens].to(times))
+        return times
 
     def _expand_inputs(
         self,
@@ -110,15 +176,15 @@ class BlspKdGenerationMixin(GenerationMixin):
         attention_mask,
         inputs_embeds,
         position_ids,
-    ) -> tuple[SpeechPrompt, dict]:
-        """The expanded prompts, and what `generate` takes in place of the prompts and their audio."""
+    ) -> tuple[SpeechPrompt, ModelOutput, dict]:
+        """The expanded prompts, what was heard, and what `generate` takes in place of the prompts and their audio."""
         prompt_ids = self._find_in_embeds(inputs_embeds) if input_ids is None else input_ids
         num_past = 0 if cache is None else int(cache.get_seq_length())
         is_new_turn = num_past > 0 and attention_mask is not None and attention_mask.shape[1] != prompt_ids.shape[1]
         if is_new_turn and inputs_embeds is not None:
             raise ValueError("A new turn after a key-value cache is read from input_ids, not from inputs_embeds.")
         attention_mask = self._mask_after_cache(prompt_ids, attention_mask, num_past if is_new_turn else 0)
-        prompt, _ = self._hear_prompt(
+        prompt, audio = self._hear_prompt(
             prompt_ids,
             attention_mask,
             None,
@@ -147,7 +213,7 @@ class BlspKdGenerationMixin(GenerationMixin):
             expanded["inputs_embeds"] = self._embed(
                 prompt.input_ids, prompt.is_speech, prompt.speech_embeds, prompt.text_embeds
             )
-        return prompt, expanded
+        return prompt, audio, expanded
 
     def _check_cache(self, prompt: SpeechPrompt, cache, num_past: int):
         """Whole conversations must begin with what the cache holds, at the same positions."""

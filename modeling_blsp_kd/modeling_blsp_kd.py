@@ -27,10 +27,18 @@ from .configuration_blsp_kd import BlspKdConfig
 from .distillation_step import RESPONSE_TOKENS, DistillationStep, frozen
 from .generation_blsp_kd import BlspKdGenerationMixin
 from .plora import ADAPTER_NAME, PartialLora, leave_out_of_peft_model
-from .speech_encoder import TrueLengthWhisperEncoder, build_speech_encoder, encode_speech, frame_duration_s, window_of
+from .speech_encoder import (
+    TrueLengthWhisperEncoder,
+    build_speech_encoder,
+    encode_speech,
+    frame_duration_s,
+    frame_starts_s,
+    window_of,
+)
 from .speech_prompt import SpeechPrompt, check_placeholders, cut_out, find_placeholders, lay_out
 from .speech_windows import is_within, per_clip, regroup, split_into_windows
 from .thin_checkpoints import identify, is_thin, load_thin, trained_names
+from .token_times import token_times
 
 ADAPTER_CLASSES = {"cformer": CFormer, "subsampler": Subsampler}
 
@@ -48,6 +56,8 @@ class BlspKdAudioOutput(BaseModelOutputWithPooling):
         alpha_sum (`torch.FloatTensor` of shape (A,), *optional*): predicted token counts (CFormer only).
         firing_places (`torch.FloatTensor` of shape (A, U), *optional*):
             encoder frames (from the start) at which each token is complete; -1 past a clip's count (CFormer only).
+        token_times (`torch.FloatTensor` of shape (A, U, 2), *optional*):
+            seconds from the start of the clip where each token begins and ends; NaN past a clip's count (CFormer only).
     """
 
     num_speech_tokens: torch.LongTensor | None = None
@@ -55,6 +65,7 @@ class BlspKdAudioOutput(BaseModelOutputWithPooling):
     alphas: torch.FloatTensor | None = None
     alpha_sum: torch.FloatTensor | None = None
     firing_places: torch.FloatTensor | None = None
+    token_times: torch.FloatTensor | None = None
 
 
 @dataclass
@@ -344,10 +355,15 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, DistillationStep, BlspKdGeneratio
             frames.requires_grad_(True)
         adapter_dtype = next(self.adapter.parameters()).dtype
         adapted = self.adapter(frames.to(adapter_dtype), frame_mask, num_speech_tokens, windows_per_clip)
+        frames_per_window = frame_mask.shape[1]
         if windows_per_clip is not None:
             frames_per_clip = per_clip(frame_mask.sum(1), windows_per_clip)
             frames = regroup(frames, frame_mask, frames_per_clip)
             frame_mask = is_within(frames_per_clip, frames.shape[1])
+        times = None
+        if adapted.alphas is not None:
+            frame_starts = frame_starts_s(self.config.speech_config, frames.shape[1], frames_per_window)
+            times = token_times(adapted.alphas, adapted.num_speech_tokens, frame_starts, self.frame_duration_s)
         return BlspKdAudioOutput(
             last_hidden_state=frames,
             pooler_output=adapted.speech_embeds,
@@ -358,6 +374,7 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, DistillationStep, BlspKdGeneratio
             alphas=adapted.alphas,
             alpha_sum=adapted.alpha_sum,
             firing_places=adapted.firing_places,
+            token_times=times,
         )
 
     def _hear_prompt(

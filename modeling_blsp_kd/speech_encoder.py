@@ -148,6 +148,21 @@ def frame_duration_s(config) -> float:
     return 2 * MEL_HOP_S  # Whisper's second convolution has stride 2; W2V-BERT reads mel frames in pairs
 
 
+def frame_starts_s(config, num_frames: int, frames_per_window: int) -> torch.Tensor:
+    """Where each encoder frame begins, in seconds from the start of its clip: (num_frames,).
+
+    Frames may leave over a rest of a window (wav2vec 2.0 makes 1499 frames of 20 ms in 30 s), but the next window
+    begins in time.
+
+    Args:
+        frames_per_window (`int`): what the encoder makes of a whole window.
+    """
+    window_s = 2 * MEL_HOP_S * config.max_source_positions if config.model_type == "whisper" else 30.0
+    frame = torch.arange(num_frames, dtype=torch.float64)
+    window = frame // frames_per_window
+    return window * window_s + (frame - window * frames_per_window) * frame_duration_s(config)
+
+
 def encode_speech(audio_tower: PreTrainedModel, input_features, input_features_mask, **kwargs) -> SpeechEncoderOutput:
     """Run any supported encoder on clips or windows.
 

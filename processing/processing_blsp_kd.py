@@ -8,8 +8,10 @@ training batches, see `data_collator.py`.
 import base64
 import numbers
 import os
+import re
 
 import numpy as np
+import torch
 from transformers import AutoFeatureExtractor, AutoTokenizer, WhisperFeatureExtractor
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import AudioKwargs, ProcessingKwargs, ProcessorMixin, TextKwargs, Unpack
@@ -20,6 +22,7 @@ from .audio_loading import load_audio
 logger = logging.get_logger(__name__)
 
 AUDIO_TOKEN = "<|audio|>"
+TRANSCRIPTION_INSTRUCTION = "Repeat the words."
 # Longer clips are encoded window by window; features are made so too, since feature extractors normalise over a clip.
 WINDOW_S = 30
 ANALYSIS_WINDOW_S = 0.025
@@ -73,28 +76,52 @@ class BlspKdProcessor(ProcessorMixin):
         tokenizer ([`PreTrainedTokenizerBase`]): the LLM's, with `audio_token` among its special tokens.
         chat_template (`str`, *optional*): renders messages whose content is text, or a list of text and audio blocks.
         audio_token (`str`): the placeholder for one audio.
+        transcription_instruction (`str`): what to tell the LLM when the words themselves are wanted, as a speech
+            recognition pipeline does. It should be one that the model was trained on.
     """
 
     valid_processor_kwargs = BlspKdProcessorKwargs
 
-    def __init__(self, feature_extractor, tokenizer, chat_template=None, audio_token=AUDIO_TOKEN):
+    def __init__(
+        self,
+        feature_extractor,
+        tokenizer,
+        chat_template=None,
+        audio_token=AUDIO_TOKEN,
+        transcription_instruction=TRANSCRIPTION_INSTRUCTION,
+    ):
         if audio_token not in tokenizer.get_vocab():
             raise ValueError(
                 f"The tokenizer does not know the audio token {audio_token!r}. Build the processor with "
                 "BlspKdProcessor.from_backbones, which adds it."
             )
+        is_text = isinstance(transcription_instruction, str) and transcription_instruction.strip()
+        if not is_text or audio_token in transcription_instruction:
+            raise ValueError(
+                "transcription_instruction must be a non-empty string without the audio placeholder "
+                f"{audio_token!r}, got {transcription_instruction!r}."
+            )
+        self.transcription_instruction = transcription_instruction
         self.audio_token = audio_token
         self.audio_token_id = tokenizer.convert_tokens_to_ids(audio_token)
         super().__init__(feature_extractor, tokenizer, chat_template=chat_template)
 
     @classmethod
-    def from_backbones(cls, speech_model, text_model, audio_token: str = AUDIO_TOKEN, **kwargs) -> "BlspKdProcessor":
+    def from_backbones(
+        cls,
+        speech_model,
+        text_model,
+        audio_token: str = AUDIO_TOKEN,
+        transcription_instruction: str = TRANSCRIPTION_INSTRUCTION,
+        **kwargs,
+    ) -> "BlspKdProcessor":
         """Join the feature extractor of a speech model with the tokenizer and chat template of an LLM.
 
         Args:
             speech_model, text_model (`str` or `os.PathLike`): Hub ids or folders.
             audio_token (`str`): added to the tokenizer unless it has it; the LLM's embeddings are not resized, since
                 the placeholder is never embedded.
+            transcription_instruction (`str`): see [`BlspKdProcessor`].
             kwargs: for both `from_pretrained` calls (`revision` does not belong here, the models differ).
         """
         feature_extractor = AutoFeatureExtractor.from_pretrained(speech_model, **kwargs)
@@ -111,7 +138,7 @@ class BlspKdProcessor(ProcessorMixin):
             chat_template = {name: flatten + template for name, template in chat_template.items()}
         else:
             chat_template = flatten + (chat_template or PLAIN_TEMPLATE)
-        return cls(feature_extractor, tokenizer, chat_template=chat_template, audio_token=audio_token)
+        return cls(feature_extractor, tokenizer, chat_template, audio_token, transcription_instruction)
 
     @property
     def model_input_names(self):
@@ -241,6 +268,57 @@ class BlspKdProcessor(ProcessorMixin):
             widths[time_axis] = (0, max(lengths) - length)
             padded.append(np.pad(clip, widths))
         return {"input_features": np.stack(padded).astype(np.float32), "input_features_mask": mask}
+
+    def word_timestamps(self, token_ids, token_timestamps) -> list[dict]:
+        """Words of one answer and when they were said, as the `chunks` of transformers' speech recognition.
+
+        Words begin at white space, so punctuation stays with its word. Tokens without a time (the prompt, among
+        others) and special tokens are left out.
+
+        Args:
+            token_ids (`torch.LongTensor` of shape (L,)): a row of `sequences` of `generate`.
+            token_timestamps (`torch.FloatTensor` of shape (L, 2)): that of its `token_timestamps`, seconds.
+
+        Returns:
+            `list[dict]`: `text` with the white space before it, and `timestamp`, (start, end) in seconds.
+
+        Raises:
+            ValueError: there is not one pair of times per token.
+        """
+        token_ids, token_timestamps = (
+            np.array(torch.as_tensor(values).cpu()) for values in (token_ids, token_timestamps)
+        )
+        if token_ids.ndim != 1 or token_timestamps.shape != (len(token_ids), 2):
+            raise ValueError(
+                "word_timestamps takes one row: token_ids of shape (L,) and token_timestamps of shape (L, 2), but got "
+                f"{token_ids.shape} and {token_timestamps.shape}."
+            )
+        is_said = ~np.isnan(token_timestamps).any(1) & ~np.isin(token_ids, self.tokenizer.all_special_ids)
+        token_ids, token_timestamps = token_ids[is_said].tolist(), token_timestamps[is_said]
+        pieces = self._decode_in_pieces(token_ids)
+        ends = np.cumsum([len(text) for text, _ in pieces])
+        words = []
+        for word in re.finditer(r"\s*\S+", "".join(text for text, _ in pieces)):
+            first, last = np.searchsorted(ends, [word.start(), word.end() - 1], side="right")
+            times = token_timestamps[pieces[first][1].start : pieces[last][1].stop]
+            words.append({"text": word.group(), "timestamp": (float(times[0, 0]), float(times[-1, 1]))})
+        return words
+
+    def _decode_in_pieces(self, token_ids: list[int]) -> list[tuple[str, slice]]:
+        """Text of tokens, one by one or, where a character takes several, together: pairs of text and tokens."""
+
+        def decode(ids):
+            return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+        pieces, context, start = [], 0, 0
+        for stop in range(1, len(token_ids) + 1):
+            # Some tokenizers drop the white space before the first token, so each is decoded after the one before.
+            before, text = decode(token_ids[context:start]), decode(token_ids[context:stop])
+            if text.endswith("\N{REPLACEMENT CHARACTER}") and stop < len(token_ids):
+                continue
+            pieces.append((text[len(before) :], slice(start, stop)))
+            context, start = start, stop
+        return pieces
 
     def save_pretrained(self, *args, **kwargs):
         saved = super().save_pretrained(*args, **kwargs)

@@ -1,14 +1,18 @@
 """`load_audio`: one clip from anywhere gives one waveform, and what cannot be heard is refused by name."""
 
+import base64
 import io
 import struct
+import tracemalloc
 
 import numpy as np
 import pytest
 import soundfile
+import soxr
 import torch
 from conftest import SAMPLING_RATE, clip
 
+from processing import audio_loading
 from processing.audio_loading import load_audio
 
 # How far each format may move a sample. Lossless ones: half a step of 16 bits.
@@ -53,6 +57,11 @@ def test_every_kind_of_input_gives_the_same_waveform(tmp_path):
         "str": str(path),
         "bytes": contents,
         "bytearray": bytearray(contents),
+        "file object": io.BytesIO(contents),
+        "data URL": f"data:audio/wav;base64,{base64.b64encode(contents).decode()}",
+        "dict of base64": {"base64": base64.b64encode(contents).decode()},
+        "dict of base64 in lines": {"base64": base64.encodebytes(contents).decode()},
+        "dict of a raw array": {"raw": waveform, "sampling_rate": SAMPLING_RATE},
         "dict of array": {"array": waveform, "sampling_rate": SAMPLING_RATE},
         "dict of bytes": {"bytes": contents, "path": None},
         "dict of path": {"bytes": None, "path": str(path)},
@@ -89,6 +98,27 @@ def test_formats_keep_the_sound(tmp_path, format, subtype):
     assert loaded.shape == waveform.shape
     assert np.abs(loaded - waveform).max() <= FORMATS[format, subtype]
     assert np.array_equal(load_audio(path.read_bytes(), SAMPLING_RATE), loaded)
+
+
+@pytest.mark.parametrize("rate", [SAMPLING_RATE, 44_100])
+def test_a_file_is_read_in_blocks_as_if_at_once(rate, monkeypatch):
+    """Blocks must not be heard: mixing and resampling give what they give of the whole file, bit for bit."""
+    channels = np.stack([clip(5.0, seed=seed, rate=rate) for seed in range(2)], axis=1)
+    whole = channels.mean(axis=1)
+    expected = whole if rate == SAMPLING_RATE else soxr.resample(whole, rate, SAMPLING_RATE)
+    assert np.array_equal(load_audio(encode(channels, rate), SAMPLING_RATE), expected)
+    monkeypatch.setattr(audio_loading, "BLOCK_FRAMES", 1_001)
+    assert np.array_equal(load_audio(encode(channels, rate), SAMPLING_RATE), expected)
+
+
+def test_memory_is_that_of_the_result_not_of_the_file():
+    """Eight channels of 192 kHz were decoded whole: 100 times the memory of the clip that came out."""
+    contents = encode(np.repeat(tone(duration_s=5.0, rate=192_000)[:, None], 8, axis=1), 192_000, "FLAC", "PCM_16")
+    tracemalloc.start()
+    loaded = load_audio(contents, SAMPLING_RATE)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < len(contents) + 4 * loaded.nbytes + 32 * audio_loading.BLOCK_FRAMES * 4
 
 
 def test_opus_keeps_the_tone():
@@ -284,5 +314,47 @@ def test_too_many_dimensions_or_channels_are_refused(shape):
 
 @pytest.mark.parametrize("audio", [{}, {"sampling_rate": 16_000}, {"array": None, "bytes": None, "path": None}])
 def test_a_dict_without_audio_is_refused(audio):
-    with pytest.raises(ValueError, match="An audio dict needs 'array', 'bytes' or 'path', but has"):
+    with pytest.raises(ValueError, match="An audio dict needs 'array', 'raw', 'bytes', 'base64' or 'path', but has"):
         load_audio(audio, SAMPLING_RATE)
+
+
+@pytest.mark.parametrize("text", ["not base64!", "abc", "AAAA====AAAA", "é"])
+def test_bad_base64_is_refused(text):
+    for audio in ({"base64": text}, f"data:audio/wav;base64,{text}"):
+        with pytest.raises(ValueError, match=rf"The base64 audio \({len(text)} characters\) is not valid base64"):
+            load_audio(audio, SAMPLING_RATE)
+
+
+def test_base64_must_be_a_string():
+    with pytest.raises(TypeError, match="Expected base64 audio as a string, got <class 'int'>"):
+        load_audio({"base64": 7}, SAMPLING_RATE)
+
+
+@pytest.mark.parametrize("url", ["data:audio/wav,abc", "data:", "data:audio/wav;base64"])
+def test_a_data_url_without_base64_is_refused(url):
+    with pytest.raises(
+        ValueError, match=r"Expected a data URL 'data:audio/wav;base64,\.\.\.', got one that begins 'data:"
+    ):
+        load_audio(url, SAMPLING_RATE)
+
+
+def test_a_file_of_many_channels_is_refused():
+    with pytest.raises(ValueError, match="has 20 channels. Expected at most 8"):
+        load_audio(encode(np.full((400, 20), 0.5, np.float32)), SAMPLING_RATE)
+
+
+def test_a_text_file_object_is_refused(tmp_path):
+    path = tmp_path / "clip.wav"
+    path.write_text("words")
+    with (
+        path.open() as file,
+        pytest.raises(TypeError, match=r"binary mode \('rb'\), but reading it gave <class 'str'>"),
+    ):
+        load_audio(file, SAMPLING_RATE)
+
+
+@pytest.mark.parametrize("path", ["a\0b.wav", "x" * 5000])
+def test_what_cannot_be_a_path_is_refused(path):
+    """A base64 string given as a path raised OSError 'File name too long' with all of it in the message."""
+    with pytest.raises(FileNotFoundError, match="Audio file not found|cannot be an audio file: File name too long"):
+        load_audio(path, SAMPLING_RATE)

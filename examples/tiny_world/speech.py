@@ -7,6 +7,7 @@ Leaves out: noise, echo, human speech, and systems without `fork` (on Windows us
 import ctypes
 import functools
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -30,11 +31,34 @@ HELD_OUT_VOICES = ("en-us+m4", "en+f3", "en-us+linda")
 
 # Of speak_lib.h:
 _AUDIO_OUTPUT_SYNCHRONOUS = 2
+_INITIALIZE_PHONEME_EVENTS = 0x0001
 _INITIALIZE_DONT_EXIT = 0x8000
 _PARAMETER_RATE = 1
 _PARAMETER_PITCH = 3
 _CHARS_UTF8 = 1
-_ON_SAMPLES = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
+_EVENT_LIST_TERMINATED = 0
+_EVENT_WORD = 1
+_EVENT_PHONEME = 7
+
+
+class _EventId(ctypes.Union):
+    _fields_ = [("number", ctypes.c_int), ("name", ctypes.c_char_p), ("string", ctypes.c_char * 8)]
+
+
+class _Event(ctypes.Structure):
+    _fields_ = [
+        ("type", ctypes.c_int),
+        ("unique_identifier", ctypes.c_uint),
+        ("text_position", ctypes.c_int),  # characters from the start of the text, from 1
+        ("length", ctypes.c_int),  # of a word, in characters
+        ("audio_position", ctypes.c_int),  # milliseconds
+        ("sample", ctypes.c_int),
+        ("user_data", ctypes.c_void_p),
+        ("id", _EventId),
+    ]
+
+
+_ON_SAMPLES = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(_Event))
 
 
 def synthesize(text: str, voice: str, speed: int = 175, pitch: int = 50) -> np.ndarray:
@@ -56,6 +80,11 @@ def synthesize(text: str, voice: str, speed: int = 175, pitch: int = 50) -> np.n
         ValueError: espeak-ng does not know `voice`.
         RuntimeError: espeak-ng cannot be loaded, or could not say `text`.
     """
+    return _speak(text, voice, speed, pitch)[0]
+
+
+def _speak(text, voice, speed, pitch):
+    """The samples of [`synthesize`], and espeak-ng's events: (type, text position, length, seconds, phoneme)."""
     espeak = _load_espeak()
     _, _, variant = voice.partition("+")
     variants = Path(espeakng_loader.get_data_path()) / "voices" / "!v"
@@ -67,13 +96,14 @@ def synthesize(text: str, voice: str, speed: int = 175, pitch: int = 50) -> np.n
     espeak.library.espeak_SetParameter(_PARAMETER_RATE, speed, 0)
     espeak.library.espeak_SetParameter(_PARAMETER_PITCH, pitch, 0)
     espeak.chunks.clear()
+    espeak.events.clear()
     utf8 = text.encode() + b"\0"
     status = espeak.library.espeak_Synth(utf8, len(utf8), 0, 1, 0, _CHARS_UTF8, None, None)
     espeak.library.espeak_Synchronize()
     if status != 0 or not espeak.chunks:
         raise RuntimeError(f"espeak-ng could not say {text!r} (status {status}). Give it at least one English word.")
     samples = np.concatenate(espeak.chunks).astype(np.float32) / 32768
-    return soxr.resample(samples, espeak.sampling_rate, SAMPLING_RATE).clip(-1, 1)
+    return soxr.resample(samples, espeak.sampling_rate, SAMPLING_RATE).clip(-1, 1), list(espeak.events)
 
 
 def make_clips(
@@ -104,9 +134,40 @@ def make_clips(
     cache_dir.mkdir(parents=True, exist_ok=True)
     clips = {}
     paths = []
-    for index, (text, voice) in enumerate(zip(texts, voices, strict=True)):
+    for settings in _settings_of_clips(texts, voices, seed):
+        path = cache_dir / f"{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:20]}.flac"
+        paths.append(path)
+        if not path.exists():
+            clips[path] = settings
+    _run_workers([{"path": str(path.absolute()), **settings} for path, settings in clips.items()], num_workers)
+    return paths
+
+
+def word_times(texts: list[str], voices: list[str], seed: int, num_workers: int | None = None) -> list[list[dict]]:
+    """When each word is said in the clips that `make_clips` makes of the same arguments, by espeak-ng's own account.
+
+    A word ends where the next one begins, or where a pause begins.
+
+    Args:
+        texts, voices, seed, num_workers: as in `make_clips`; the sentences are spoken once more.
+
+    Returns:
+        for each clip a list of dict with the keys `text`, `start` and `end` (seconds from the start of the clip).
+
+    Raises:
+        ValueError, RuntimeError: as `make_clips`.
+    """
+    if len(texts) != len(voices):
+        raise ValueError(f"Every clip needs one voice, but there are {len(texts)} texts and {len(voices)} voices.")
+    return _run_workers(
+        [{"path": None, **settings} for settings in _settings_of_clips(texts, voices, seed)], num_workers
+    )
+
+
+def _settings_of_clips(texts, voices, seed):
+    for index, (text, voice) in enumerate(zip(texts, voices)):
         rng = random.Random(f"clip {seed} {index}")
-        settings = {
+        yield {
             "text": text,
             "voice": voice,
             "speed": rng.randint(150, 200),
@@ -114,27 +175,32 @@ def make_clips(
             "silence_before_s": round(rng.uniform(0.1, 0.2), 3),
             "silence_after_s": round(rng.uniform(0.1, 0.2), 3),
         }
-        path = cache_dir / f"{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:20]}.flac"
-        paths.append(path)
-        if not path.exists():
-            clips[path] = settings
-    if clips:
-        jobs = [{"path": str(path.absolute()), **settings} for path, settings in clips.items()]
-        num_workers = min(num_workers or min(os.cpu_count(), 8), len(jobs))
-        shares = [jobs[worker::num_workers] for worker in range(num_workers)]
-        progress = tqdm(total=len(jobs), desc="synthesising speech", mininterval=1)
-        with progress, ThreadPoolExecutor(num_workers) as pool:
-            for finished in [pool.submit(_run_worker, share, progress) for share in shares]:
-                finished.result()
-    return paths
+
+
+def _run_workers(jobs, num_workers):
+    """The words of clips, which are written where a job has a path."""
+    if not jobs:
+        return []
+    num_workers = min(num_workers or min(os.cpu_count(), 8), len(jobs))
+    words = [None] * len(jobs)
+    progress = tqdm(total=len(jobs), desc="synthesising speech", mininterval=1)
+
+    def run(worker):
+        words[worker::num_workers] = _run_worker(jobs[worker::num_workers], progress)
+
+    with progress, ThreadPoolExecutor(num_workers) as pool:
+        for finished in [pool.submit(run, worker) for worker in range(num_workers)]:
+            finished.result()
+    return words
 
 
 def _run_worker(jobs, progress):
-    """Have one process make clips, one at a time.
+    """Have one process make clips, one at a time, and tell their words.
 
     A bare interpreter on this file and not `multiprocessing`, which would import the caller's script, and with it
     torch, once more in every worker.
     """
+    words = []
     with subprocess.Popen(
         [sys.executable, str(Path(__file__).absolute())], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as worker:
@@ -151,11 +217,13 @@ def _run_worker(jobs, progress):
                     f"A speech worker stopped at {job}. Its own error is printed above; "
                     "the clips made so far are kept, so run this again once that is mended."
                 )
+            words.append(json.loads(done))
             progress.update()
+    return words
 
 
 def _work():
-    """In a worker: make the clips that stdin describes, one per line, and answer a line for each.
+    """In a worker: make the clips that stdin describes, one per line, and answer a line of words for each.
 
     espeak-ng goes on where the last utterance left its oscillators, which no call of its interface resets, so the same
     words sound a little different each time. So each clip is spoken by a fork of a worker that has said only "ready".
@@ -164,24 +232,37 @@ def _work():
     for line in sys.stdin:
         child = os.fork()
         if child == 0:
-            _write_clip(**json.loads(line))
+            print(json.dumps(_make_clip(**json.loads(line))), flush=True)
             os._exit(0)
         _, status = os.waitpid(child, 0)
         if status != 0:
             sys.exit(1)
-        print("done", flush=True)
 
 
-def _write_clip(path, text, voice, speed, pitch, silence_before_s, silence_after_s):
-    speech = synthesize(text, voice, speed, pitch)
-    padding = (round(silence_before_s * SAMPLING_RATE), round(silence_after_s * SAMPLING_RATE))
-    unfinished = f"{path}.{os.getpid()}.unfinished"
-    soundfile.write(unfinished, np.pad(speech, padding), SAMPLING_RATE, format="FLAC", subtype="PCM_16")
-    os.replace(unfinished, path)
+def _make_clip(path, text, voice, speed, pitch, silence_before_s, silence_after_s):
+    speech, events = _speak(text, voice, speed, pitch)
+    if path is not None:
+        padding = (round(silence_before_s * SAMPLING_RATE), round(silence_after_s * SAMPLING_RATE))
+        unfinished = f"{path}.{os.getpid()}.unfinished"
+        soundfile.write(unfinished, np.pad(speech, padding), SAMPLING_RATE, format="FLAC", subtype="PCM_16")
+        os.replace(unfinished, path)
+    return _words(text, events, silence_before_s)
+
+
+def _words(text, events, silence_before_s):
+    words = []
+    for kind, position, length, time_s, phoneme in events:
+        time_s = round(silence_before_s + time_s, 3)
+        is_pause = kind == _EVENT_PHONEME and phoneme.startswith("_")
+        if words and words[-1]["end"] is None and (kind == _EVENT_WORD or is_pause):
+            words[-1]["end"] = time_s
+        if kind == _EVENT_WORD:
+            words.append({"text": text[position - 1 : position - 1 + length], "start": time_s, "end": None})
+    return words
 
 
 class _Espeak:
-    """The loaded C library, its sampling rate, and the samples of the utterance in progress."""
+    """The loaded C library, its sampling rate, and the samples and events of the utterance in progress."""
 
     def __init__(self):
         try:
@@ -192,7 +273,7 @@ class _Espeak:
             ) from error
         data_path = espeakng_loader.get_data_path()
         self.sampling_rate = self.library.espeak_Initialize(
-            _AUDIO_OUTPUT_SYNCHRONOUS, 0, data_path.encode(), _INITIALIZE_DONT_EXIT
+            _AUDIO_OUTPUT_SYNCHRONOUS, 0, data_path.encode(), _INITIALIZE_PHONEME_EVENTS | _INITIALIZE_DONT_EXIT
         )
         if self.sampling_rate <= 0:
             raise RuntimeError(
@@ -201,12 +282,18 @@ class _Espeak:
             )
         self.library.espeak_ng_SetRandSeed(1)  # of breath; else it is the time
         self.chunks = []
+        self.events = []
         self._on_samples = _ON_SAMPLES(self._keep)  # the C side does not keep it alive
         self.library.espeak_SetSynthCallback(self._on_samples)
 
     def _keep(self, samples, num_samples, events):
         if samples and num_samples > 0:
             self.chunks.append(np.ctypeslib.as_array(samples, (num_samples,)).copy())
+        for event in itertools.takewhile(lambda event: event.type != _EVENT_LIST_TERMINATED, events):
+            # The string belongs to phonemes; other events have a number in its place.
+            phoneme = event.id.string.decode(errors="replace") if event.type == _EVENT_PHONEME else ""
+            place = (event.text_position, event.length, event.audio_position / 1000)
+            self.events.append((event.type, *place, phoneme))
         return 0
 
 

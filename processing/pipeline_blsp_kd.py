@@ -1,0 +1,474 @@
+"""`pipeline("audio-text-to-text")` and `pipeline("automatic-speech-recognition")` of a BLSP-KD model.
+
+Follows transformers' pipelines in what goes in and comes out; stock `pipeline("any-to-any")` needs nothing of this.
+Leaves out: prompts without audio, several answers to one prompt.
+"""
+
+import threading
+from collections.abc import Iterable, Sized
+from itertools import islice
+from numbers import Number, Real
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+from transformers.pipelines.base import ChunkPipeline
+from transformers.utils.chat_template_utils import Chat, is_valid_message
+
+from .audio_loading import MAX_DURATION_S, SILENCE_PEAK, load_audio
+from .url_fetching import fetch_audio
+
+# What a chat's audio block may hold its clip under.
+AUDIO_KEYS = ("audio", "path", "url", "bytes", "base64", "array", "raw")
+INPUT_KEYS = ("audio", "instruction", "text", "sampling_rate")
+GENERATE_ARGUMENTS = (
+    "generation_config",
+    "logits_processor",
+    "stopping_criteria",
+    "prefix_allowed_tokens_fn",
+    "assistant_model",
+    "streamer",
+)
+# Long recordings are cut into chunks, but all of their samples are held at once: 0.9 GB at 16 kHz.
+MAX_RECORDING_S = 4 * 3600.0
+
+
+class BlspKdPipeline(ChunkPipeline):
+    """Answers to spoken input: task "audio-text-to-text".
+
+    ```python
+    pipe = pipeline("audio-text-to-text", model="org/name", trust_remote_code=True)
+    pipe("question.wav", instruction="Name the animal.", max_new_tokens=32)
+    # {"generated_text": "lion"}
+    ```
+
+    One input is
+
+    - a clip: a path, `bytes`, a data URL, `(array, sampling_rate)`, an array, or a dict of `"array"` (or `"raw"`) and
+      `"sampling_rate"`, of `"path"`, `"bytes"`, `"base64"` or `"url"`; see [`load_audio`];
+    - `{"audio": clip, "instruction": text}`, or `"text"` for `"instruction"`;
+    - a chat: a list of messages with `"role"` and `"content"`, whose audio blocks hold a clip:
+      `{"type": "audio", "path": ...}`, or any other key of the above, or `"audio"` for any kind of clip.
+
+    One input gives one result, a list of inputs a list; generators, data sets and other iterables give a generator.
+
+    Options, when the pipeline is made or called: `instruction` (what to do with the clip; omitted, the clip is all that
+    the LLM gets), `sampling_rate` (of bare arrays, Hz), `allowed_url_prefixes` (URLs are refused unless they begin with
+    one of these), `batch_size`, `num_workers` (1: clips are decoded ahead, in a process of their own), `streamer`,
+    `generate_kwargs`, and all arguments of `generate` by name, of which `max_new_tokens` is 256 unless given.
+    """
+
+    _load_processor = True
+    _load_tokenizer = False
+    _load_feature_extractor = False
+    _load_image_processor = False
+    _load_video_processor = False
+    _pipeline_calls_generate = True
+    _default_generation_config = GenerationConfig(max_new_tokens=256)
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.model.config.model_type != "blsp_kd" or self.processor is None:
+            raise ValueError(
+                f"{type(self).__name__} needs a BLSP-KD model and its processor, got a model of type "
+                f"{self.model.config.model_type!r} and {type(self.processor).__name__} as processor."
+            )
+
+    def _sanitize_parameters(
+        self,
+        instruction=None,
+        sampling_rate=None,
+        allowed_url_prefixes=None,
+        generate_kwargs=None,
+        **generate_options,
+    ):
+        given = {
+            "instruction": instruction,
+            "sampling_rate": sampling_rate,
+            "allowed_url_prefixes": allowed_url_prefixes,
+        }
+        known = {*GENERATE_ARGUMENTS, *(name for name in vars(GenerationConfig()) if not name.startswith("_"))}
+        unknown = sorted(set(generate_options) - known)
+        if unknown:
+            raise ValueError(
+                f"Unknown option(s) {unknown} of {type(self).__name__}. It takes {sorted(self._own_options())}, "
+                "'batch_size', 'num_workers', 'generate_kwargs' and the arguments of generate, such as "
+                "'max_new_tokens'."
+            )
+        generate_kwargs = generate_kwargs or {}
+        twice = sorted(set(generate_kwargs) & set(generate_options))
+        if twice:
+            raise ValueError(f"{twice} given twice, as option(s) and in generate_kwargs. Give each once.")
+        if instruction is not None:
+            self._check_text(instruction, "instruction")
+        preprocess_params = {name: value for name, value in given.items() if value is not None}
+        return preprocess_params, {**generate_kwargs, **generate_options}, {}
+
+    def _own_options(self) -> tuple[str, ...]:
+        return "instruction", "sampling_rate", "allowed_url_prefixes"
+
+    def __call__(self, inputs, **options):
+        """Answer one input, a list of inputs, or an iterable of inputs; see the class.
+
+        Raises:
+            ValueError, TypeError, FileNotFoundError: an input or option is unusable. Of several inputs the message
+                names the one.
+        """
+        return super().__call__(_as_inputs(inputs), **options)
+
+    def stream(self, inputs, **options):
+        """Answer one input piece by piece.
+
+        Generation runs in a thread of its own. It ends when the generator is closed or forgotten, and what it raises
+        is raised here.
+
+        Returns:
+            a generator of `str`: the pieces of the text, to be joined without anything between them.
+        """
+        preprocess_params, forward_params, _ = self._sanitize_parameters(**options)
+        preprocess_params = {**self._preprocess_params, **preprocess_params}
+        forward_params = {**self._forward_params, **forward_params}
+        self._check_streamable(preprocess_params, forward_params)
+        inputs = _as_inputs(inputs)
+        if _is_chat(inputs):
+            inputs = Chat(inputs)
+        [prompt] = self.preprocess(inputs, **preprocess_params)
+        return self._pieces(prompt, forward_params)
+
+    def _check_streamable(self, preprocess_params: dict, forward_params: dict):
+        if forward_params.get("streamer") is not None:
+            raise ValueError("stream makes a streamer of its own. Call the pipeline itself to use another one.")
+
+    def _pieces(self, prompt: dict, forward_params: dict):
+        streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        is_abandoned, errors = threading.Event(), []
+        criteria = [*(forward_params.get("stopping_criteria") or []), _StopsWhen(is_abandoned)]
+        forward_params = {**forward_params, "streamer": streamer, "stopping_criteria": StoppingCriteriaList(criteria)}
+
+        def generate():
+            try:
+                self.forward([prompt], **forward_params)
+            except BaseException as error:  # of whatever kind, it belongs to the caller
+                errors.append(error)
+            finally:
+                streamer.text_queue.put(streamer.stop_signal)
+
+        thread = threading.Thread(target=generate, daemon=True)
+        thread.start()
+        try:
+            yield from (piece for piece in streamer if piece)
+        finally:
+            is_abandoned.set()
+            thread.join()
+        if errors:
+            raise errors[0]
+
+    # -- one input to prompts -----------------------------------------------------------------------------------------
+
+    def preprocess(self, inputs, instruction=None, sampling_rate=None, allowed_url_prefixes=()):
+        """The prompt of one input: a list of one dict of `text` and `features`, as `_forward` takes."""
+        if isinstance(inputs, Chat):
+            messages, clips = self._read_chat(inputs.messages)
+        else:
+            clip, instruction, sampling_rate = self._read_input(inputs, instruction, sampling_rate)
+            messages, clips = self._as_turn(instruction), [clip]
+        waveforms = [self._load(clip, sampling_rate, allowed_url_prefixes) for clip in clips]
+        return [self._as_prompt(messages, waveforms)]
+
+    def _read_input(self, inputs, instruction, sampling_rate):
+        """Clip, instruction and rate of what is not a chat."""
+        if not isinstance(inputs, dict) or "audio" not in inputs:
+            return inputs, instruction, sampling_rate
+        unknown = sorted(map(str, set(inputs) - set(INPUT_KEYS)))
+        if unknown:
+            raise ValueError(f"An input with 'audio' takes {list(INPUT_KEYS)}, but this one also has {unknown}.")
+        own = [inputs[key] for key in ("instruction", "text") if inputs.get(key) is not None]
+        if len(own) > 1:
+            raise ValueError("An input has either 'instruction' or 'text', which mean the same, but this one has both.")
+        if own:
+            self._check_text(own[0], "instruction")
+        return inputs["audio"], *(own or [instruction]), inputs.get("sampling_rate", sampling_rate)
+
+    def _read_chat(self, messages) -> tuple[list[dict], list]:
+        """A chat without its clips, and the clips in reading order."""
+        bare, clips = [], []
+        for message in messages:
+            if not is_valid_message(message):
+                raise ValueError(f"Each message of a chat is a dict with 'role' and 'content', got {message!r:.200}.")
+            content = message["content"]
+            if isinstance(content, str):
+                self._check_text(content, "content of a message", may_be_empty=True)
+            elif isinstance(content, (list, tuple)):
+                content = [self._read_block(block, clips) for block in content]
+            else:
+                raise TypeError(f"The content of a message is a string or a list of blocks, got {type(content)}.")
+            bare.append({**message, "content": content})
+        if not clips:
+            raise ValueError(
+                "The chat holds no audio. Give at least one block such as {'type': 'audio', 'path': 'clip.wav'}."
+            )
+        return bare, clips
+
+    def _read_block(self, block, clips: list) -> dict:
+        kind = block.get("type") if isinstance(block, dict) else None
+        if kind == "text":
+            self._check_text(block.get("text"), "text of a block", may_be_empty=True)
+            return block
+        if kind == "audio":
+            found = [key for key in AUDIO_KEYS if block.get(key) is not None]
+        elif kind == "input_audio":  # as OpenAI's clients write it
+            block = {"base64": (block.get("input_audio") or {}).get("data")}
+            found = [key for key in block if block[key] is not None]
+        else:
+            raise ValueError(
+                f"A block of a message is a dict of type 'text', 'audio' or 'input_audio', got {block!r:.200}."
+            )
+        if not found:
+            raise ValueError(f"The audio block {block!r:.200} holds no audio. Give it one of {list(AUDIO_KEYS)}.")
+        if found[0] == "audio" and block.get("sampling_rate") is not None and not isinstance(block["audio"], dict):
+            clips.append((block["audio"], block["sampling_rate"]))
+        else:
+            clips.append(block["audio"] if found[0] == "audio" else block)
+        return {"type": "audio"}
+
+    def _check_text(self, text, name: str, may_be_empty: bool = False):
+        if not isinstance(text, str):
+            raise TypeError(f"The {name} must be a string, got {type(text)}.")
+        if not text.strip() and not may_be_empty:
+            raise ValueError(f"The {name} is empty. Leave it out instead.")
+        if self.processor.audio_token in text:
+            raise ValueError(
+                f"The {name} holds the audio placeholder {self.processor.audio_token!r}. Remove it: the pipeline "
+                "places it."
+            )
+
+    def _as_turn(self, instruction: str | None) -> list[dict]:
+        blocks = [] if instruction is None else [{"type": "text", "text": instruction}]
+        return [{"role": "user", "content": [*blocks, {"type": "audio"}]}]
+
+    def _load(self, clip, sampling_rate, allowed_url_prefixes, max_duration_s=MAX_DURATION_S) -> np.ndarray:
+        url = clip.get("url") if isinstance(clip, dict) else clip
+        if isinstance(url, str):
+            clip = fetch_audio(url, allowed_url_prefixes) if "://" in url else url
+        return load_audio(clip, self.processor.feature_extractor.sampling_rate, sampling_rate, max_duration_s)
+
+    def _as_prompt(self, messages: list[dict], waveforms: list[np.ndarray]) -> dict:
+        rate = self.processor.feature_extractor.sampling_rate
+        text = self.processor.apply_chat_template(messages, add_generation_prompt=True)
+        clips = [self.processor.extract_features([(waveform, rate)]) for waveform in waveforms]
+        return {"text": text, "features": [clip["input_features"][0] for clip in clips]}
+
+    # -- prompts to answers -------------------------------------------------------------------------------------------
+
+    def _forward(self, prompts: list[dict], **generate_kwargs) -> list[dict]:
+        inputs = self.processor.tokenizer(
+            [prompt["text"] for prompt in prompts],
+            padding=True,
+            padding_side="left",
+            add_special_tokens=False,  # the template wrote them
+            return_tensors="pt",
+        )
+        features = self.processor.pad_features([clip for prompt in prompts for clip in prompt["features"]])
+        inputs.update({name: torch.from_numpy(values) for name, values in features.items()})
+        options = self._prepare_generate_kwargs(generate_kwargs)
+        if self._get_set_generation_params(options).get("num_return_sequences", 1) not in (1, None):
+            raise ValueError("A pipeline gives one answer to each input: num_return_sequences must be 1.")
+        output = self.model.generate(**inputs.to(self.device), **options)
+        sequences = output if isinstance(output, torch.Tensor) else output.sequences
+        return [{"tokens": row} for row in sequences[:, inputs["input_ids"].shape[1] :]]
+
+    def postprocess(self, answers: list[dict]) -> dict:
+        return {"generated_text": self._decode(answers[0]["tokens"])}
+
+    def _decode(self, tokens) -> str:
+        return self.processor.decode(tokens, skip_special_tokens=True)
+
+    def get_iterator(self, inputs, num_workers, batch_size, preprocess_params, forward_params, postprocess_params):
+        # transformers' own would pad features as if they were text, and would not say which input is bad.
+        prompts = _Prompts(inputs, self.preprocess, preprocess_params)
+        loader = DataLoader(prompts, batch_size=None, num_workers=min(num_workers, 1), collate_fn=_unchanged)
+        numbered, answers = iter(loader), []
+        while batch := list(islice(numbered, batch_size)):
+            outputs = self.forward([prompt for prompt, _ in batch], **forward_params)
+            for output, (_, is_last) in zip(outputs, batch):
+                answers.append(output)
+                if is_last:
+                    yield self.postprocess(answers, **postprocess_params)
+                    answers = []
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """Save model and processor. transformers' own would leave the processor out."""
+        self.model.save_pretrained(save_directory, **kwargs)
+        self.processor.save_pretrained(save_directory, **kwargs)
+
+
+class BlspKdSpeechRecognitionPipeline(BlspKdPipeline):
+    """What is said: task "automatic-speech-recognition".
+
+    ```python
+    pipe = pipeline("automatic-speech-recognition", model="org/name", trust_remote_code=True)
+    pipe("lecture.mp3", return_timestamps="word", chunk_length_s=20)
+    # {"text": "the lion ran", "chunks": [{"text": "the", "timestamp": (0.31, 0.42)}, ...]}
+    ```
+
+    Takes clips, as [`BlspKdPipeline`], and `{"audio": clip}`. Options beyond those of [`BlspKdPipeline`]:
+
+    - `instruction`: overrules `processor.transcription_instruction`.
+    - `return_timestamps`: `"word"` (or True) or `"token"`; seconds from the start of the recording.
+    - `chunk_length_s` (seconds): cuts recordings into chunks of this length, which the LLM transcribes one by one, or
+      `batch_size` at a time. Needed beyond ten minutes, and useful wherever a recording holds more than the LLM was
+      trained to repeat. Recordings may last four hours. Silent chunks are skipped.
+    - `stride_length_s` (seconds, or a pair): how far a chunk's left and right margins reach into its neighbours, a
+      sixth of its length unless given. A chunk keeps the words whose middle, by their timestamps, lies between its
+      margins, so that words at a cut are heard whole by one of the two. With 0 all words are kept.
+    """
+
+    def _sanitize_parameters(self, return_timestamps=None, chunk_length_s=None, stride_length_s=None, **options):
+        preprocess_params, forward_params, postprocess_params = super()._sanitize_parameters(**options)
+        if return_timestamps not in (None, False, True, "word", "token"):
+            raise ValueError(f"return_timestamps must be 'word' (or True) or 'token', got {return_timestamps!r}.")
+        if return_timestamps is not None:
+            forward_params["return_timestamps"] = bool(return_timestamps)
+            postprocess_params["return_timestamps"] = "word" if return_timestamps is True else return_timestamps
+        if chunk_length_s is not None:
+            preprocess_params["chunk_length_s"] = chunk_length_s
+        if stride_length_s is not None:
+            preprocess_params["stride_length_s"] = stride_length_s
+        return preprocess_params, forward_params, postprocess_params
+
+    def _own_options(self):
+        return *super()._own_options(), "return_timestamps", "chunk_length_s", "stride_length_s"
+
+    def _check_streamable(self, preprocess_params, forward_params):
+        super()._check_streamable(preprocess_params, forward_params)
+        if forward_params.get("return_timestamps") or preprocess_params.get("chunk_length_s") is not None:
+            raise ValueError("stream gives the text of one clip as it comes: no return_timestamps, no chunk_length_s.")
+
+    def preprocess(
+        self,
+        inputs,
+        instruction=None,
+        sampling_rate=None,
+        allowed_url_prefixes=(),
+        chunk_length_s=None,
+        stride_length_s=None,
+    ):
+        """The prompts of one recording, one for each chunk, as they are asked for."""
+        if isinstance(inputs, Chat):
+            raise TypeError('Speech recognition takes audio, not chats. For these there is "audio-text-to-text".')
+        left_s, right_s = _strides(chunk_length_s, stride_length_s)
+        clip, instruction, sampling_rate = self._read_input(inputs, instruction, sampling_rate)
+        max_duration_s = MAX_DURATION_S if chunk_length_s is None else MAX_RECORDING_S
+        waveform = self._load(clip, sampling_rate, allowed_url_prefixes, max_duration_s)
+        messages = self._as_turn(instruction or self.processor.transcription_instruction)
+        rate = self.processor.feature_extractor.sampling_rate
+        chunks = [(0, len(waveform), -np.inf, np.inf)]
+        if chunk_length_s is not None:
+            chunks = _chunks(len(waveform), *(round(seconds * rate) for seconds in (chunk_length_s, left_s, right_s)))
+            loud = [chunk for chunk in chunks if np.abs(waveform[chunk[0] : chunk[1]]).max() >= SILENCE_PEAK]
+            chunks = loud or chunks[:1]
+        for start, stop, keep_from, keep_to in chunks:
+            prompt = self._as_prompt(messages, [waveform[start:stop]])
+            yield {
+                **prompt,
+                "start_s": start / rate,
+                "keeps_s": (keep_from / rate, keep_to / rate),
+                "is_cut": left_s + right_s > 0 and len(chunks) > 1,
+            }
+
+    def _forward(self, prompts, return_timestamps=False, **generate_kwargs):
+        raise NotImplementedError
+
+    def postprocess(self, answers, return_timestamps=False):
+        raise NotImplementedError
+
+
+def _strides(chunk_length_s, stride_length_s) -> tuple[float, float]:
+    """A chunk's left and right margin, seconds."""
+    if chunk_length_s is None:
+        if stride_length_s is not None:
+            raise ValueError("stride_length_s is of chunks: give chunk_length_s, too.")
+        return 0.0, 0.0
+    if not _is_number(chunk_length_s) or not 1 <= chunk_length_s <= MAX_DURATION_S:
+        raise ValueError(f"chunk_length_s must be within 1 and {MAX_DURATION_S:g} seconds, got {chunk_length_s!r}.")
+    strides = chunk_length_s / 6 if stride_length_s is None else stride_length_s
+    strides = (strides, strides) if _is_number(strides) else tuple(strides) if isinstance(strides, (list, tuple)) else ()
+    if len(strides) != 2 or not all(_is_number(stride) and stride >= 0 for stride in strides):
+        raise ValueError(f"stride_length_s must be seconds, or a pair (left, right) of them, got {stride_length_s!r}.")
+    if sum(strides) >= chunk_length_s:
+        raise ValueError(f"Strides of {strides} s leave nothing of a chunk of {chunk_length_s} s. Make them shorter.")
+    return strides
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and np.isfinite(value)
+
+
+def _chunks(num_samples: int, length: int, left: int, right: int) -> list[tuple[int, int, float, float]]:
+    """Start and stop of each chunk, and between where its words are kept, samples.
+
+    The parts between the margins follow each other without a gap, and those of the first and last chunk reach to the
+    ends.
+    """
+    chunks = []
+    for start in range(0, num_samples, length - left - right):
+        stop = min(start + length, num_samples)
+        is_last = stop == num_samples
+        chunks.append((start, stop, start + left if start else -np.inf, np.inf if is_last else stop - right))
+        if is_last:
+            return chunks
+
+
+class _Prompts(IterableDataset):
+    """The prompts of all inputs in their order, each with whether it is its input's last."""
+
+    def __init__(self, inputs, preprocess, params: dict):
+        self.inputs, self.preprocess, self.params = inputs, preprocess, params
+
+    def __iter__(self):
+        is_sized = isinstance(self.inputs, Sized)
+        # By index, since torch's map-style data sets need not be iterable.
+        items = (self.inputs[index] for index in range(len(self.inputs))) if is_sized else self.inputs
+        names_inputs = not is_sized or len(self.inputs) > 1
+        for index, item in enumerate(items):
+            held = None
+            try:
+                for prompt in self.preprocess(Chat(item) if _is_chat(item) else item, **self.params):
+                    if held is not None:
+                        yield held, False
+                    held = prompt
+            except (FileNotFoundError, TypeError, ValueError) as error:
+                if not names_inputs:
+                    raise
+                raise type(error)(f"Input {index}: {error}") from error
+            yield held, True
+
+
+class _StopsWhen(StoppingCriteria):
+    def __init__(self, event: threading.Event):
+        self.event = event
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.full((len(input_ids),), self.event.is_set(), dtype=torch.bool, device=input_ids.device)
+
+
+def _unchanged(item):
+    # The default would turn numpy arrays into tensors.
+    return item
+
+
+def _is_chat(inputs) -> bool:
+    return isinstance(inputs, (list, tuple)) and len(inputs) > 0 and is_valid_message(inputs[0])
+
+
+def _as_inputs(inputs):
+    """What a caller gives to what transformers takes for one input, a list, or a stream of inputs."""
+    if inputs is None or (isinstance(inputs, (list, tuple)) and len(inputs) == 0):
+        raise ValueError(f"There is nothing to hear: expected a clip, a chat, or several of them, got {inputs!r}.")
+    if isinstance(inputs, list) and isinstance(inputs[0], Number):
+        return np.asarray(inputs)  # the samples of one clip
+    is_one = isinstance(inputs, (str, bytes, bytearray, dict, list, tuple, np.ndarray, torch.Tensor, Chat))
+    if is_one or hasattr(inputs, "read") or not isinstance(inputs, Iterable):
+        return inputs
+    return (item for item in inputs)
