@@ -26,7 +26,8 @@ def make_card(facts: dict, template: str | None = None) -> ModelCard:
         facts: `name` (repository id or folder name), `parts` (of [`describe_parts`]), `thin` (bool), `memory` (dict of
             `dtype`, `peak_mb`, `before_mb` and `clip_s`, or None), `results` (dict as in `results.json`; what was
             not measured is absent), `losses` (name -> weight, from the config), `samples` (list of dict with `audio`,
-            `instruction`, `text`, `answer` and `output`, what the model says), `licence`, `languages` and `datasets` (None or empty if not stated).
+            `instruction`, `text`, `answer` and `output`, what the model says), `licence`, `languages` and `datasets`
+            (None or empty if not stated).
         template: Markdown with blocks `<!-- name --> ... <!-- /name -->`. Omitted: `model_card.md`.
 
     Raises:
@@ -44,7 +45,7 @@ def make_card(facts: dict, template: str | None = None) -> ModelCard:
     }
     found = [match["name"] for match in BLOCK.finditer(template)]
     if sorted(found) != sorted(blocks):
-        raise ValueError(f"The template must have each of the blocks {sorted(blocks)} once, but it has {sorted(found)}.")
+        raise ValueError(f"The template must have each block of {sorted(blocks)} once, but has {sorted(found)}.")
     card = ModelCard(BLOCK.sub(lambda match: _block(match["name"], blocks[match["name"]]), template))
     card.data = _metadata(facts)
     return card
@@ -124,7 +125,7 @@ def _model(facts: dict) -> str:
         in_use = (
             f"A process that loads the model in {memory['dtype']} on the CPU and answers a clip of "
             f"{memory['clip_s']:.1f} s peaks at {_megabytes(memory['peak_mb'])} of resident memory (Linux's VmHWM); "
-            f"{_megabytes(memory['before_mb'])} of these are Python, torch and transformers before anything is loaded."
+            f"{_megabytes(memory['before_mb'])} of these are Python and its packages, before anything is loaded."
         )
     lines += ["", _paragraph(f"The weights of all parts take {sizes}. {in_use}")]
     if facts["thin"]:
@@ -142,9 +143,9 @@ def _training(facts: dict) -> str:
     if data["source"] == TINY_WORLD:
         described = (
             f"{data['rows']:,} utterances synthesised with espeak-ng{voices}, from sentences of five kinds (movements, "
-            "possessions, opinions, sums, strings of digits) of a closed world of some hundred English words, each with "
-            "one of 16 kinds of instruction. The responses are the LLM's own greedy answers to the transcript. No human "
-            "speech, no personal data. The model knows the words of its world and no others, and has heard a "
+            "possessions, opinions, sums, strings of digits) of a closed world of some hundred English words, each "
+            "with one of 16 kinds of instruction. The responses are the LLM's own greedy answers to the transcript. No "
+            "human speech, no personal data. The model knows the words of its world and no others, and has heard a "
             "synthesiser in quiet: it is for study only."
         )
     else:

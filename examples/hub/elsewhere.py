@@ -83,15 +83,14 @@ def answer(source, clip, instruction, results_path, attempts):
         results["answers"][f"{name} + AutoProcessor"] = generate(model, processor, inputs)
 
     ask = transformers.pipeline("audio-text-to-text", model=source, **remote)
-    results["answers"]['pipeline("audio-text-to-text")'] = ask(clip, instruction=instruction, **OPTIONS)["generated_text"]
+    answered = ask(clip, instruction=instruction, **OPTIONS)
+    results["answers"]['pipeline("audio-text-to-text")'] = answered["generated_text"]
     transcribe = transformers.pipeline("automatic-speech-recognition", model=source, **remote)
-    results["answers"]['pipeline("automatic-speech-recognition")'] = transcribe(
-        clip, instruction=instruction, **OPTIONS
-    )["text"]
+    answered = transcribe(clip, instruction=instruction, **OPTIONS)
+    results["answers"]['pipeline("automatic-speech-recognition")'] = answered["text"]
     chat = transformers.pipeline("any-to-any", model=source, **remote)
-    results["answers"]['pipeline("any-to-any")'] = chat(
-        text=conversation(clip, instruction), return_full_text=False, **OPTIONS
-    )[0]["generated_text"]
+    answered = chat(text=conversation(clip, instruction), return_full_text=False, **OPTIONS)
+    results["answers"]['pipeline("any-to-any")'] = answered[0]["generated_text"]
 
     folder = Path(snapshot_download(source))
     sys.path.insert(0, str(folder))  # as the endpoint's toolkit does
@@ -108,10 +107,14 @@ def answer(source, clip, instruction, results_path, attempts):
 
 
 def memory(source, clip, instruction) -> dict | None:
-    """Resident memory (10^6 bytes) at the peak of loading and answering, and before; None where Linux does not tell."""
+    """Resident memory (10^6 bytes) at the peak of loading and answering, and before it, with all libraries and code
+    imported; None where Linux does not tell."""
     import transformers
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
     status = Path("/proc/self/status")
+    get_class_from_dynamic_module("modeling_blsp_kd.BlspKdForCausalLM", source)
+    get_class_from_dynamic_module("processing_blsp_kd.BlspKdProcessor", source)
     before = resident_mb(status, "VmRSS")
     processor = transformers.AutoProcessor.from_pretrained(source, trust_remote_code=True)
     model = transformers.AutoModelForCausalLM.from_pretrained(source, trust_remote_code=True)

@@ -81,7 +81,9 @@ def _origin(model, part: str, part_config, option: str, training: dict | None, g
     known = next((name for name in candidates if name and not os.path.isabs(name)), None)
     name, licence = given.get(option, (known, None))
     if known and name != known:
-        raise ValueError(f"--{option} says {name}, but the checkpoint was made from {known}. Leave it out, or correct it.")
+        raise ValueError(
+            f"--{option} says {name}, but the checkpoint was made from {known}. Leave it out, or correct it."
+        )
     if name and name.startswith(OWN_BACKBONES):
         licence = licence or OWN_LICENCE
     return {"base_model": name, "licence": licence}

@@ -10,7 +10,6 @@ import tempfile
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import HfHubHTTPError
 
 from .publication import RECORD, recorded_files
 
@@ -58,12 +57,12 @@ def upload(folder, repo_id: str, private: bool | None = None, api: HfApi | None 
             parent_commit=info.sha,
         )
     except Exception as error:  # of many libraries; each leaves the same state
-        status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
+        response = getattr(error, "response", None)
+        advice = ADVICE.get(getattr(response, "status_code", None), "The connection or the server failed.")
         raise UploadError(
-            f"The upload to {repo_id} failed: {type(error).__name__}: {error}\n"
-            f"{ADVICE.get(status, 'The connection or the server failed.')} {repo_id} holds what it held before or, if only "
-            f"the server's answer was lost, all of the new state. {folder} is complete and unchanged: repeat the "
-            "command, and only what is missing is sent."
+            f"The upload to {repo_id} failed: {type(error).__name__}: {error}\n{advice} {repo_id} holds what it held "
+            f"before or, if only the server's answer was lost, all of the new state. {folder} is complete and unchanged. "
+            "Repeat the command: only what is missing is sent."
         ) from error
 
 

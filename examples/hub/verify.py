@@ -64,7 +64,8 @@ def run_script(script, *arguments, folder, flags=("-I",), timeout_s=None, **envi
 def _process_options(folder, environment) -> dict:
     kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "SYSTEMROOT") if name in os.environ}
     threads = str(torch.get_num_threads())  # another number would sum in another order
-    return {"cwd": folder, "text": True, "env": {**kept, "HOME": str(folder), "OMP_NUM_THREADS": threads, **environment}}
+    environment = {**kept, "HOME": str(folder), "OMP_NUM_THREADS": threads, **environment}
+    return {"cwd": folder, "text": True, "env": environment}
 
 
 @contextmanager
