@@ -1,15 +1,21 @@
-"""BLSP-KD's input side: the processor and the training collator.
+"""BLSP-KD's input side: the processor, the training collator and the pipelines.
 
-Importing it registers the processor with `AutoProcessor`.
+Importing it registers the processor with `AutoProcessor`, and the task "audio-text-to-text" with `pipeline`. The task
+"automatic-speech-recognition" is transformers' own and stays so: there, pass `pipeline_class`, or load a published
+model, which names its pipelines itself.
 """
 
-from transformers import AutoProcessor
+from transformers import AutoModelForCausalLM, AutoProcessor
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from modeling_blsp_kd import BlspKdConfig
 
 from .data_collator import BlspKdDataCollator
+from .pipeline_blsp_kd import BlspKdPipeline, BlspKdSpeechRecognitionPipeline
 from .processing_blsp_kd import BlspKdProcessor
 
 AutoProcessor.register(BlspKdConfig, BlspKdProcessor)
+# transformers has no pipeline of this name, so that no other model loses its own.
+PIPELINE_REGISTRY.register_pipeline("audio-text-to-text", BlspKdPipeline, pt_model=AutoModelForCausalLM)
 
-__all__ = ["BlspKdDataCollator", "BlspKdProcessor"]
+__all__ = ["BlspKdDataCollator", "BlspKdPipeline", "BlspKdProcessor", "BlspKdSpeechRecognitionPipeline"]

@@ -262,6 +262,7 @@ class BlspKdPipeline(ChunkPipeline):
     # -- prompts to answers -------------------------------------------------------------------------------------------
 
     def _forward(self, prompts: list[dict], **generate_kwargs) -> list[dict]:
+        """Answers to B prompts, each a dict of `tokens` (L,) and, if asked for, their `times` (L, 2)."""
         inputs = self.processor.tokenizer(
             [prompt["text"] for prompt in prompts],
             padding=True,
@@ -275,8 +276,15 @@ class BlspKdPipeline(ChunkPipeline):
         if self._get_set_generation_params(options).get("num_return_sequences", 1) not in (1, None):
             raise ValueError("A pipeline gives one answer to each input: num_return_sequences must be 1.")
         output = self.model.generate(**inputs.to(self.device), **options)
+        num_prompt_tokens = inputs["input_ids"].shape[1]
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
-        return [{"tokens": row} for row in sequences[:, inputs["input_ids"].shape[1] :]]
+        answers = [{"tokens": row[num_prompt_tokens:]} for row in sequences]
+        if generate_kwargs.get("return_timestamps"):
+            answers = [
+                {**answer, "times": times[num_prompt_tokens:]}
+                for answer, times in zip(answers, output.token_timestamps)
+            ]
+        return answers
 
     def postprocess(self, answers: list[dict]) -> dict:
         return {"generated_text": self._decode(answers[0]["tokens"])}
@@ -370,18 +378,60 @@ class BlspKdSpeechRecognitionPipeline(BlspKdPipeline):
             chunks = loud or chunks[:1]
         for start, stop, keep_from, keep_to in chunks:
             prompt = self._as_prompt(messages, [waveform[start:stop]])
-            yield {
-                **prompt,
-                "start_s": start / rate,
-                "keeps_s": (keep_from / rate, keep_to / rate),
-                "is_cut": left_s + right_s > 0 and len(chunks) > 1,
-            }
+            keeps_s = (keep_from / rate, keep_to / rate) if left_s + right_s and len(chunks) > 1 else None
+            yield {**prompt, "start_s": start / rate, "keeps_s": keeps_s}
 
     def _forward(self, prompts, return_timestamps=False, **generate_kwargs):
-        raise NotImplementedError
+        # Words of chunks with margins are kept or dropped by their times.
+        return_timestamps = return_timestamps or any(prompt["keeps_s"] is not None for prompt in prompts)
+        answers = super()._forward(prompts, return_timestamps=return_timestamps, **generate_kwargs)
+        return [
+            {**answer, "start_s": prompt["start_s"], "keeps_s": prompt["keeps_s"]}
+            for answer, prompt in zip(answers, prompts)
+        ]
 
     def postprocess(self, answers, return_timestamps=False):
-        raise NotImplementedError
+        texts, chunks = [], []
+        for answer in answers:
+            if "times" not in answer:
+                texts.append(self._decode(answer["tokens"]).strip())
+                continue
+            words = self._kept_words(answer)
+            units = self._tokens_of(answer, words) if return_timestamps == "token" else words
+            if chunks and units and not units[0]["text"].startswith(" "):
+                units[0]["text"] = " " + units[0]["text"]
+            chunks += units
+            is_whole = answer["keeps_s"] is None
+            text = self._decode(answer["tokens"]) if is_whole else "".join(word["text"] for word in words)
+            texts.append(text.strip())
+        result = {"text": " ".join(text for text in texts if text)}
+        return {**result, "chunks": chunks} if return_timestamps else result
+
+    def _kept_words(self, answer: dict) -> list[dict]:
+        """The words whose middle is in the chunk's own part, with their times in the recording."""
+        start_s = answer["start_s"]
+        words = [
+            {"text": word["text"], "timestamp": tuple(start_s + time for time in word["timestamp"])}
+            for word in self.processor.word_timestamps(answer["tokens"], answer["times"])
+        ]
+        if answer["keeps_s"] is None:
+            return words
+        keep_from, keep_to = answer["keeps_s"]
+        return [word for word in words if keep_from <= sum(word["timestamp"]) / 2 < keep_to]
+
+    def _tokens_of(self, answer: dict, words: list[dict]) -> list[dict]:
+        """The tokens of the words that were kept, likewise."""
+        tokenizer, tokens, text = self.processor.tokenizer, [], ""
+        timed = ~answer["times"].isnan().any(1) & ~torch.isin(answer["tokens"], torch.tensor(tokenizer.all_special_ids))
+        said = answer["tokens"][timed].tolist()
+        for number, times in enumerate(answer["times"][timed].tolist()):
+            # Some tokenizers drop the white space before the first token, so each is decoded after those before it.
+            longer = tokenizer.decode(said[: number + 1], clean_up_tokenization_spaces=False)
+            start, end = (answer["start_s"] + time for time in times)
+            if any(word["timestamp"][0] <= (start + end) / 2 <= word["timestamp"][1] for word in words):
+                tokens.append({"text": longer[len(text) :], "timestamp": (start, end)})
+            text = longer
+        return tokens
 
 
 def _strides(chunk_length_s, stride_length_s) -> tuple[float, float]:
@@ -393,7 +443,9 @@ def _strides(chunk_length_s, stride_length_s) -> tuple[float, float]:
     if not _is_number(chunk_length_s) or not 1 <= chunk_length_s <= MAX_DURATION_S:
         raise ValueError(f"chunk_length_s must be within 1 and {MAX_DURATION_S:g} seconds, got {chunk_length_s!r}.")
     strides = chunk_length_s / 6 if stride_length_s is None else stride_length_s
-    strides = (strides, strides) if _is_number(strides) else tuple(strides) if isinstance(strides, (list, tuple)) else ()
+    strides = (
+        (strides, strides) if _is_number(strides) else tuple(strides) if isinstance(strides, (list, tuple)) else ()
+    )
     if len(strides) != 2 or not all(_is_number(stride) and stride >= 0 for stride in strides):
         raise ValueError(f"stride_length_s must be seconds, or a pair (left, right) of them, got {stride_length_s!r}.")
     if sum(strides) >= chunk_length_s:
