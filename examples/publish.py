@@ -46,27 +46,29 @@ def main():
     check_backbones(checkpoint, options.full)
     results_file = checkpoint / "results.json"
     results = json.loads(results_file.read_text()) if results_file.exists() else {}
-    rows = read_samples(options.samples) if options.samples else rows_of(checkpoint, results)
+    kept = results.pop("samples", [])
+    rows = (
+        read_rows(options.samples) if options.samples else [{**row, "audio": checkpoint / row["audio"]} for row in kept]
+    )
 
     model = BlspKdForCausalLM.from_pretrained(checkpoint)
     processor = BlspKdProcessor.from_pretrained(checkpoint)
     is_thin = model.config.backbones is not None and not options.full
     if options.full:
         model = model.to(model.dtype)  # a full checkpoint has one dtype
-    with complete_or_nothing(options.folder) as folder:
+    with complete_or_nothing(options.folder) as (folder, record):
         write_model(model, processor, folder, options.full)
-        results["samples"] = write_samples(model, processor, rows, folder)
-        if results_file.exists():
-            (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-        facts = {
+        samples = write_samples(model, processor, rows, folder)
+        record["facts"] = {
             "name": name,
             "thin": is_thin,
             "losses": model.config.distillation,
             "results": results,
+            "samples": samples,
             **describe_checkpoint(model, results.get("training"), options),
-            **measure(folder, repo_id, model.config.backbones if is_thin else None, results["samples"]),
+            "memory": measure(folder, repo_id, model.config.backbones if is_thin else None, samples),
         }
-        make_card(facts).save(folder / "README.md")
+        make_card(record["facts"]).save(folder / "README.md")
     print(f"{options.folder} is complete: {name}")
 
     if options.verify:
@@ -112,16 +114,10 @@ def check_backbones(checkpoint: Path, full: bool):
         )
 
 
-def read_samples(manifest: str) -> list[dict]:
-    return [
-        {**row, "audio": Path(manifest).parent / row["audio"]}
-        for row in map(json.loads, Path(manifest).read_text().splitlines())
-    ]
-
-
-def rows_of(checkpoint: Path, results: dict) -> list[dict]:
-    """The sample rows that train.py kept; older checkpoints have none."""
-    return [{**row, "audio": checkpoint / row["audio"]} for row in results.get("samples", [])]
+def read_rows(manifest: str) -> list[dict]:
+    """Rows of a JSONL manifest; their audio paths are relative to it."""
+    rows = map(json.loads, Path(manifest).read_text().splitlines())
+    return [{**row, "audio": Path(manifest).parent / row["audio"]} for row in rows]
 
 
 def write_model(model, processor, folder: Path, full: bool):
@@ -170,20 +166,20 @@ def describe_checkpoint(model, training: dict | None, options) -> dict:
     }
 
 
-def measure(folder: Path, repo_id: str, backbones: dict | None, samples: list[dict]) -> dict:
-    """Memory, and the clip that it was measured with; see [`make_card`]."""
+def measure(folder: Path, repo_id: str, backbones: dict | None, samples: list[dict]) -> dict | None:
+    """Memory of answering the first sample; see [`make_card`]."""
     if not samples:
-        return {"memory": None, "samples": samples}
+        return None
     clip = folder / samples[0]["audio"]
     memory = measure_memory(folder, repo_id, backbones, clip, samples[0]["instruction"])
-    return {"memory": memory and {**memory, "clip_s": soundfile.info(clip).duration}, "samples": samples}
+    return memory and {**memory, "clip_s": soundfile.info(clip).duration}
 
 
 def report_checks(options, repo_id: str, model, processor, rows: list[dict]):
     """Print a table of checks, and end with exit code 1 if one failed."""
     if not rows:
         raise SystemExit("--verify needs a clip, and this checkpoint kept none. Give some with --samples.")
-    checks = verify(options.folder, repo_id, model, processor, rows[0]["audio"], processor.transcription_instruction)
+    checks = verify(options.folder, repo_id, model, processor, rows[0]["audio"])
     for check, is_right, came in checks:
         print(f"{'ok' if is_right else 'FAILED':8}{check:44} {came}")
     if not all(is_right for _, is_right, _ in checks):

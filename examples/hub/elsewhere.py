@@ -12,6 +12,7 @@ import base64
 import importlib.util
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 PACKAGES = ("modeling_blsp_kd", "processing")
@@ -67,43 +68,72 @@ def main():
 
 
 def answer(source, clip, instruction, results_path, attempts):
-    """Ask in every way that the model card names, and leave the answers, inputs and logits in a file."""
+    """Ask in every way that the model card names, and leave inputs, logits and answers in a file.
+
+    Args:
+        instruction: the processor's for transcription, which speech recognition takes by itself.
+    """
     import torch
     import transformers
-    from huggingface_hub import snapshot_download
 
     remote = {"trust_remote_code": True}
     processor = transformers.AutoProcessor.from_pretrained(source, **remote)
     inputs = prompt(processor, clip, instruction)
     results = {"inputs": dict(inputs), "logits": {}, "answers": {}}
-    for name in MODEL_CLASSES:
+
+    def auto_model(name):
         model = getattr(transformers, name).from_pretrained(source, **remote)
         with torch.no_grad():
             results["logits"][name] = model(**inputs).logits
-        results["answers"][f"{name} + AutoProcessor"] = generate(model, processor, inputs)
+        return generate(model, processor, inputs)
 
-    ask = transformers.pipeline("audio-text-to-text", model=source, **remote)
-    answered = ask(clip, instruction=instruction, **OPTIONS)
-    results["answers"]['pipeline("audio-text-to-text")'] = answered["generated_text"]
-    transcribe = transformers.pipeline("automatic-speech-recognition", model=source, **remote)
-    answered = transcribe(clip, instruction=instruction, **OPTIONS)
-    results["answers"]['pipeline("automatic-speech-recognition")'] = answered["text"]
-    chat = transformers.pipeline("any-to-any", model=source, **remote)
-    answered = chat(text=conversation(clip, instruction), return_full_text=False, **OPTIONS)
-    results["answers"]['pipeline("any-to-any")'] = answered[0]["generated_text"]
+    def ask():
+        pipeline = transformers.pipeline("audio-text-to-text", model=source, **remote)
+        return pipeline(clip, instruction=instruction, **OPTIONS)["generated_text"]
+
+    def transcribe():
+        pipeline = transformers.pipeline("automatic-speech-recognition", model=source, **remote)
+        return pipeline(clip, **OPTIONS)["text"]
+
+    def chat():
+        pipeline = transformers.pipeline("any-to-any", model=source, **remote)
+        answered = pipeline(text=conversation(clip, instruction), return_full_text=False, generate_kwargs=OPTIONS)
+        return answered[0]["generated_text"]
+
+    def send_file():
+        return endpoint(source)({"inputs": Path(clip).read_bytes(), "parameters": OPTIONS})["text"]
+
+    def send_base64():
+        encoded = base64.b64encode(Path(clip).read_bytes()).decode()
+        body = {"inputs": encoded, "parameters": {"instruction": instruction, **OPTIONS}}
+        return endpoint(source)(body)["generated_text"]
+
+    ways = {f"{name} + AutoProcessor": partial(auto_model, name) for name in MODEL_CLASSES}
+    ways |= {
+        'pipeline("audio-text-to-text")': ask,
+        'pipeline("automatic-speech-recognition")': transcribe,
+        'pipeline("any-to-any")': chat,
+        "handler.py, a file": send_file,
+        "handler.py, base64 with an instruction": send_base64,
+    }
+    for name, way in ways.items():
+        try:
+            results["answers"][name] = way()
+        except Exception as error:  # of whatever kind: one way that fails must not hide the others
+            results["answers"][name] = f"{type(error).__name__}: {error}"
+    torch.save({**results, "attempts": attempts}, results_path)
+
+
+def endpoint(source):
+    """The handler, as the toolkit of Inference Endpoints loads it: by file, with the repository on the path."""
+    from huggingface_hub import snapshot_download
 
     folder = Path(snapshot_download(source))
-    sys.path.insert(0, str(folder))  # as the endpoint's toolkit does
+    sys.path.insert(0, str(folder))
     spec = importlib.util.spec_from_file_location("handler", folder / "handler.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    handler = module.EndpointHandler(str(folder))
-    body = {"inputs": base64.b64encode(Path(clip).read_bytes()).decode()}
-    answered = handler({**body, "parameters": {"instruction": instruction, **OPTIONS}})
-    results["answers"]["handler.py"] = answered["generated_text"]
-
-    results["attempts"] = attempts
-    torch.save(results, results_path)
+    return module.EndpointHandler(str(folder))
 
 
 def memory(source, clip, instruction) -> dict | None:

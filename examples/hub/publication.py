@@ -1,7 +1,8 @@
 """A folder that appears complete or not at all, and knows which files are its own.
 
-`publication.json` lists every file of a publication with its checksum: what an earlier publication wrote may be
-replaced, what somebody else put or changed there may not. Leaves out: what is written.
+`publication.json` lists every file of a publication with its checksum, beside the facts that its model card states: what
+an earlier publication wrote may be replaced, what somebody else put or changed there may not. Leaves out: what is
+written.
 """
 
 import hashlib
@@ -17,7 +18,10 @@ RECORD = "publication.json"
 
 @contextmanager
 def complete_or_nothing(folder):
-    """Yield an empty folder beside `folder`, and put it in its place when the block ends without an error.
+    """Yield an empty folder beside `folder` to write to, and put it in its place when the block ends without an error.
+
+    Yields:
+        the folder, and a dict for what `publication.json` is to tell beside the files.
 
     Raises:
         FileExistsError: `folder` holds files that no earlier publication wrote.
@@ -25,11 +29,11 @@ def complete_or_nothing(folder):
     folder = Path(folder).absolute()
     check_replaceable(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    made, record = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.")), {}
     try:
         made.chmod(0o755)
-        yield made
-        (made / RECORD).write_text(json.dumps({"files": _checksums(made)}, indent=2) + "\n")
+        yield made, record
+        (made / RECORD).write_text(json.dumps({**record, "files": _checksums(made)}, indent=2) + "\n")
         check_replaceable(folder)  # again: writing may have taken long
         earlier = made.with_name(f"{made.name}.earlier")
         if folder.exists():

@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import HfHubHTTPError
 
 from .publication import RECORD, recorded_files
 
@@ -57,12 +58,11 @@ def upload(folder, repo_id: str, private: bool | None = None, api: HfApi | None 
             parent_commit=info.sha,
         )
     except Exception as error:  # of many libraries; each leaves the same state
-        response = getattr(error, "response", None)
-        advice = ADVICE.get(getattr(response, "status_code", None), "The connection or the server failed.")
+        advice = ADVICE.get(_status(error), "The connection or the server failed.")
         raise UploadError(
             f"The upload to {repo_id} failed: {type(error).__name__}: {error}\n{advice} {repo_id} holds what it held "
-            f"before or, if only the server's answer was lost, all of the new state. {folder} is complete and unchanged. "
-            "Repeat the command: only what is missing is sent."
+            f"before or, if only the server's answer was lost, all of the new state. {folder} is complete and "
+            "unchanged. Repeat the command: only what is missing is sent."
         ) from error
 
 
@@ -70,3 +70,10 @@ def _earlier_files(api: HfApi, repo_id: str, commit: str) -> set[str]:
     with tempfile.TemporaryDirectory() as made:
         record = api.hf_hub_download(repo_id, RECORD, revision=commit, local_dir=made)
         return set(recorded_files(json.loads(Path(record).read_text())))
+
+
+def _status(error: BaseException | None) -> int | None:
+    """The HTTP status that an error came from, if any."""
+    while error is not None and not isinstance(error, HfHubHTTPError):
+        error = error.__cause__
+    return None if error is None or error.response is None else error.response.status_code

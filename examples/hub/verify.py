@@ -95,18 +95,17 @@ def measure_memory(folder, repo_id: str, backbones, clip, instruction: str) -> d
         return json.loads(run_script(ELSEWHERE, "memory", repo_id, clip, instruction, **options))
 
 
-def verify(folder, repo_id: str, model, processor, clip, instruction: str) -> list[tuple[str, bool, str]]:
+def verify(folder, repo_id: str, model, processor, clip) -> list[tuple[str, bool, str]]:
     """Compare a published folder with the model in this process, on one clip.
 
     Args:
         model, processor: the checkpoint that was published.
-        clip (`str` or `os.PathLike`): an audio file.
-        instruction (`str`): what to do with it.
+        clip (`str` or `os.PathLike`): an audio file, to be transcribed.
 
     Returns:
         (what was checked, whether it is right, what came) of each check.
     """
-    clip = str(Path(clip).absolute())
+    clip, instruction = str(Path(clip).absolute()), processor.transcription_instruction
     inputs = prompt(processor, clip, instruction)
     with torch.no_grad():
         logits = model(**inputs).logits
