@@ -5,23 +5,20 @@ Leaves out: prompts without audio, several answers to one prompt.
 """
 
 import threading
-from collections.abc import Iterable, Sized
+from collections.abc import Sized
 from itertools import islice
-from numbers import Number, Real
+from numbers import Real
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 from transformers.pipelines.base import ChunkPipeline
-from transformers.utils.chat_template_utils import Chat, is_valid_message
+from transformers.utils.chat_template_utils import Chat
 
-from .audio_loading import MAX_DURATION_S, SILENCE_PEAK, load_audio
-from .url_fetching import fetch_audio
+from .audio_loading import MAX_DURATION_S, SILENCE_PEAK
+from .spoken_inputs import as_chat, as_inputs, check_text, load_clip, read_chat, read_input, user_turn
 
-# What a chat's audio block may hold its clip under.
-AUDIO_KEYS = ("audio", "path", "url", "bytes", "base64", "array", "raw")
-INPUT_KEYS = ("audio", "instruction", "text", "sampling_rate")
 GENERATE_ARGUMENTS = (
     "generation_config",
     "logits_processor",
@@ -101,7 +98,7 @@ class BlspKdPipeline(ChunkPipeline):
         if twice:
             raise ValueError(f"{twice} given twice, as option(s) and in generate_kwargs. Give each once.")
         if instruction is not None:
-            self._check_text(instruction, "instruction")
+            check_text(instruction, "instruction", self.processor.audio_token)
         preprocess_params = {name: value for name, value in given.items() if value is not None}
         return preprocess_params, {**generate_kwargs, **generate_options}, {}
 
@@ -115,7 +112,7 @@ class BlspKdPipeline(ChunkPipeline):
             ValueError, TypeError, FileNotFoundError: an input or option is unusable. Of several inputs the message
                 names the one.
         """
-        return super().__call__(_as_inputs(inputs), **options)
+        return super().__call__(as_inputs(inputs), **options)
 
     def stream(self, inputs, **options):
         """Answer one input piece by piece.
@@ -130,10 +127,7 @@ class BlspKdPipeline(ChunkPipeline):
         preprocess_params = {**self._preprocess_params, **preprocess_params}
         forward_params = {**self._forward_params, **forward_params}
         self._check_streamable(preprocess_params, forward_params)
-        inputs = _as_inputs(inputs)
-        if _is_chat(inputs):
-            inputs = Chat(inputs)
-        [prompt] = self.preprocess(inputs, **preprocess_params)
+        [prompt] = self.preprocess(as_chat(as_inputs(inputs)), **preprocess_params)
         return self._pieces(prompt, forward_params)
 
     def _check_streamable(self, preprocess_params: dict, forward_params: dict):
@@ -169,89 +163,15 @@ class BlspKdPipeline(ChunkPipeline):
     def preprocess(self, inputs, instruction=None, sampling_rate=None, allowed_url_prefixes=()):
         """The prompt of one input: a list of one dict of `text` and `features`, as `_forward` takes."""
         if isinstance(inputs, Chat):
-            messages, clips = self._read_chat(inputs.messages)
+            messages, clips = read_chat(inputs, self.processor.audio_token)
         else:
-            clip, instruction, sampling_rate = self._read_input(inputs, instruction, sampling_rate)
-            messages, clips = self._as_turn(instruction), [clip]
-        waveforms = [self._load(clip, sampling_rate, allowed_url_prefixes) for clip in clips]
+            clip, instruction, sampling_rate = read_input(
+                inputs, instruction, sampling_rate, self.processor.audio_token
+            )
+            messages, clips = user_turn(instruction), [clip]
+        rate = self.processor.feature_extractor.sampling_rate
+        waveforms = [load_clip(clip, rate, sampling_rate, allowed_url_prefixes) for clip in clips]
         return [self._as_prompt(messages, waveforms)]
-
-    def _read_input(self, inputs, instruction, sampling_rate):
-        """Clip, instruction and rate of what is not a chat."""
-        if not isinstance(inputs, dict) or "audio" not in inputs:
-            return inputs, instruction, sampling_rate
-        unknown = sorted(map(str, set(inputs) - set(INPUT_KEYS)))
-        if unknown:
-            raise ValueError(f"An input with 'audio' takes {list(INPUT_KEYS)}, but this one also has {unknown}.")
-        own = [inputs[key] for key in ("instruction", "text") if inputs.get(key) is not None]
-        if len(own) > 1:
-            raise ValueError("An input has either 'instruction' or 'text', which mean the same, but this one has both.")
-        if own:
-            self._check_text(own[0], "instruction")
-        return inputs["audio"], *(own or [instruction]), inputs.get("sampling_rate", sampling_rate)
-
-    def _read_chat(self, messages) -> tuple[list[dict], list]:
-        """A chat without its clips, and the clips in reading order."""
-        bare, clips = [], []
-        for message in messages:
-            if not is_valid_message(message):
-                raise ValueError(f"Each message of a chat is a dict with 'role' and 'content', got {message!r:.200}.")
-            content = message["content"]
-            if isinstance(content, str):
-                self._check_text(content, "content of a message", may_be_empty=True)
-            elif isinstance(content, (list, tuple)):
-                content = [self._read_block(block, clips) for block in content]
-            else:
-                raise TypeError(f"The content of a message is a string or a list of blocks, got {type(content)}.")
-            bare.append({**message, "content": content})
-        if not clips:
-            raise ValueError(
-                "The chat holds no audio. Give at least one block such as {'type': 'audio', 'path': 'clip.wav'}."
-            )
-        return bare, clips
-
-    def _read_block(self, block, clips: list) -> dict:
-        kind = block.get("type") if isinstance(block, dict) else None
-        if kind == "text":
-            self._check_text(block.get("text"), "text of a block", may_be_empty=True)
-            return block
-        if kind == "audio":
-            found = [key for key in AUDIO_KEYS if block.get(key) is not None]
-        elif kind == "input_audio":  # as OpenAI's clients write it
-            block = {"base64": (block.get("input_audio") or {}).get("data")}
-            found = [key for key in block if block[key] is not None]
-        else:
-            raise ValueError(
-                f"A block of a message is a dict of type 'text', 'audio' or 'input_audio', got {block!r:.200}."
-            )
-        if not found:
-            raise ValueError(f"The audio block {block!r:.200} holds no audio. Give it one of {list(AUDIO_KEYS)}.")
-        if found[0] == "audio" and block.get("sampling_rate") is not None and not isinstance(block["audio"], dict):
-            clips.append((block["audio"], block["sampling_rate"]))
-        else:
-            clips.append(block["audio"] if found[0] == "audio" else block)
-        return {"type": "audio"}
-
-    def _check_text(self, text, name: str, may_be_empty: bool = False):
-        if not isinstance(text, str):
-            raise TypeError(f"The {name} must be a string, got {type(text)}.")
-        if not text.strip() and not may_be_empty:
-            raise ValueError(f"The {name} is empty. Leave it out instead.")
-        if self.processor.audio_token in text:
-            raise ValueError(
-                f"The {name} holds the audio placeholder {self.processor.audio_token!r}. Remove it: the pipeline "
-                "places it."
-            )
-
-    def _as_turn(self, instruction: str | None) -> list[dict]:
-        blocks = [] if instruction is None else [{"type": "text", "text": instruction}]
-        return [{"role": "user", "content": [*blocks, {"type": "audio"}]}]
-
-    def _load(self, clip, sampling_rate, allowed_url_prefixes, max_duration_s=MAX_DURATION_S) -> np.ndarray:
-        url = clip.get("url") if isinstance(clip, dict) else clip
-        if isinstance(url, str):
-            clip = fetch_audio(url, allowed_url_prefixes) if "://" in url else url
-        return load_audio(clip, self.processor.feature_extractor.sampling_rate, sampling_rate, max_duration_s)
 
     def _as_prompt(self, messages: list[dict], waveforms: list[np.ndarray]) -> dict:
         rate = self.processor.feature_extractor.sampling_rate
@@ -366,11 +286,11 @@ class BlspKdSpeechRecognitionPipeline(BlspKdPipeline):
         if isinstance(inputs, Chat):
             raise TypeError('Speech recognition takes audio, not chats. For these there is "audio-text-to-text".')
         left_s, right_s = _strides(chunk_length_s, stride_length_s)
-        clip, instruction, sampling_rate = self._read_input(inputs, instruction, sampling_rate)
-        max_duration_s = MAX_DURATION_S if chunk_length_s is None else MAX_RECORDING_S
-        waveform = self._load(clip, sampling_rate, allowed_url_prefixes, max_duration_s)
-        messages = self._as_turn(instruction or self.processor.transcription_instruction)
+        clip, instruction, sampling_rate = read_input(inputs, instruction, sampling_rate, self.processor.audio_token)
+        messages = user_turn(instruction or self.processor.transcription_instruction)
         rate = self.processor.feature_extractor.sampling_rate
+        max_duration_s = MAX_DURATION_S if chunk_length_s is None else MAX_RECORDING_S
+        waveform = load_clip(clip, rate, sampling_rate, allowed_url_prefixes, max_duration_s)
         chunks = [(0, len(waveform), -np.inf, np.inf)]
         if chunk_length_s is not None:
             chunks = _chunks(len(waveform), *(round(seconds * rate) for seconds in (chunk_length_s, left_s, right_s)))
@@ -486,7 +406,7 @@ class _Prompts(IterableDataset):
         for index, item in enumerate(items):
             held = None
             try:
-                for prompt in self.preprocess(Chat(item) if _is_chat(item) else item, **self.params):
+                for prompt in self.preprocess(as_chat(item), **self.params):
                     if held is not None:
                         yield held, False
                     held = prompt
@@ -508,19 +428,3 @@ class _StopsWhen(StoppingCriteria):
 def _unchanged(item):
     # The default would turn numpy arrays into tensors.
     return item
-
-
-def _is_chat(inputs) -> bool:
-    return isinstance(inputs, (list, tuple)) and len(inputs) > 0 and is_valid_message(inputs[0])
-
-
-def _as_inputs(inputs):
-    """What a caller gives to what transformers takes for one input, a list, or a stream of inputs."""
-    if inputs is None or (isinstance(inputs, (list, tuple)) and len(inputs) == 0):
-        raise ValueError(f"There is nothing to hear: expected a clip, a chat, or several of them, got {inputs!r}.")
-    if isinstance(inputs, list) and isinstance(inputs[0], Number):
-        return np.asarray(inputs)  # the samples of one clip
-    is_one = isinstance(inputs, (str, bytes, bytearray, dict, list, tuple, np.ndarray, torch.Tensor, Chat))
-    if is_one or hasattr(inputs, "read") or not isinstance(inputs, Iterable):
-        return inputs
-    return (item for item in inputs)

@@ -1,0 +1,127 @@
+"""One input of a pipeline (a clip, a clip with an instruction, a chat) to chat messages and their clips.
+
+Follows what transformers' pipelines and chat templates take. Leaves out: features and prompts, see the processor.
+"""
+
+from collections.abc import Iterable
+from numbers import Number
+
+import numpy as np
+import torch
+from transformers.utils.chat_template_utils import Chat, is_valid_message
+
+from .audio_loading import MAX_DURATION_S, load_audio
+from .url_fetching import fetch_audio
+
+INPUT_KEYS = ("audio", "instruction", "text", "sampling_rate")
+# What a chat's audio block may hold its clip under.
+AUDIO_KEYS = ("audio", "path", "url", "bytes", "base64", "array", "raw")
+
+
+def as_inputs(inputs):
+    """What a caller gives to what transformers' pipelines take for one input, a list, or a stream of inputs."""
+    if inputs is None or (isinstance(inputs, (list, tuple)) and len(inputs) == 0):
+        raise ValueError(f"There is nothing to hear: expected a clip, a chat, or several of them, got {inputs!r}.")
+    if isinstance(inputs, list) and isinstance(inputs[0], Number):
+        return np.asarray(inputs)  # the samples of one clip
+    is_one = isinstance(inputs, (str, bytes, bytearray, dict, list, tuple, np.ndarray, torch.Tensor, Chat))
+    if is_one or hasattr(inputs, "read") or not isinstance(inputs, Iterable):
+        return inputs
+    return (item for item in inputs)
+
+
+def as_chat(inputs):
+    """A list of messages to transformers' `Chat`, anything else as it is."""
+    is_chat = isinstance(inputs, (list, tuple)) and len(inputs) > 0 and is_valid_message(inputs[0])
+    return Chat(inputs) if is_chat else inputs
+
+
+def user_turn(instruction: str | None) -> list[dict]:
+    """The chat of one clip: the instruction, if any, then the clip."""
+    blocks = [] if instruction is None else [{"type": "text", "text": instruction}]
+    return [{"role": "user", "content": [*blocks, {"type": "audio"}]}]
+
+
+def read_input(inputs, instruction, sampling_rate, audio_token: str):
+    """Clip, instruction and rate of an input that is no chat; its own instruction and rate come first.
+
+    Raises:
+        ValueError, TypeError: unknown fields, or an instruction that is none.
+    """
+    if not isinstance(inputs, dict) or "audio" not in inputs:
+        return inputs, instruction, sampling_rate
+    unknown = sorted(map(str, set(inputs) - set(INPUT_KEYS)))
+    if unknown:
+        raise ValueError(f"An input with 'audio' takes {list(INPUT_KEYS)}, but this one also has {unknown}.")
+    own = [inputs[key] for key in ("instruction", "text") if inputs.get(key) is not None]
+    if len(own) > 1:
+        raise ValueError("An input has either 'instruction' or 'text', which mean the same, but this one has both.")
+    if own:
+        check_text(own[0], "instruction", audio_token)
+    return inputs["audio"], *(own or [instruction]), inputs.get("sampling_rate", sampling_rate)
+
+
+def read_chat(chat: Chat, audio_token: str) -> tuple[list[dict], list]:
+    """A chat's messages without the clips, and the clips in reading order.
+
+    Raises:
+        ValueError, TypeError: no audio in it, or a message or block that is none.
+    """
+    messages, clips = [], []
+    for message in chat.messages:
+        content = message["content"]
+        if isinstance(content, str):
+            check_text(content, "content of a message", audio_token, may_be_empty=True)
+        elif isinstance(content, (list, tuple)):
+            content = [_read_block(block, audio_token, clips) for block in content]
+        else:
+            raise TypeError(f"The content of a message is a string or a list of blocks, got {type(content)}.")
+        messages.append({**message, "content": content})
+    if not clips:
+        raise ValueError(
+            "The chat holds no audio. Give at least one block such as {'type': 'audio', 'path': 'clip.wav'}."
+        )
+    return messages, clips
+
+
+def _read_block(block, audio_token: str, clips: list) -> dict:
+    """A block without its clip, which is put to `clips`."""
+    kind = block.get("type") if isinstance(block, dict) else None
+    if kind == "text":
+        check_text(block.get("text"), "text of a block", audio_token, may_be_empty=True)
+        return block
+    if kind == "input_audio" and isinstance(block.get("input_audio"), dict):  # as OpenAI's clients write it
+        clip = {"base64": block["input_audio"].get("data")}
+    elif kind == "audio":
+        clip = {key: value for key, value in block.items() if key in (*AUDIO_KEYS, "sampling_rate")}
+    else:
+        raise ValueError(
+            f"A block of a message is a dict of type 'text', 'audio' or 'input_audio', got {block!r:.200}."
+        )
+    if all(clip.get(key) is None for key in AUDIO_KEYS):
+        raise ValueError(f"The audio block {block!r:.200} holds no audio. Give it one of {list(AUDIO_KEYS)}.")
+    if clip.get("audio") is not None:
+        has_rate = clip.get("sampling_rate") is not None and not isinstance(clip["audio"], (dict, tuple))
+        clip = (clip["audio"], clip["sampling_rate"]) if has_rate else clip["audio"]
+    clips.append(clip)
+    return {"type": "audio"}
+
+
+def check_text(text, name: str, audio_token: str, may_be_empty: bool = False):
+    """Raise unless `text` is a string without the placeholder, which would ask for another clip."""
+    if not isinstance(text, str):
+        raise TypeError(f"The {name} must be a string, got {type(text)}.")
+    if not text.strip() and not may_be_empty:
+        raise ValueError(f"The {name} is empty. Leave it out instead.")
+    if audio_token in text:
+        raise ValueError(f"The {name} holds the audio placeholder {audio_token!r}. Remove it: the pipeline places it.")
+
+
+def load_clip(
+    clip, sampling_rate: int, source_rate=None, allowed_url_prefixes=(), max_duration_s=MAX_DURATION_S
+) -> np.ndarray:
+    """[`load_audio`], and files from URLs that are allowed, as `str` or under a dict's `"url"`."""
+    url = clip.get("url") if isinstance(clip, dict) else clip
+    if isinstance(url, str):
+        clip = fetch_audio(url, allowed_url_prefixes) if "://" in url else url
+    return load_audio(clip, sampling_rate, source_rate, max_duration_s)
