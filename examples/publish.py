@@ -46,10 +46,8 @@ def main():
     check_backbones(checkpoint, options.full)
     results_file = checkpoint / "results.json"
     results = json.loads(results_file.read_text()) if results_file.exists() else {}
-    kept = results.pop("samples", [])
-    rows = (
-        read_rows(options.samples) if options.samples else [{**row, "audio": checkpoint / row["audio"]} for row in kept]
-    )
+    kept = [{**row, "audio": checkpoint / row["audio"]} for row in results.pop("samples", [])]
+    rows = read_rows(options.samples) if options.samples else kept
 
     model = BlspKdForCausalLM.from_pretrained(checkpoint)
     processor = BlspKdProcessor.from_pretrained(checkpoint)

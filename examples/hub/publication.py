@@ -1,8 +1,7 @@
 """A folder that appears complete or not at all, and knows which files are its own.
 
-`publication.json` lists every file of a publication with its checksum, beside the facts that its model card states: what
-an earlier publication wrote may be replaced, what somebody else put or changed there may not. Leaves out: what is
-written.
+`publication.json` holds the facts that the model card states, and every file with its checksum: what an earlier
+publication wrote may be replaced, what somebody else put or changed there may not. Leaves out: what is written.
 """
 
 import hashlib

@@ -1,0 +1,264 @@
+"""Serves a BLSP-KD model from a Hugging Face Inference Endpoint.
+
+Follows the contract of custom handlers: `EndpointHandler(model_dir)`, called with `{"inputs": ..., "parameters": ...}`
+for each request; an exception becomes an answer of status 400 with its message. Leaves out: streaming, several inputs
+in one request, and anything that would make the server open a path or a URL.
+
+What a request may hold:
+
+- an audio file as its body (`audio/wav`, `audio/flac`, `audio/ogg`, `audio/mpeg`), or `{"inputs": base64}`: gives what
+  is said, `{"text": ...}`;
+- `{"inputs": {"audio": base64, "instruction": text}}`: gives the answer, `{"generated_text": ...}`;
+- `{"inputs": messages}`, a chat of `{"role": "user", "content": [{"type": "audio", "audio": base64}]}`: likewise.
+
+A data URL may stand for base64. `parameters`, in the JSON or in the query string, are those of `PARAMETERS` below.
+"""
+
+import base64
+import binascii
+import io
+from numbers import Real
+
+import soundfile
+from transformers import pipeline
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+MAX_AUDIO_BYTES = 32 * 2**20
+MAX_DURATION_S = 600.0
+# Text of the prompt and longest answer. Audio adds some tokens a second, and MAX_DURATION_S bounds them.
+MAX_TOTAL_TOKENS = 4096
+
+# Each with its type and the smallest and largest value, or the values, that it may have.
+PARAMETERS = {
+    "instruction": (str, 1, 4000),  # characters
+    "max_new_tokens": (int, 1, 1024),
+    "do_sample": (bool, False, True),
+    "temperature": (float, 0.01, 10.0),
+    "top_p": (float, 0.01, 1.0),
+    "top_k": (int, 1, 1000),
+    "num_beams": (int, 1, 4),
+    "repetition_penalty": (float, 0.1, 10.0),
+    "return_timestamps": (("word", "token", True, False), None, None),
+    "chunk_length_s": (float, 1.0, MAX_DURATION_S),
+    "stride_length_s": (float, 0.0, MAX_DURATION_S),
+}
+OF_SAMPLING = ("temperature", "top_p", "top_k")
+OF_TRANSCRIPTION = ("return_timestamps", "chunk_length_s", "stride_length_s")
+# Names under which clients of the speech recognition task nest what is for `generate`.
+NESTED = ("generate_kwargs", "generation_parameters")
+AUDIO_KEYS = ("audio", "base64", "bytes", "url", "path")
+
+
+class EndpointHandler:
+    """One model, loaded once; called with one request at a time."""
+
+    def __init__(self, path: str = ""):
+        """Load the repository folder `path`: its model, its processor and its pipelines."""
+        self.answers = pipeline("audio-text-to-text", model=path, trust_remote_code=True)
+        pipelines = self.answers.model.config.custom_pipelines
+        transcribing = get_class_from_dynamic_module(pipelines["automatic-speech-recognition"]["impl"], path)
+        self.transcribes = transcribing(model=self.answers.model, processor=self.answers.processor)
+
+    def __call__(self, data: dict) -> dict:
+        """Answer a request.
+
+        Returns:
+            `{"text": str}`, with `"chunks"` where timestamps are asked for, or `{"generated_text": str}`.
+
+        Raises:
+            ValueError, TypeError: the request is unusable; the message says why, for the client to read.
+        """
+        if not isinstance(data, dict) or data.get("inputs") is None:
+            raise ValueError(
+                "A request needs 'inputs': an audio file, base64 of one, an object with 'audio', or a chat."
+            )
+        parameters = read_parameters(data.get("parameters"))
+        inputs = read_inputs(data["inputs"])
+        if isinstance(inputs, dict) and "instruction" in inputs:
+            if "instruction" in parameters:
+                raise ValueError("The instruction is given twice, in 'inputs' and in 'parameters'. Give it once.")
+            parameters["instruction"] = _checked("instruction", inputs.pop("instruction"))
+        is_chat = isinstance(inputs, list)
+        if is_chat and "instruction" in parameters:
+            raise ValueError("A chat holds its instructions itself. Leave out the parameter 'instruction'.")
+        self._check_length(inputs, parameters)
+        if not is_chat and "instruction" not in parameters:
+            return self.transcribes(inputs, **parameters)
+        misplaced = sorted(set(parameters) & set(OF_TRANSCRIPTION))
+        if misplaced:
+            raise ValueError(f"{misplaced} are for transcription: an audio without an instruction.")
+        return self.answers(inputs, **parameters)
+
+    def _check_length(self, inputs, parameters: dict):
+        texts = [parameters.get("instruction", "")]
+        if isinstance(inputs, list):
+            for message in inputs:
+                content = message["content"]
+                texts += [content] if isinstance(content, str) else [block.get("text", "") for block in content]
+        tokenizer, texts = self.answers.processor.tokenizer, [text for text in texts if text]
+        num_text_tokens = sum(len(ids) for ids in tokenizer(texts)["input_ids"]) if texts else 0
+        num_tokens = num_text_tokens + parameters.get("max_new_tokens", 0)
+        if num_tokens > MAX_TOTAL_TOKENS:
+            raise ValueError(
+                f"The request takes {num_tokens} tokens (text and max_new_tokens), but at most {MAX_TOTAL_TOKENS} are "
+                "served. Shorten it."
+            )
+
+
+def read_parameters(parameters) -> dict:
+    """Check the parameters of a request. Query strings give numbers and truth values as text, too."""
+    if parameters is None:
+        return {}
+    if not isinstance(parameters, dict):
+        raise TypeError(f"'parameters' must be an object, got {type(parameters).__name__}.")
+    flat = {name: value for name, value in parameters.items() if name not in NESTED}
+    for name in NESTED:
+        nested = parameters.get(name) or {}
+        if not isinstance(nested, dict):
+            raise TypeError(f"The parameter {name!r} must be an object, got {type(nested).__name__}.")
+        twice = sorted(set(nested) & set(flat))
+        if twice:
+            raise ValueError(f"{twice} given twice, within {name!r} and beside it. Give each once.")
+        flat.update(nested)
+    unknown = sorted(map(str, set(flat) - set(PARAMETERS)))
+    if unknown:
+        raise ValueError(f"Unknown parameter(s) {unknown}. Known are {list(PARAMETERS)}.")
+    read = {name: _checked(name, value) for name, value in flat.items() if value is not None}
+    if not read.get("do_sample"):
+        useless = sorted(set(read) & set(OF_SAMPLING))
+        if useless:
+            raise ValueError(f"{useless} are for sampling. Add 'do_sample': true, or leave them out.")
+    return read
+
+
+def _checked(name: str, value):
+    """The value of a parameter, of its type and within its bounds."""
+    kind, smallest, largest = PARAMETERS[name]
+    if kind in (bool, int, float) or isinstance(kind, tuple):
+        value = _from_query(value)
+    if isinstance(kind, tuple):
+        if not any(value is choice or (isinstance(value, str) and value == choice) for choice in kind):
+            raise ValueError(f"The parameter {name!r} must be one of {list(kind)}, got {value!r:.100}.")
+        return value
+    if kind is float and isinstance(value, Real) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) is not kind:
+        raise TypeError(f"The parameter {name!r} must be of type {kind.__name__}, got {value!r:.100}.")
+    size = len(value.strip()) if kind is str else value
+    if not smallest <= size <= largest:  # so that NaN is out of bounds
+        unit = " characters" if kind is str else ""
+        raise ValueError(f"The parameter {name!r} must be within {smallest} and {largest}{unit}, got {value!r:.100}.")
+    return value
+
+
+def _from_query(value):
+    if not isinstance(value, str):
+        return value
+    if value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    for number in (int, float):
+        try:
+            return number(value)
+        except ValueError:
+            continue
+    return value
+
+
+def read_inputs(inputs):
+    """An audio, `{"audio", "instruction"}`, or a chat, with the contents of audio files in the place of base64."""
+    budget = _Budget()
+    if isinstance(inputs, (bytes, bytearray, str)):
+        return {"audio": budget.read(inputs)}
+    if isinstance(inputs, dict):
+        unknown = sorted(map(str, set(inputs) - {"audio", "instruction", "text"}))
+        if unknown or inputs.get("audio") is None:
+            raise ValueError(
+                f"'inputs' needs 'audio', and may have 'instruction' (or 'text'), but has {sorted(map(str, inputs))}."
+            )
+        if inputs.get("instruction") is not None and inputs.get("text") is not None:
+            raise ValueError("'inputs' has both 'instruction' and 'text', which mean the same. Give one of them.")
+        instruction = inputs.get("text") if inputs.get("instruction") is None else inputs["instruction"]
+        audio = {"audio": budget.read(inputs["audio"])}
+        return audio if instruction is None else {**audio, "instruction": instruction}
+    if isinstance(inputs, list) and inputs and all(isinstance(item, dict) and "role" in item for item in inputs):
+        return [_read_message(message, budget) for message in inputs]
+    raise ValueError(
+        "'inputs' must be an audio file, base64 of one, an object with 'audio', or a chat (a list of messages with "
+        f"'role' and 'content'), got {type(inputs).__name__}. One request takes one input."
+    )
+
+
+def _read_message(message: dict, budget: "_Budget") -> dict:
+    unknown = sorted(map(str, set(message) - {"role", "content"}))
+    content = message.get("content")
+    if unknown or not isinstance(message["role"], str) or not isinstance(content, (str, list)):
+        raise ValueError(f"A message has a 'role' and a 'content' (text or a list of blocks), got {message!r:.200}.")
+    if isinstance(content, list):
+        content = [_read_block(block, budget) for block in content]
+    return {"role": message["role"], "content": content}
+
+
+def _read_block(block, budget: "_Budget") -> dict:
+    kind = block.get("type") if isinstance(block, dict) else None
+    if kind == "text" and isinstance(block.get("text"), str):
+        return {"type": "text", "text": block["text"]}
+    if kind == "input_audio" and isinstance(block.get("input_audio"), dict):  # as OpenAI's clients write it
+        return {"type": "audio", "audio": budget.read(block["input_audio"].get("data"))}
+    if kind == "audio":
+        found = [block[key] for key in AUDIO_KEYS if block.get(key) is not None]
+        if len(found) == 1:
+            return {"type": "audio", "audio": budget.read(found[0])}
+        raise ValueError(f"An audio block needs one 'audio', base64 of a file, but has {sorted(map(str, block))}.")
+    raise ValueError(
+        f"A block of a message is {{'type': 'text', 'text': ...}} or {{'type': 'audio', 'audio': base64}}, "
+        f"got {block!r:.200}."
+    )
+
+
+class _Budget:
+    """What is left of a request's bytes and seconds of audio."""
+
+    def __init__(self):
+        self.num_bytes, self.duration_s = 0, 0.0
+
+    def read(self, audio) -> bytes:
+        """The contents of an audio file, sent as they are or as base64.
+
+        A string is never taken for a path or a URL: that would open the server's files and network to its clients.
+        """
+        if isinstance(audio, str):
+            self._spend_bytes(3 * len(audio) // 4)
+            contents = _of_base64(audio)
+        elif isinstance(audio, (bytes, bytearray)):
+            self._spend_bytes(len(audio))
+            contents = bytes(audio)
+        else:
+            raise TypeError(f"Audio must be a file's contents or base64 of them, got {type(audio).__name__}.")
+        try:
+            self.duration_s += soundfile.info(io.BytesIO(contents)).duration
+        except soundfile.LibsndfileError:
+            return contents  # the pipeline says what is wrong with it
+        if self.duration_s > MAX_DURATION_S:
+            raise ValueError(
+                f"The audio lasts {self.duration_s:.1f} s, but at most {MAX_DURATION_S:g} s are served. Split it."
+            )
+        return contents
+
+    def _spend_bytes(self, num_bytes: int):
+        self.num_bytes += num_bytes
+        if self.num_bytes > MAX_AUDIO_BYTES:
+            raise ValueError(
+                f"The audio takes more than {MAX_AUDIO_BYTES} bytes, which is the limit. Compress or split it."
+            )
+
+
+def _of_base64(text: str) -> bytes:
+    if text.startswith("data:"):
+        text = text.partition(",")[2]
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ValueError(
+            f"The audio {text[:40]!r} ({len(text)} characters) is not valid base64: {error}. Paths and URLs are not "
+            "opened: send the file itself."
+        ) from error
