@@ -134,8 +134,8 @@ def write_model(model, processor, folder: Path, full: bool):
 def write_samples(model, processor, rows: list[dict], folder: Path) -> list[dict]:
     """Copy the rows' clips, and let the model answer them as it is; returns rows for the card."""
     samples = []
-    (folder / "samples").mkdir()
     for number, row in enumerate(rows, start=1):
+        (folder / "samples").mkdir(exist_ok=True)
         name = f"samples/{number}{Path(row['audio']).suffix}"
         shutil.copyfile(row["audio"], folder / name)
         samples.append({"audio": name, **{key: row.get(key) for key in ("text", "instruction", "answer")}})

@@ -114,19 +114,24 @@ def verify(folder, repo_id: str, model, processor, clip) -> list[tuple[str, bool
     with elsewhere(folder, repo_id, _backbones(folder)) as options:
         run_script(ELSEWHERE, "answer", repo_id, clip, instruction, Path(options["folder"], "results.pt"), **options)
         results = torch.load(Path(options["folder"], "results.pt"))
-        answers = results["answers"]
         if importlib.util.find_spec("uvicorn") and importlib.util.find_spec("fastapi"):
-            answers["transformers serve"] = ask_server(repo_id, clip, instruction, options)
+            results["answers"]["transformers serve"] = ask_server(repo_id, clip, instruction, options)
 
+    return compare(results, {"inputs": inputs, "logits": logits, "answer": expected})
+
+
+def compare(results: dict, expected: dict) -> list[tuple[str, bool, str]]:
+    """Compare what came elsewhere (the file of `elsewhere.py`) with inputs, logits and answer here; see [`verify`]."""
+    inputs, answers = expected["inputs"], results["answers"]
     same_inputs = set(results["inputs"]) == set(inputs) and all(
         torch.equal(results["inputs"][name], values) for name, values in inputs.items()
     )
-    checks = [("network is left alone", not results["attempts"], ", ".join(results["attempts"]) or "no attempt")]
-    checks.append(("AutoProcessor: inputs", same_inputs, "equal" if same_inputs else "differ"))
-    for name, values in results["logits"].items():
-        checks.append((f"{name}: logits", *_equal(values, logits)))
-    for name, text in answers.items():
-        checks.append((name, text.strip() == expected, repr(text.strip())))
+    checks = [
+        ("network is left alone", not results["attempts"], ", ".join(results["attempts"]) or "no attempt"),
+        ("AutoProcessor: inputs", same_inputs, "equal" if same_inputs else "differ"),
+        *((f"{name}: logits", *_equal(values, expected["logits"])) for name, values in results["logits"].items()),
+        *((name, text.strip() == expected["answer"], repr(text.strip())) for name, text in answers.items()),
+    ]
     if "transformers serve" not in answers:
         checks.append(("transformers serve", True, "not checked: needs the extra transformers[serving]"))
     return checks
