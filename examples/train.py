@@ -9,18 +9,21 @@ A manifest has one JSON object per line: `audio` (a path, relative to the manife
 optionally `instruction`, `response` (the LLM's answer; made here if absent), `answer` and `kind` (to score with) and
 `voice`. All other options are those of `transformers.TrainingArguments`.
 
-Leaves in the output folder: the model with its processor, `results.json`, checkpoints.
+Leaves in the output folder: the model with its processor, `results.json` (what was measured, and on what it was
+trained), the clips of three evaluation rows, checkpoints.
 """
 
 import json
 import logging
 import os
+import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import soundfile
 import torch
+import transformers
 from answering import accuracy, answer_rows
 from datasets import Dataset, load_dataset
 from transformers import AutoConfig, HfArgumentParser, TrainingArguments, set_seed
@@ -33,6 +36,7 @@ TINY_SPEECH_MODEL = str(Path(__file__).parent / "tiny_world" / "speech_encoder")
 REPORTED = ("token_count_accuracy", "token_count_error", "response_kl", "input_kl")
 SPEC_AUGMENT = {"apply_spec_augment": True, "mask_time_prob": 0.05, "mask_time_length": 5, "mask_feature_prob": 0.05}
 DEFAULT_INSTRUCTION = "Continue the following text."
+NUM_SAMPLES = 3
 
 
 @dataclass
@@ -129,8 +133,11 @@ def main():
     training_start = time.time()
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     results = {"train_seconds": round(time.time() - training_start, 1)}
+    results["training"] = describe_training(trainer, model_options, data_options, train_rows, eval_rows)
     trainer.save_model()
     if not eval_rows:
+        if trainer.is_world_process_zero():
+            write_results(results, args.output_dir)
         return
 
     alignment = trainer.evaluate(make_dataset(eval_rows, processor, keep_features=False))
@@ -140,9 +147,10 @@ def main():
         seen_voices = {row.get("voice") for row in train_rows}
         results |= score(eval_rows, spoken, seen_voices)
         results["total_seconds"] = round(time.time() - start, 1)
-        Path(args.output_dir, "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        results["samples"] = keep_samples(eval_rows[:NUM_SAMPLES], Path(args.output_dir))
+        write_results(results, args.output_dir)
         print_results(results)
-        for row, heard in list(zip(eval_rows, spoken))[:3]:
+        for row, heard in list(zip(eval_rows, spoken))[:NUM_SAMPLES]:
             print(f"\n{row['audio']}\n  says    {row['text']!r}")
             print(f"  asked   {row.get('instruction')!r}\n  answers {heard!r}")
 
@@ -221,8 +229,6 @@ def make_dataset(rows: list[dict], processor, keep_features: bool) -> Dataset:
 def make_optimizer(model, options: ModelOptions, args: Arguments):
     """The Trainer's optimiser, with a learning rate of its own for the pretrained encoder."""
     optimizer_class, optimizer_options = BlspKdTrainer.get_optimizer_cls_and_kwargs(args, model)
-    encoder_rate = options.encoder_learning_rate
-    encoder_rate = 0.4 * args.learning_rate if encoder_rate is None else encoder_rate
     encoder = [parameter for parameter in model.audio_tower.parameters() if parameter.requires_grad]
     encoder_ids = {id(parameter) for parameter in encoder}
     others = [
@@ -230,8 +236,15 @@ def make_optimizer(model, options: ModelOptions, args: Arguments):
     ]
     groups = [{"params": others, "weight_decay": args.weight_decay}]
     if encoder:
-        groups.append({"params": encoder, "weight_decay": args.weight_decay, "lr": encoder_rate})
+        groups.append(
+            {"params": encoder, "weight_decay": args.weight_decay, "lr": encoder_learning_rate(options, args)}
+        )
     return optimizer_class(groups, **optimizer_options)
+
+
+def encoder_learning_rate(options: ModelOptions, args: Arguments) -> float:
+    given = options.encoder_learning_rate
+    return 0.4 * args.learning_rate if given is None else given
 
 
 def score(rows, spoken, seen_voices) -> dict:
@@ -245,6 +258,54 @@ def score(rows, spoken, seen_voices) -> dict:
                 results[name][voices] = accuracy(*zip(*chosen))["all"]
         results[name]["by_kind"] = accuracy(rows, given)["by_kind"]
     return results
+
+
+def describe_training(trainer, model_options, data_options, train_rows, eval_rows) -> dict:
+    """Settings and data of this run, for the model card. Hub ids are named, folders of this machine are not."""
+    args, is_frozen = trainer.args, model_options.freeze_speech_encoder
+
+    def public_name(name: str) -> str | None:
+        own = {TINY_TEXT_MODEL: "examples/tiny_world/llm", TINY_SPEECH_MODEL: "examples/tiny_world/speech_encoder"}
+        return own.get(name, None if os.path.isdir(name) else name)
+
+    def describe(rows, manifest) -> dict:
+        voices = len({row["voice"] for row in rows if row.get("voice")})
+        return {
+            "source": Path(manifest).name if manifest else "tiny world",
+            "rows": len(rows),
+            "voices": voices or None,
+        }
+
+    return {
+        "text_model": public_name(model_options.text_model),
+        "speech_model": public_name(model_options.speech_model),
+        "data": describe(train_rows, data_options.train_manifest),
+        "evaluation": describe(eval_rows, data_options.eval_manifest) if eval_rows else None,
+        "steps": trainer.state.global_step,
+        "batch_size": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "learning_rate": args.learning_rate,
+        "encoder_learning_rate": None if is_frozen else encoder_learning_rate(model_options, args),
+        "schedule": args.lr_scheduler_type.value,
+        "warmup_steps": args.get_warmup_steps(trainer.state.max_steps),
+        "seed": args.seed,
+        "device": args.device.type,
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+
+
+def keep_samples(rows: list[dict], folder: Path) -> list[dict]:
+    """Copy clips beside the model, as examples to publish it with; their paths are relative to its folder."""
+    (folder / "samples").mkdir(exist_ok=True)
+    samples = []
+    for number, row in enumerate(rows, start=1):
+        name = f"samples/{number}{Path(row['audio']).suffix}"
+        shutil.copyfile(row["audio"], folder / name)
+        samples.append({"audio": name, **{key: row.get(key) for key in ("text", "instruction", "answer")}})
+    return samples
+
+
+def write_results(results: dict, folder: str):
+    Path(folder, "results.json").write_text(json.dumps(results, indent=2) + "\n")
 
 
 def print_results(results: dict):

@@ -1,9 +1,6 @@
 """A saved folder is enough: it loads where this package is not installed, from a folder and from the Hub's cache."""
 
-import os
 import re
-import shutil
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,15 +11,18 @@ import soundfile
 import torch
 from conftest import SAMPLING_RATE, clip, make_model
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+
+from hub.elsewhere import MODEL_CLASSES, PACKAGES
+from hub.verify import COMMIT, ELSEWHERE, as_hub_cache, run_script
+
 import modeling_blsp_kd
 import processing
 from modeling_blsp_kd import BlspKdForCausalLM
 from processing import BlspKdProcessor
 
-PACKAGES = ("modeling_blsp_kd", "processing")
 PACKAGE_FOLDERS = [Path(package.__file__).parent for package in (modeling_blsp_kd, processing)]
-MODEL_CLASSES = ("AutoModel", "AutoModelForCausalLM", "AutoModelForMultimodalLM")
-REPO_ID, COMMIT = "org/small-blsp_kd.1", "0123456789abcdef0123456789abcdef01234567"
+REPO_ID = "org/small-blsp_kd.1"
 
 # What a file that travels alone must not say; transformers finds imports by regular expression, in docstrings too.
 UNSHIPPABLE = {
@@ -35,32 +35,10 @@ UNSHIPPABLE = {
 
 # Runs in a process of its own, that cannot import this package nor reach a network.
 CHILD = f"""
+import runpy
 import sys
 
-PACKAGES = {PACKAGES!r}
-ATTEMPTS = []
-
-
-class NotInstalled:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in PACKAGES:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
-
-
-def watch(event, args):
-    if event in ("socket.connect", "socket.getaddrinfo"):
-        ATTEMPTS.append((event, str(args)))
-        raise OSError("no network in this test")
-
-
-sys.meta_path.insert(0, NotInstalled())
-sys.addaudithook(watch)
-for name in PACKAGES:
-    try:
-        __import__(name)
-    except ModuleNotFoundError:
-        continue
-    raise SystemExit(f"{{name}} can be imported, so this test proves nothing")
+ATTEMPTS = runpy.run_path({str(ELSEWHERE)!r})["leave_package_and_network"]()
 
 import torch
 import transformers
@@ -89,27 +67,17 @@ for name in {MODEL_CLASSES!r}:
     }}
 model.save_pretrained(resaved_path)
 processor.save_pretrained(resaved_path)
-assert not set(PACKAGES) & set(sys.modules)
+assert not set({PACKAGES!r}) & set(sys.modules)
 results["attempts"] = ATTEMPTS
 torch.save(results, results_path)
 """
 
 
-def run_python(code, *arguments, folder, **environment):
+def run_python(code, *arguments, folder, **options):
     """Run code in a fresh interpreter that sees none of this one's settings."""
     script = folder / "child.py"
     script.write_text(code)
-    kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "SYSTEMROOT") if name in os.environ}
-    done = subprocess.run(
-        [sys.executable, *arguments[:1], str(script), *map(str, arguments[1:])],
-        cwd=folder,
-        env={**kept, "HOME": str(folder), "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    return run_script(script, *arguments, folder=folder, timeout_s=120, **options)
 
 
 def load_elsewhere(source, audio_path, folder, hf_home=None):
@@ -118,7 +86,6 @@ def load_elsewhere(source, audio_path, folder, hf_home=None):
     hf_home = hf_home or folder / "hf_home"
     run_python(
         CHILD,
-        "-I",
         source,
         audio_path,
         folder / "results.pt",
@@ -129,19 +96,6 @@ def load_elsewhere(source, audio_path, folder, hf_home=None):
         HF_HUB_OFFLINE="1",
     )
     return torch.load(folder / "results.pt")
-
-
-def as_hub_cache(saved, hf_home, repo_id=REPO_ID):
-    """Lay a folder out as the Hub client would after a download: blobs, and a snapshot of links to them."""
-    repository = hf_home / "hub" / f"models--{repo_id.replace('/', '--')}"
-    snapshot = repository / "snapshots" / COMMIT
-    for folder in (repository / "refs", repository / "blobs", snapshot):
-        folder.mkdir(parents=True)
-    (repository / "refs" / "main").write_text(COMMIT)
-    for index, path in enumerate(sorted(saved.iterdir())):
-        blob = repository / "blobs" / f"{index:040x}"
-        shutil.copy(path, blob)
-        (snapshot / path.name).symlink_to(os.path.relpath(blob, snapshot))
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +140,7 @@ def elsewhere(saved, audio_path, tmp_path_factory):
     """Results from the folder, from the folder saved again by a process without the package, and from the Hub."""
     folder = tmp_path_factory.mktemp("elsewhere")
     hf_home = folder / "hub_home"
-    as_hub_cache(saved, hf_home)
+    as_hub_cache(saved, hf_home, REPO_ID)
     resaved = folder / "folder" / "resaved"
     with ThreadPoolExecutor(max_workers=2) as pool:  # each waits for a process of its own
         hub = pool.submit(load_elsewhere, REPO_ID, audio_path, folder / "hub", hf_home)
@@ -277,7 +231,7 @@ def test_shipped_files_are_the_packages_own(saved):
 
 
 def assert_tells_no_path(folder, *paths):
-    for file in folder.iterdir():
+    for file in (path for path in folder.rglob("*") if path.is_file()):
         contents = file.read_bytes()
         for path in (*paths, Path(__file__).parents[1]):
             assert str(path).encode() not in contents, f"{file.name} holds {path}"
@@ -332,7 +286,7 @@ print("quiet")
 
 def test_importing_touches_no_network(tmp_path):
     root = str(PACKAGE_FOLDERS[0].parent)
-    assert run_python(IMPORTER, "-B", folder=tmp_path, PYTHONPATH=root).strip() == "quiet"
+    assert run_python(IMPORTER, folder=tmp_path, flags=["-B"], PYTHONPATH=root).strip() == "quiet"
 
 
 def test_outputs_do_depend_on_the_audio(expected):

@@ -1,0 +1,191 @@
+"""Does a published folder, elsewhere, answer as the checkpoint does here?
+
+Elsewhere is a process without this project's packages (`elsewhere.py`), offline, with an empty Hub cache but for this
+model (and, if it is thin, its base models). Leaves out: the real Hub, and real Inference Endpoints.
+"""
+
+import base64
+import importlib.util
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from huggingface_hub import constants
+from huggingface_hub.file_download import repo_folder_name
+
+from .elsewhere import OPTIONS, generate, prompt
+
+ELSEWHERE = Path(__file__).with_name("elsewhere.py")
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+SERVER_START_S = 300
+
+
+def as_hub_cache(folder, hf_home, repo_id: str):
+    """Lay a folder out as the Hub client would after a download: blobs, and a snapshot of links to them."""
+    repository = Path(hf_home) / "hub" / repo_folder_name(repo_id=repo_id, repo_type="model")
+    snapshot = repository / "snapshots" / COMMIT
+    for made in (repository / "refs", repository / "blobs", snapshot):
+        made.mkdir(parents=True)
+    (repository / "refs" / "main").write_text(COMMIT)
+    for index, path in enumerate(sorted(path for path in Path(folder).rglob("*") if path.is_file())):
+        blob, link = repository / "blobs" / f"{index:040x}", snapshot / path.relative_to(folder)
+        shutil.copy(path, blob)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+
+
+def run_script(script, *arguments, folder, flags=("-I",), timeout_s=None, **environment) -> str:
+    """Run a script in a fresh interpreter that sees none of this one's settings; returns what it prints.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    done = subprocess.run(
+        [sys.executable, *flags, str(script), *map(str, arguments)],
+        **_process_options(folder, environment),
+        capture_output=True,
+        timeout=timeout_s,
+    )
+    if done.returncode:
+        raise RuntimeError(f"{Path(script).name} {' '.join(map(str, arguments))} failed:\n{done.stderr[-3000:]}")
+    return done.stdout
+
+
+def _process_options(folder, environment) -> dict:
+    kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "SYSTEMROOT") if name in os.environ}
+    threads = str(torch.get_num_threads())  # another number would sum in another order
+    environment = {**kept, "HOME": str(folder), "OMP_NUM_THREADS": threads, **environment}
+    return {"cwd": folder, "text": True, "env": environment}
+
+
+@contextmanager
+def elsewhere(folder, repo_id: str, backbones: dict | None):
+    """An emulated Hub cache with the model in it; yields the options of [`run_script`].
+
+    Args:
+        backbones: `config.backbones`; the base models of a thin checkpoint are linked from this machine's Hub cache.
+    """
+    with tempfile.TemporaryDirectory() as made:
+        hf_home = Path(made, "hf_home")
+        as_hub_cache(folder, hf_home, repo_id)
+        for name in {backbone["name_or_path"] for backbone in (backbones or {}).values()}:
+            repository = repo_folder_name(repo_id=name, repo_type="model")
+            (hf_home / "hub" / repository).symlink_to(Path(constants.HF_HUB_CACHE, repository).absolute())
+        yield {
+            "folder": made,
+            "HF_HOME": str(hf_home),
+            "HF_MODULES_CACHE": str(hf_home / "modules"),
+            "HF_HUB_OFFLINE": "1",
+        }
+
+
+def measure_memory(folder, repo_id: str, backbones, clip, instruction: str) -> dict | None:
+    """Peak memory of answering one clip elsewhere, see `elsewhere.py`."""
+    with elsewhere(folder, repo_id, backbones) as options:
+        return json.loads(run_script(ELSEWHERE, "memory", repo_id, clip, instruction, **options))
+
+
+def verify(folder, repo_id: str, model, processor, clip) -> list[tuple[str, bool, str]]:
+    """Compare a published folder with the model in this process, on one clip.
+
+    Args:
+        model, processor: the checkpoint that was published.
+        clip (`str` or `os.PathLike`): an audio file, to be transcribed.
+
+    Returns:
+        (what was checked, whether it is right, what came) of each check.
+    """
+    clip, instruction = str(Path(clip).absolute()), processor.transcription_instruction
+    inputs = prompt(processor, clip, instruction)
+    with torch.no_grad():
+        logits = model(**inputs).logits
+    expected = generate(model, processor, inputs).strip()
+
+    with elsewhere(folder, repo_id, _backbones(folder)) as options:
+        run_script(ELSEWHERE, "answer", repo_id, clip, instruction, Path(options["folder"], "results.pt"), **options)
+        results = torch.load(Path(options["folder"], "results.pt"))
+        if importlib.util.find_spec("uvicorn") and importlib.util.find_spec("fastapi"):
+            results["answers"]["transformers serve"] = ask_server(repo_id, clip, instruction, options)
+
+    return compare(results, {"inputs": inputs, "logits": logits, "answer": expected})
+
+
+def compare(results: dict, expected: dict) -> list[tuple[str, bool, str]]:
+    """Compare what came elsewhere (the file of `elsewhere.py`) with inputs, logits and answer here; see [`verify`]."""
+    inputs, answers = expected["inputs"], results["answers"]
+    same_inputs = set(results["inputs"]) == set(inputs) and all(
+        torch.equal(results["inputs"][name], values) for name, values in inputs.items()
+    )
+    checks = [
+        ("network is left alone", not results["attempts"], ", ".join(results["attempts"]) or "no attempt"),
+        ("AutoProcessor: inputs", same_inputs, "equal" if same_inputs else "differ"),
+        *((f"{name}: logits", *_equal(values, expected["logits"])) for name, values in results["logits"].items()),
+        *((name, text.strip() == expected["answer"], repr(text.strip())) for name, text in answers.items()),
+    ]
+    if "transformers serve" not in answers:
+        checks.append(("transformers serve", True, "not checked: needs the extra transformers[serving]"))
+    return checks
+
+
+def ask_server(repo_id: str, clip, instruction: str, options: dict) -> str:
+    """The answer of `transformers serve` to a chat completion with the clip in it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {name: value for name, value in options.items() if name != "folder"}
+    audio = {"data": base64.b64encode(Path(clip).read_bytes()).decode(), "format": Path(clip).suffix.lstrip(".")}
+    content = [{"type": "text", "text": instruction}, {"type": "input_audio", "input_audio": audio}]
+    question = {"model": repo_id, "messages": [{"role": "user", "content": content}], "temperature": 0}
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v1/chat/completions",
+        data=json.dumps({**question, "max_tokens": OPTIONS["max_new_tokens"]}).encode(),
+        headers={"Content-Type": "application/json"},
+    )
+    with open(Path(options["folder"], "server.log"), "w+") as log:
+        server = subprocess.Popen(
+            [sys.executable, "-I", str(ELSEWHERE), "serve", repo_id, str(port)],
+            **_process_options(options["folder"], environment),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            _wait_for(server, f"http://127.0.0.1:{port}/health")
+            with urllib.request.urlopen(request) as response:
+                return json.load(response)["choices"][0]["message"]["content"]
+        except (OSError, RuntimeError) as error:
+            log.seek(0)
+            return f"no answer: {error}\n{log.read()[-3000:]}"
+        finally:
+            server.terminate()
+            server.wait()
+
+
+def _wait_for(server, url: str):
+    deadline = time.monotonic() + SERVER_START_S
+    while time.monotonic() < deadline and server.poll() is None:
+        try:
+            return urllib.request.urlopen(url).close()
+        except (urllib.error.URLError, ConnectionError):
+            time.sleep(0.2)
+    raise RuntimeError("the server did not start")
+
+
+def _backbones(folder) -> dict | None:
+    return json.loads(Path(folder, "config.json").read_text()).get("backbones")
+
+
+def _equal(values: torch.Tensor, expected: torch.Tensor) -> tuple[bool, str]:
+    if values.shape != expected.shape:
+        return False, f"shape {tuple(values.shape)}, expected {tuple(expected.shape)}"
+    is_equal = torch.equal(values, expected)
+    return is_equal, "equal" if is_equal else f"differ by up to {(values - expected).abs().max().item():.2e}"

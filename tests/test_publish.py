@@ -1,0 +1,492 @@
+"""Publishing: a folder that is complete or absent, a card that tells what is so, an upload that is whole or nothing.
+
+The model card of the default run is what `publish.py` writes: after training it anew, publish it to a folder named
+blsp-kd-tiny-world, and copy README.md to model_card.md and publication.json to tests/data/default_publication.json.
+"""
+
+import hashlib
+import json
+import re
+import sys
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+import soundfile
+import torch
+from conftest import SAMPLING_RATE, clip, make_model
+from huggingface_hub import HfApi, ModelCard
+from stand_in_hub import REPO_ID, StandInHub
+from test_hub_loading import PACKAGE_FOLDERS, assert_tells_no_path
+from test_thin_checkpoints import build, hub  # noqa: F401 (a fixture)
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+
+import publish
+from answering import answer_rows
+from hub.card import make_card
+from hub.facts import count_parameters
+from hub.publication import complete_or_nothing
+from hub.upload import UploadError, upload
+from hub.verify import compare, run_script
+
+from modeling_blsp_kd import BlspKdForCausalLM
+from modeling_blsp_kd.thin_checkpoints import trained_names
+from processing import BlspKdProcessor
+
+ROOT = Path(__file__).parent.parent
+CODE_ROOTS = ("configuration_blsp_kd", "modeling_blsp_kd", "processing_blsp_kd", "pipeline_blsp_kd")
+MEMORY = {"dtype": "float32", "peak_mb": 500.0, "before_mb": 450.0}
+RESULTS = {
+    "train_seconds": 12.3,
+    "training": {
+        "text_model": "org/llm",
+        "speech_model": "org/ears",
+        "data": {"source": "train.jsonl", "rows": 1234, "voices": None},
+        "evaluation": {"source": "eval.jsonl", "rows": 56, "voices": 2},
+        "steps": 100,
+        "batch_size": 8,
+        "learning_rate": 1e-3,
+        "encoder_learning_rate": None,
+        "schedule": "cosine",
+        "warmup_steps": 10,
+        "seed": 1,
+        "device": "cpu",
+        "versions": {"torch": "2.13.0"},
+    },
+    "token_count_accuracy": 0.875,
+    "response_kl": 0.5,
+    "input_kl": 0.25,
+    "text_accuracy": {"seen_voices": 0.9, "held_out_voices": 0.8, "by_kind": {"colour": 0.7, "sum": 1.0}},
+    "speech_accuracy": {"seen_voices": 0.6, "held_out_voices": 0.5, "by_kind": {"colour": 0.4, "sum": 0.65}},
+    "samples": [
+        {"audio": f"samples/{number}.wav", "text": "the red | cat", "instruction": "repeat the words", "answer": "red"}
+        for number in (1, 2)
+    ],
+}
+
+
+def save_checkpoint(folder, model, processor, results=RESULTS):
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    (folder / "samples").mkdir()
+    for number in (1, 2):
+        soundfile.write(folder / f"samples/{number}.wav", clip(0.6, seed=number), SAMPLING_RATE)
+    if results is not None:
+        (folder / "results.json").write_text(json.dumps(results))
+    return folder
+
+
+def run_publish(monkeypatch, *arguments, memory=MEMORY):
+    """The command in this process; measuring memory takes another one."""
+    monkeypatch.setattr(sys, "argv", ["publish.py", *map(str, arguments)])
+    monkeypatch.setattr(publish, "measure_memory", lambda *arguments: memory)
+    publish.main()
+
+
+def contents(folder) -> dict[str, str]:
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, processor):
+    folder = tmp_path_factory.mktemp("trained") / "checkpoint"
+    return save_checkpoint(folder, make_model(plora=True), processor)
+
+
+@pytest.fixture(scope="module")
+def published(checkpoint, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("publications") / "my-model"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        run_publish(monkeypatch, checkpoint, folder, "--licence", "mit", "--text_model", "org/llm=apache-2.0")
+    return folder
+
+
+# -- what the folder holds --------------------------------------------------------------------------------------------
+
+
+def test_it_ships_the_code_that_loading_needs_and_no_other(published):
+    sources = {path.stem: path.read_text() for folder in PACKAGE_FOLDERS for path in folder.glob("*.py")}
+    needed, found = set(), set(CODE_ROOTS)
+    while found:
+        needed |= found
+        imports = {name for stem in found for name in re.findall(r"^from \.(\w+) import", sources[stem], re.M)}
+        found = imports - needed
+    assert {path.stem for path in published.glob("*.py")} == needed | {"handler"}
+    assert {"trainer", "data_collator"} & needed == set(), "what only training needs stays at home"
+    for stem in needed:
+        assert (published / f"{stem}.py").read_text() == sources[stem]
+    for name in ("handler.py", "requirements.txt"):
+        assert (published / name).read_bytes() == (ROOT / "examples" / "hub" / name).read_bytes()
+
+
+def test_its_config_names_every_auto_class_and_both_pipelines(published):
+    config = json.loads((published / "config.json").read_text())
+    auto_classes = {"AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoModelForMultimodalLM", "AutoProcessor"}
+    assert set(config["auto_map"]) == auto_classes
+    assert set(config["custom_pipelines"]) == {"audio-text-to-text", "automatic-speech-recognition"}
+    named = [*config["auto_map"].values(), *(task["impl"] for task in config["custom_pipelines"].values())]
+    for module, name in (reference.split(".") for reference in named):
+        assert f"class {name}(" in (published / f"{module}.py").read_text()
+
+
+def test_it_holds_all_that_is_not_code(published):
+    expected = {"README.md", "LICENSE", "requirements.txt", "publication.json", "samples/1.wav", "samples/2.wav"}
+    expected |= {"config.json", "generation_config.json", "model.safetensors", "chat_template.jinja"}
+    expected |= {"processor_config.json", "tokenizer.json", "tokenizer_config.json"}
+    assert {name for name in contents(published) if not name.endswith(".py")} == expected
+
+
+def test_it_tells_no_path_of_this_machine(published, checkpoint, backbones):
+    assert_tells_no_path(published, checkpoint.parent, published.parent, backbones[0].parent)
+
+
+def test_samples_carry_what_the_model_answers(published, checkpoint):
+    model, processor = BlspKdForCausalLM.from_pretrained(checkpoint), BlspKdProcessor.from_pretrained(checkpoint)
+    rows = [{"audio": str(published / f"samples/{number}.wav"), "instruction": "repeat the words"} for number in (1, 2)]
+    answers = [answer_rows(model, processor, [row], "audio")[0] for row in rows]
+    widget = ModelCard.load(published / "README.md").data["widget"]
+    assert [example["src"] for example in widget] == ["samples/1.wav", "samples/2.wav"]
+    assert [example["output"]["text"] for example in widget] == answers and any(answers)
+    for number in (1, 2):
+        name = f"samples/{number}.wav"
+        assert (published / name).read_bytes() == (checkpoint / name).read_bytes()
+
+
+def test_a_manifest_of_samples_comes_before_those_of_training(checkpoint, tmp_path, monkeypatch):
+    soundfile.write(tmp_path / "other.flac", clip(0.7), SAMPLING_RATE)
+    (tmp_path / "rows.jsonl").write_text('{"audio": "other.flac", "instruction": "repeat the words"}\n')
+    run_publish(monkeypatch, checkpoint, tmp_path / "made", "--samples", tmp_path / "rows.jsonl")
+    assert [path.name for path in (tmp_path / "made" / "samples").iterdir()] == ["1.flac"]
+    assert "| `samples/1.flac` | not stated | repeat the words |" in (tmp_path / "made" / "README.md").read_text()
+
+
+# -- thin checkpoints -------------------------------------------------------------------------------------------------
+
+
+def test_a_thin_checkpoint_of_local_folders_is_refused_or_made_full(backbones, processor, tmp_path, monkeypatch):
+    """It would ask everyone for folders of this machine."""
+    model = build(backbones)
+    thin = save_checkpoint(tmp_path / "thin", model, processor, results=None)
+    with pytest.raises(SystemExit, match="audio_tower and language_model came from a folder .* --full"):
+        run_publish(monkeypatch, thin, tmp_path / "made")
+    assert not (tmp_path / "made").exists()
+    run_publish(monkeypatch, thin, tmp_path / "made", "--full")
+    loaded = BlspKdForCausalLM.from_pretrained(tmp_path / "made")
+    assert loaded.config.backbones is None
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+    assert_tells_no_path(tmp_path / "made", tmp_path, backbones[0].parent)
+
+
+def test_a_thin_checkpoint_of_the_hub_is_published_thin_and_answers_elsewhere(hub, processor, tmp_path, monkeypatch):  # noqa: F811
+    thin = save_checkpoint(tmp_path / "thin", build(hub), processor)
+    # Once with the real measurement: a process that has the base models from the Hub's cache.
+    monkeypatch.setattr(sys, "argv", ["publish.py", str(thin), str(tmp_path / "made")])
+    publish.main()
+    card = ModelCard.load(tmp_path / "made" / "README.md")
+    assert card.data.base_model == ["org/ears", "org/llm"] and card.data["base_model_relation"] == "finetune"
+    assert "loading fetches the base models" in card.text
+    memory = json.loads((tmp_path / "made" / "publication.json").read_text())["facts"]["memory"]
+    assert memory["peak_mb"] > memory["before_mb"] > 100 and memory["dtype"] == "float32"
+    assert "org/llm" in (tmp_path / "made" / "config.json").read_text()
+    assert_tells_no_path(tmp_path / "made", tmp_path)
+
+
+# -- facts and card ---------------------------------------------------------------------------------------------------
+
+
+def test_parameters_are_counted_by_part(backbones):
+    for model in (
+        make_model(plora=True),
+        make_model(plora=False, freeze_speech_encoder=False),
+        make_model(text={"tie_word_embeddings": True}),
+        build(backbones),
+    ):
+        counts = count_parameters(model)
+        assert sum(part["parameters"] for part in counts.values()) == model.num_parameters()
+        assert sum(part["trained"] for part in counts.values()) == model.num_parameters(only_trainable=True)
+        adapter = sum(parameter.numel() for parameter in model.adapter.parameters())
+        assert counts["adapter"] == {"parameters": adapter, "trained": adapter}
+        assert counts["LLM"]["trained"] == 0
+        assert (counts["partial LoRA"]["trained"] > 0) == (model.plora is not None)
+    state = model.state_dict()
+    assert sum(part["trained"] for part in counts.values()) == sum(state[name].numel() for name in trained_names(model))
+
+
+def test_the_card_states_what_was_measured(published):
+    card = ModelCard.load(published / "README.md")
+    assert str(card) == (published / "README.md").read_text(), "the metadata survive a round trip"
+    metadata = card.data.to_dict()
+    assert metadata["license"] == "mit" and metadata["library_name"] == "transformers"
+    assert metadata["pipeline_tag"] == "audio-text-to-text" and metadata["base_model"] == ["org/ears", "org/llm"]
+    assert {"custom_code", "speech", "knowledge-distillation"} <= set(metadata["tags"])
+    assert "language" not in metadata, "nobody stated it"
+    measured = {(result.dataset_config, result.metric_type): result.metric_value for result in card.data.eval_results}
+    assert measured == {
+        ("seen_voices", "exact_match"): 0.6,
+        ("held_out_voices", "exact_match"): 0.5,
+        (None, "accuracy"): 0.875,
+    }
+    for line in (
+        "# my-model",
+        'MODEL = "my-model"',
+        "| voices not heard in training | 0.800 | 0.500 |",
+        "| weakest kind of question: colour | 0.700 | 0.400 |",
+        "| base model of the LLM: [org/llm](https://huggingface.co/org/llm) | apache-2.0 |",
+        "| base model of the speech encoder: [org/ears](https://huggingface.co/org/ears) | not stated |",
+        "1,234 utterances of the manifest `train.jsonl`.",
+        "| learning rate | 0.001, encoder frozen; cosine after 10 steps of warmup |",
+        "peaks at 500 MB",
+        "the red \\| cat",
+    ):
+        assert line in card.text, line
+    assert "tiny world" not in card.text and "espeak" not in card.text
+
+
+def test_what_an_old_checkpoint_does_not_tell_is_not_invented(checkpoint, processor, tmp_path, monkeypatch):
+    bare = save_checkpoint(tmp_path / "bare", make_model(), processor, results=None)
+    run_publish(monkeypatch, bare, tmp_path / "made", memory=None)
+    card = ModelCard.load(tmp_path / "made" / "README.md")
+    absent = {"license", "language", "base_model", "datasets", "metrics", "widget", "model-index"}
+    assert not absent & set(card.data.to_dict())
+    for line in ("Not measured.", "Data and settings: not recorded.", "Memory in use: not measured.", "| not stated |"):
+        assert line in card.text
+    assert not (tmp_path / "made" / "samples").exists()
+    # As train.py wrote it before it told what it trained on.
+    old = {name: value for name, value in RESULTS.items() if name not in ("training", "samples")}
+    (bare / "results.json").write_text(json.dumps(old))
+    run_publish(monkeypatch, bare, tmp_path / "made")
+    card = ModelCard.load(tmp_path / "made" / "README.md")
+    assert "| voices heard in training | 0.900 | 0.600 |" in card.text and "not recorded" in card.text
+
+
+def test_another_base_model_than_the_checkpoints_is_refused(checkpoint, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="--speech_model says org/other, but the checkpoint was made from org/ears"):
+        run_publish(monkeypatch, checkpoint, tmp_path / "made", "--speech_model", "org/other=mit")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_template_with_a_missing_block_is_refused(published):
+    facts = json.loads((published / "publication.json").read_text())["facts"]
+    template = (ROOT / "model_card.md").read_text().replace("<!-- results -->", "")
+    with pytest.raises(ValueError, match="The template must have each block"):
+        make_card(facts, template)
+
+
+def test_the_model_card_of_this_repository_is_what_the_command_writes():
+    facts = json.loads((ROOT / "tests" / "data" / "default_publication.json").read_text())["facts"]
+    written = str(make_card(facts))
+    assert written == (ROOT / "model_card.md").read_text()
+    facts["results"]["speech_accuracy"]["seen_voices"] -= 0.1
+    assert str(make_card(facts)) != written
+
+
+# -- complete or nothing ----------------------------------------------------------------------------------------------
+
+
+def test_what_fails_leaves_what_was_there(published, checkpoint, tmp_path, monkeypatch):
+    folder = tmp_path / "made"
+    monkeypatch.setattr(publish, "make_card", lambda facts: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_publish(monkeypatch, checkpoint, folder)
+    assert list(tmp_path.iterdir()) == [], "nothing half-written"
+    monkeypatch.undo()
+    run_publish(monkeypatch, checkpoint, folder)
+    before = contents(folder)
+    monkeypatch.setattr(publish, "make_card", lambda facts: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_publish(monkeypatch, checkpoint, folder)
+    assert contents(folder) == before and list(tmp_path.iterdir()) == [folder]
+
+
+def write(folder, **files):
+    with complete_or_nothing(folder) as (made, record):
+        for name, text in files.items():
+            (made / name).write_text(text)
+        record["facts"] = {}
+
+
+def test_an_earlier_publication_is_replaced(tmp_path):
+    write(tmp_path / "made", a="1", b="2")
+    write(tmp_path / "made", a="3")
+    assert {path.name for path in (tmp_path / "made").iterdir()} == {"a", "publication.json"}
+    assert (tmp_path / "made" / "a").read_text() == "3" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("name, problem", [("mine.txt", "added"), ("a", "changed")])
+def test_what_somebody_else_put_there_is_never_replaced(name, problem, tmp_path):
+    write(tmp_path / "made", a="1")
+    (tmp_path / "made" / name).write_text("somebody's work")
+    with pytest.raises(FileExistsError, match=rf"no earlier publication wrote, or that were changed.*'{name}'"):
+        write(tmp_path / "made", a="2")
+    assert (tmp_path / "made" / name).read_text() == "somebody's work", problem
+
+
+def test_a_folder_of_other_things_is_refused_before_any_work(checkpoint, tmp_path, monkeypatch):
+    with pytest.raises(FileExistsError, match="holds .* no earlier publication wrote"):
+        run_publish(monkeypatch, checkpoint, checkpoint)
+    with pytest.raises(SystemExit, match="is no checkpoint"):
+        run_publish(monkeypatch, tmp_path, tmp_path / "made")
+
+
+# -- upload -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+    with StandInHub().running() as server:
+        yield server
+
+
+def push(server, folder, **options):
+    return upload(folder, REPO_ID, api=HfApi(endpoint=server.url, token="hf_test"), **options)
+
+
+def assert_holds(server, folder):
+    assert {name: content for name, content in server.files.items() if name != ".gitattributes"} == {
+        name: (folder / name).read_bytes() for name in contents(folder)
+    }
+
+
+@pytest.fixture
+def newer(published, tmp_path):
+    """Another publication of the same name: other weights, one sample less."""
+    with complete_or_nothing(tmp_path / "newer") as (made, record):
+        for name in set(contents(published)) - {"publication.json", "samples/2.wav"}:
+            (made / name).parent.mkdir(exist_ok=True)
+            (made / name).write_bytes((published / name).read_bytes() + b" " * (name != "samples/1.wav"))
+        record["facts"] = {}
+    return tmp_path / "newer"
+
+
+def test_it_is_uploaded_in_one_commit(server, published):
+    info = push(server, published, private=True)
+    assert server.private is True and info.commit_url.startswith(server.url)
+    assert len(server.committed) == 1
+    assert_holds(server, published)
+
+
+def test_a_newer_one_replaces_it_and_leaves_other_files_alone(server, published, newer):
+    push(server, published)
+    server.files["notes.md"] = b"somebody's work"
+    push(server, newer)
+    assert server.committed[1]["samples/2.wav"] == "deletedFile" and len(server.committed) == 2
+    assert server.files.pop("notes.md") == b"somebody's work"
+    assert_holds(server, newer)
+
+
+def test_repeating_it_sends_nothing(server, published):
+    push(server, published)
+    sent = list(server.put)
+    push(server, published)
+    assert len(server.committed) == 1 and server.put == sent
+
+
+@pytest.mark.parametrize(
+    "method, path, fault, advice",
+    [
+        ("POST", "repos/create", 401, "hf auth login"),
+        ("POST", "preupload", 403, "right to write"),
+        ("POST", "objects/batch", 403, "right to write"),
+        ("PUT", "large", 413, "larger than the server takes"),
+        ("PUT", "large", "before", "connection or the server failed"),
+        ("PUT", "large", 500, "connection or the server failed"),
+        ("POST", "commit", 409, "Somebody else"),
+        ("POST", "commit", 412, "Somebody else"),
+        ("POST", "commit", "before", "connection or the server failed"),
+        ("POST", "commit", "after", "connection or the server failed"),
+    ],
+)
+def test_a_failed_upload_leaves_the_old_or_the_new_state(method, path, fault, advice, server, published, newer):
+    if "create" not in path:  # else the repository would be found
+        push(server, published)
+    old, local = dict(server.files), contents(newer)
+    server.fail(method, path, fault)
+    with pytest.raises(UploadError, match=advice) as caught:
+        push(server, newer)
+    assert "Repeat the command" in str(caught.value) and contents(newer) == local
+    if fault == "after":
+        assert_holds(server, newer)
+    else:
+        assert server.files == old
+    server.faults.clear()
+    sent = list(server.put)
+    push(server, newer)
+    assert_holds(server, newer)
+    assert len(server.put) == len(set(server.put)), "no large file is sent twice"
+    if path == "commit":
+        assert server.put == sent, "all of them had arrived"
+
+
+def test_one_dropped_connection_is_survived(server, published):
+    server.fail("PUT", "large", "before", times=1)
+    push(server, published)
+    assert_holds(server, published)
+
+
+def test_a_commit_of_somebody_else_meanwhile_is_not_overwritten(server, published, newer, monkeypatch):
+    push(server, published)
+    create_commit = HfApi.create_commit
+
+    def later(self, *arguments, **options):
+        server.num_commits += 1
+        return create_commit(self, *arguments, **options)
+
+    monkeypatch.setattr(HfApi, "create_commit", later)
+    with pytest.raises(UploadError, match="Somebody else has changed"):
+        push(server, newer)
+    assert_holds(server, published)
+
+
+# -- the command ------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_publishes_verifies_and_uploads(checkpoint, tmp_path):
+    with StandInHub().running() as server:
+        printed = run_script(
+            ROOT / "examples" / "publish.py",
+            *(checkpoint, tmp_path / "made", "--verify", "--push", REPO_ID, "--private"),
+            folder=tmp_path,
+            flags=[],
+            timeout_s=300,
+            PYTHONPATH=str(ROOT),
+            HF_HOME=str(tmp_path / "home"),
+            HF_ENDPOINT=server.url,
+            HF_TOKEN="hf_test",
+            HF_HUB_DISABLE_XET="1",
+        )
+    checks = re.findall(r"^(ok|FAILED) +(.+?)  +(.*)$", printed, re.M)
+    assert {result for result, _, _ in checks} == {"ok"}, printed
+    names = [name for _, name, _ in checks]
+    ways = [*(f'pipeline("{task}")' for task in ("audio-text-to-text", "automatic-speech-recognition", "any-to-any"))]
+    ways += ["AutoModel: logits", "AutoModel + AutoProcessor", "handler.py, a file", "transformers serve"]
+    assert set(ways) <= set(names) and len(names) == 14
+    assert len({came for _, name, came in checks if "logits" not in name and came.startswith(("'", '"'))}) == 1
+    assert server.private and f"uploaded: {server.url}/{REPO_ID}/commit/" in printed
+    assert_holds(server, tmp_path / "made")
+    assert f"# {REPO_ID}" in (tmp_path / "made" / "README.md").read_text()
+
+
+def test_a_folder_that_answers_otherwise_is_noticed():
+    """Guards the table of checks: it would be worth nothing if it could not fail."""
+    inputs, logits = {"input_ids": torch.arange(4)[None]}, torch.randn(1, 4, 8)
+    expected = {"inputs": inputs, "logits": logits, "answer": "red"}
+    good = {"inputs": inputs, "logits": {"AutoModel": logits}, "answers": {"handler.py": " red"}, "attempts": []}
+
+    def failures(**changes):
+        return [name for name, is_right, _ in compare({**good, **changes}, expected) if not is_right]
+
+    assert failures() == []
+    assert failures(attempts=["socket.connect huggingface.co"]) == ["network is left alone"]
+    assert failures(inputs={"input_ids": torch.arange(1, 5)[None]}) == ["AutoProcessor: inputs"]
+    assert failures(inputs={}) == ["AutoProcessor: inputs"]
+    assert failures(logits={"AutoModel": logits + 1e-6}) == ["AutoModel: logits"]
+    assert failures(logits={"AutoModel": logits[:, :3]}) == ["AutoModel: logits"]
+    assert failures(answers={"handler.py": "ValueError: red"}) == ["handler.py"]
