@@ -133,20 +133,24 @@ def read_clips(folder: Path) -> list[dict]:
 
 def build_page(listener: Listener, clips: list[dict]) -> gr.Blocks:
     """The page. `clips`: rows of [`read_clips`], whose instructions are offered too."""
-    examples = {row["file_name"]: row for row in reversed(clips)}  # the first row of each file stays
+    examples = {}
+    for row in clips:
+        examples.setdefault(row["file_name"], row)
     instructions = list(dict.fromkeys(row["instruction"] for row in clips))
     with gr.Blocks(title="An LLM with ears", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gr.Markdown(ABOUT)
         with gr.Row():
             with gr.Column():
                 audio = gr.Audio(
-                    label=f"Audio (wav, flac, ogg or mp3; up to {MAX_DURATION_S:g} s)",
+                    label=f"Audio, up to {MAX_DURATION_S:g} s",
                     sources=["upload", "microphone"],
                     type="filepath",
                     editable=False,
+                    buttons=[],
                 )
+                gr.Markdown("No microphone? Choose a clip:", visible=bool(examples))
                 with gr.Row():
-                    buttons = [gr.Button(f"“{row['text']}”", size="sm") for row in reversed(examples.values())]
+                    choices = [gr.Button(f"“{row['text']}”", size="sm", min_width=220) for row in examples.values()]
             with gr.Column():
                 instruction = gr.Dropdown(
                     instructions,
@@ -157,13 +161,13 @@ def build_page(listener: Listener, clips: list[dict]) -> gr.Blocks:
                 transcript = gr.Textbox(
                     label="Transcript (if you know it: shows how close hearing comes to reading)", max_lines=3
                 )
-                ask = gr.Button("Answer", variant="primary")
+                ask = gr.Button("Ask", variant="primary")
+                problem = gr.HTML(padding=False)
                 answer = gr.Textbox(label="Answer", interactive=False, max_lines=8)
-        problem = gr.HTML()
-        picture = gr.HTML()
+        picture = gr.HTML(padding=False)
 
-        for button, row in zip(buttons, reversed(examples.values())):
-            button.click(
+        for choice, row in zip(choices, examples.values()):
+            choice.click(
                 lambda row=row: (row["file_name"], row["instruction"], row["text"]),
                 outputs=[audio, instruction, transcript],
                 show_progress="hidden",
@@ -181,7 +185,8 @@ def build_page(listener: Listener, clips: list[dict]) -> gr.Blocks:
 
 def launch(page: gr.Blocks, clips_folder: Path, **options):
     """Serve the page; the fonts are those of the visitor's system, so that nothing is fetched from elsewhere."""
-    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+    theme = gr.themes.Default(primary_hue="blue", **fonts).set(button_primary_background_fill="*primary_700")
     return page.launch(
         theme=theme,
         css=CSS,

@@ -26,6 +26,7 @@ if is_matplotlib_available():
     from matplotlib import colormaps
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
+    from matplotlib.ticker import MaxNLocator
 
 NUM_MEL_BINS = 80
 SPECTROGRAM_STEP_S = 0.010
@@ -138,9 +139,9 @@ def hear(
         if transcript is not None:
             heard = model.get_audio_features(**audio_features, num_speech_tokens=num_speech_tokens)
         positions = torch.arange(place, place + int(heard.num_speech_tokens), device=model.device)
-        logits = model(
-            **inputs, num_speech_tokens=num_speech_tokens, logits_to_keep=positions, use_cache=False
-        ).logits[0]
+        logits = model(**inputs, num_speech_tokens=num_speech_tokens, logits_to_keep=positions, use_cache=False).logits[
+            0
+        ]
         if transcript is not None:
             text_ids = torch.cat([input_ids[:place], transcript_ids, input_ids[place + 1 :]])[None]
             text_logits = model(input_ids=text_ids, logits_to_keep=positions, use_cache=False).logits[0]
@@ -194,11 +195,11 @@ def _log_mel(waveform: np.ndarray, rate: int) -> np.ndarray:
 
 # Inches, but for the font sizes (points).
 FONT_SIZE, SMALL_FONT_SIZE = 9, 7.5
-COLUMN_WIDTH = 0.72
+MIN_COLUMN_WIDTH, MAX_COLUMN_WIDTH = 0.72, 1.5
 LEFT, RIGHT, TOP, BOTTOM = 0.52, 0.08, 0.1, 0.08
 LINE_HEIGHT = 0.17
-SPECTROGRAM_HEIGHT, ALPHA_HEIGHT, FAN_HEIGHT, HEAD_HEIGHT, CELL_HEIGHT, KL_HEIGHT = 0.95, 0.5, 0.3, 0.36, 0.33, 0.5
-TIME_LABEL_HEIGHT, BAND_GAP = 0.2, 0.3
+TIME_HEIGHT, SPECTROGRAM_HEIGHT, ALPHA_HEIGHT, FAN_HEIGHT, CELL_HEIGHT, KL_HEIGHT = 0.18, 0.95, 0.5, 0.25, 0.33, 0.55
+NUMBER_HEIGHT, BAND_GAP, TICK_DISTANCE = 0.19, 0.3, 0.65
 BLUE, ORANGE = "#0072B2", "#D55E00"  # told apart by the colour-blind (Okabe and Ito)
 
 
@@ -222,12 +223,12 @@ def plot_hearing(hearing: Hearing, width: float = 10.0, max_tokens: int = 40):
     if not is_matplotlib_available():
         raise ImportError("The picture needs matplotlib. Install it with the extra 'demo': pip install -e '.[demo]'.")
     num_tokens = min(len(hearing.predictions), max_tokens)
-    columns_that_fit = max(1, int((width - LEFT - RIGHT) / COLUMN_WIDTH))
+    columns_that_fit = max(1, int((width - LEFT - RIGHT) / MIN_COLUMN_WIDTH))
     num_bands = math.ceil(num_tokens / columns_that_fit)
     num_columns = math.ceil(num_tokens / num_bands)  # bands of about the same length
     sheet = _Sheet(hearing, width, num_columns)
 
-    title = sheet.wrap(hearing.summary() + _left_out(hearing, num_tokens))
+    title = sheet.wrap(hearing.summary() + _left_out(hearing, num_tokens), bold=True)
     key = sheet.wrap(_key(hearing))
     head_height = TOP + LINE_HEIGHT * (len(title) + len(key)) + 0.15
     height = head_height + num_bands * sheet.band_height + (num_bands - 1) * BAND_GAP + BOTTOM
@@ -278,36 +279,34 @@ class _Sheet:
     def __init__(self, hearing: Hearing, width: float, num_columns: int):
         self.hearing = hearing
         self.width = width
-        self.column_width = (width - LEFT - RIGHT) / num_columns
+        self.column_width = min((width - LEFT - RIGHT) / num_columns, MAX_COLUMN_WIDTH)
         self.max_chars = int(self.column_width * 72 / (0.68 * FONT_SIZE))
         num_rows = len(hearing.predictions[0])
-        # From top to bottom.
-        self.heights = {"spectrogram": SPECTROGRAM_HEIGHT, "alphas": ALPHA_HEIGHT, "time": TIME_LABEL_HEIGHT}
-        self.heights |= {"fan": FAN_HEIGHT, "table": HEAD_HEIGHT + num_rows * CELL_HEIGHT, "kl": KL_HEIGHT + 0.08}
-        if hearing.alphas is None:
-            del self.heights["alphas"], self.heights["fan"]
-        if hearing.kl_to_text is None:
-            del self.heights["kl"]
-        self.band_height = sum(self.heights.values())
+        self.head_height = NUMBER_HEIGHT + (0.0 if hearing.transcript_tokens is None else LINE_HEIGHT)
+        # The parts of a band from top to bottom.
+        parts = [(self._draw_spectrogram, SPECTROGRAM_HEIGHT)]
+        if hearing.alphas is not None:
+            parts += [(self._draw_alphas, ALPHA_HEIGHT), (self._draw_fan, FAN_HEIGHT)]
+        parts += [(self._draw_table, self.head_height + num_rows * CELL_HEIGHT)]
+        if hearing.kl_to_text is not None:
+            parts += [(self._draw_kl, KL_HEIGHT)]
+        self.parts = parts
+        self.band_height = TIME_HEIGHT + sum(height for _, height in parts)
 
-    def wrap(self, text: str) -> list[str]:
-        return textwrap.wrap(text, int((self.width - 0.16) * 72 / (0.53 * FONT_SIZE)))
+    def wrap(self, text: str, bold: bool = False) -> list[str]:
+        character_width = (0.6 if bold else 0.53) * FONT_SIZE
+        return textwrap.wrap(text, int((self.width - 0.16) * 72 / character_width))
 
     def draw_band(self, figure, top: float, tokens: range):
         """Draw the tokens of one band, and the stretch of audio that they were made of."""
-        start_s, stop_s = self._stretch(tokens)
-        for name, height in self.heights.items():
+        figure_height = figure.get_figheight()
+        top -= TIME_HEIGHT
+        for draw, height in self.parts:
             top -= height
-            if name == "time":
-                continue
-            width = self.column_width * len(tokens)
-            axes = figure.add_axes(
-                [LEFT / self.width, top / figure.get_figheight(), width / self.width, height / figure.get_figheight()],
-                label=name,
-            )
+            size = self.column_width * len(tokens) / self.width, height / figure_height
+            axes = figure.add_axes([LEFT / self.width, top / figure_height, *size], label=draw.__name__)
             axes.tick_params(labelsize=SMALL_FONT_SIZE, length=2, pad=2)
-            axes.set_xlim(*((start_s, stop_s) if name in ("spectrogram", "alphas") else (0, len(tokens))))
-            getattr(self, f"_draw_{name}")(axes, tokens)
+            draw(axes, tokens)
 
     def _stretch(self, tokens: range) -> tuple[float, float]:
         """Start and end of the audio of these tokens, seconds."""
@@ -331,23 +330,24 @@ class _Sheet:
             extent=(0, hearing.spectrogram.shape[1] * SPECTROGRAM_STEP_S, 0, len(hearing.spectrogram)),
         )
         axes.set_xlim(*self._stretch(tokens))
+        axes.xaxis.tick_top()
+        axes.xaxis.set_major_locator(MaxNLocator(max(2, int(self.column_width * len(tokens) / TICK_DISTANCE))))
+        axes.xaxis.set_major_formatter(lambda seconds, _: f"{seconds:g} s")
         axes.set_yticks([])
         axes.set_ylabel("mel", fontsize=SMALL_FONT_SIZE)
         self._draw_boundaries(axes, tokens, "white")
-        if "alphas" in self.heights:
-            axes.set_xticklabels([])
-        else:
-            _name_seconds(axes)
 
     def _draw_alphas(self, axes, tokens):
         alphas = self.hearing.alphas
         middles_s = (np.arange(len(alphas)) + 0.5) * self.hearing.frame_duration_s
         axes.fill_between(middles_s, alphas, color=BLUE, alpha=0.25, linewidth=0)
         axes.plot(middles_s, alphas, color=BLUE, linewidth=1.2)
+        axes.set_xlim(*self._stretch(tokens))
+        axes.set_xticks([])
         axes.set_ylim(0, 1.1 * max(0.5, float(alphas.max())))
+        axes.set_yticks([0, 0.5], ["0", "0.5"])
         axes.set_ylabel("alpha", fontsize=SMALL_FONT_SIZE)
         self._draw_boundaries(axes, tokens, "black")
-        _name_seconds(axes)
 
     def _draw_boundaries(self, axes, tokens, color):
         if self.hearing.token_ends_s is not None:
@@ -360,28 +360,28 @@ class _Sheet:
         for column, end_s in enumerate(self.hearing.token_ends_s[tokens.start : tokens.stop], start=1):
             place = (end_s - start_s) / (stop_s - start_s) * len(tokens)
             axes.plot([place, column], [1, 0], color="#888888", linewidth=0.8, clip_on=False)
+        axes.set_xlim(0, len(tokens))
         axes.set_ylim(0, 1)
         axes.axis("off")
 
     def _draw_table(self, axes, tokens):
         hearing = self.hearing
-        height = self.heights["table"]
-        axes.set_ylim(height, 0)
+        axes.set_xlim(0, len(tokens))
+        axes.set_ylim(self.head_height + len(hearing.predictions[0]) * CELL_HEIGHT, 0)
         axes.axis("off")
         shades = colormaps["Blues"]
         for column, token in enumerate(tokens):
             known = hearing.transcript_tokens
             middle = column + 0.5
             heading = {"ha": "center", "va": "center", "parse_math": False}
-            name = f"after {token + 1}" if self.column_width > 0.55 else str(token + 1)
-            axes.text(middle, 0.1, name, fontsize=SMALL_FONT_SIZE, color="#444444", **heading)
+            axes.text(middle, 0.1, f"after {token + 1}", fontsize=SMALL_FONT_SIZE, color="#444444", **heading)
             if known is not None:
                 axes.text(
                     middle, 0.25, _visible(known[token], self.max_chars), fontsize=FONT_SIZE, weight="bold", **heading
                 )
             goes_on_with = None if known is None or token + 1 == len(known) else known[token + 1]
             for row, (text, probability) in enumerate(hearing.predictions[token]):
-                cell_top = HEAD_HEIGHT + row * CELL_HEIGHT
+                cell_top = self.head_height + row * CELL_HEIGHT
                 is_right = text == goes_on_with
                 axes.add_patch(
                     Rectangle(
@@ -402,6 +402,7 @@ class _Sheet:
     def _draw_kl(self, axes, tokens):
         kl_to_text = self.hearing.kl_to_text
         highest = max(0.1, float(kl_to_text.max()))
+        axes.set_xlim(0, len(tokens))
         axes.set_ylim(0, 1.6 * highest)
         for column, token in enumerate(tokens):
             axes.bar(column + 0.5, kl_to_text[token], width=0.6, color=ORANGE)
@@ -417,7 +418,3 @@ class _Sheet:
         axes.set_yticks([0, highest], ["0", f"{highest:.1f}"])
         axes.set_ylabel("KL", fontsize=SMALL_FONT_SIZE)
         axes.spines[["top", "right"]].set_visible(False)
-
-
-def _name_seconds(axes):
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g} s")

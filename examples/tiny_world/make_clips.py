@@ -14,8 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from tiny_world.speech import HELD_OUT_VOICES, make_clips  # noqa: E402
-from tiny_world.world import INSTRUCTIONS, sentences  # noqa: E402
+from tiny_world.speech import HELD_OUT_VOICES, make_clips
+from tiny_world.world import INSTRUCTIONS, sentences
 
 FOLDER = Path(__file__).parent / "clips"
 CLIPS = {  # what is said: its file, and what is asked first
