@@ -8,6 +8,7 @@ the transcript's, which the KL between the two tells token by token. Leaves out:
 Shapes: M mel bins, F spectrogram columns, T encoder frames, U speech tokens.
 """
 
+import io
 import math
 import textwrap
 from dataclasses import dataclass
@@ -27,6 +28,15 @@ if is_matplotlib_available():
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
     from matplotlib.ticker import MaxNLocator
+
+    class NotebookFigure(Figure):
+        """A figure that notebooks show without pyplot, whose state is shared and whose windows need the main thread."""
+
+        def _repr_png_(self) -> bytes:
+            png = io.BytesIO()
+            self.savefig(png, format="png")
+            return png.getvalue()
+
 
 NUM_MEL_BINS = 80
 SPECTROGRAM_STEP_S = 0.010
@@ -215,7 +225,7 @@ def plot_hearing(hearing: Hearing, width: float = 10.0, max_tokens: int = 40):
         max_tokens (`int`): how many tokens are shown; the title says how many are left out.
 
     Returns:
-        `matplotlib.figure.Figure`
+        `matplotlib.figure.Figure`: shown by a notebook that ends a cell with it; `savefig` writes it to a file.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -232,7 +242,7 @@ def plot_hearing(hearing: Hearing, width: float = 10.0, max_tokens: int = 40):
     key = sheet.wrap(_key(hearing))
     head_height = TOP + LINE_HEIGHT * (len(title) + len(key)) + 0.15
     height = head_height + num_bands * sheet.band_height + (num_bands - 1) * BAND_GAP + BOTTOM
-    figure = Figure(figsize=(width, height), dpi=100, facecolor="white")
+    figure = NotebookFigure(figsize=(width, height), dpi=100, facecolor="white")
     text_top = 1 - TOP / height
     options = {"fontsize": FONT_SIZE, "va": "top", "linespacing": LINE_HEIGHT * 72 / FONT_SIZE / 1.2}
     figure.text(0.08 / width, text_top, "\n".join(title), weight="bold", parse_math=False, **options)

@@ -216,6 +216,7 @@ def test_picture_of_what_a_model_heard(processor):
     assert labels == {"mel", "alpha", "KL", ""}
     boundaries = {line.get_xdata()[0] for axes in figure.axes for line in axes.lines if axes.get_ylabel() == "mel"}
     assert boundaries == set(heard.token_ends_s.tolist())
+    assert figure._repr_png_().startswith(b"\x89PNG"), "what a notebook shows"
 
 
 def test_description_says_what_the_picture_shows():
