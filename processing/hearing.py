@@ -1,0 +1,430 @@
+"""What a model heard in a clip: when each speech token ends, what the LLM expects after it, and a picture of both.
+
+Follows arXiv 2405.19041: speech tokens are right as far as the LLM predicts the same next tokens after them as after
+the transcript's, which the KL between the two tells token by token. Leaves out: answers, which `generate` gives.
+
+    plot_hearing(hear(model, processor, "clip.wav", transcript="the red cat ran to the sea"))
+
+Shapes: M mel bins, F spectrogram columns, T encoder frames, U speech tokens.
+"""
+
+import io
+import math
+import textwrap
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
+from transformers.utils import is_matplotlib_available
+
+from modeling_blsp_kd.distillation_step import frozen
+
+from .audio_loading import load_audio
+
+if is_matplotlib_available():
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+    from matplotlib.ticker import MaxNLocator
+
+    class NotebookFigure(Figure):
+        """A figure that notebooks show without pyplot, whose state is shared and whose windows need the main thread."""
+
+        def _repr_png_(self) -> bytes:
+            png = io.BytesIO()
+            self.savefig(png, format="png")
+            return png.getvalue()
+
+
+NUM_MEL_BINS = 80
+SPECTROGRAM_STEP_S = 0.010
+SPECTROGRAM_WINDOW_S = 0.025
+DYNAMIC_RANGE_DB = 70.0
+
+
+@dataclass
+class Hearing:
+    """What a model heard in one clip.
+
+    Args:
+        spectrogram (`np.ndarray` of shape (M, F)): log-mel, dB below the loudest point of the clip, of the waveform at
+            the speech encoder's rate, one column per 10 ms; for the eye, whatever features the encoder takes.
+        duration_s (`float`): of the clip, seconds.
+        frame_duration_s (`float`): of an encoder frame, seconds.
+        alphas (`np.ndarray` of shape (T,), *optional*): unscaled CIF weights (CFormer only).
+        token_ends_s (`np.ndarray` of shape (U,), *optional*): when each speech token is complete, seconds from the
+            start of the clip: CIF's firing places (CFormer only).
+        num_predicted_tokens (`int`): how many tokens the model makes of the clip. U, unless a transcript set U.
+        predictions (`list[list[tuple[str, float]]]`): for each of U tokens the texts that the LLM holds most likely to
+            follow it, with their probabilities (at temperature 1), the likeliest first. After the last token these are
+            what follows the clip in the prompt.
+        transcript_tokens (`list[str]`, *optional*): text of the transcript's U tokens.
+        kl_to_text (`np.ndarray` of shape (U,), *optional*): KL(text prompt || speech prompt) of the next-token
+            distributions after each token, nats, at the temperature of the training loss. Their mean is the clip's
+            `input_kl`.
+    """
+
+    spectrogram: np.ndarray
+    duration_s: float
+    frame_duration_s: float
+    alphas: np.ndarray | None
+    token_ends_s: np.ndarray | None
+    num_predicted_tokens: int
+    predictions: list[list[tuple[str, float]]]
+    transcript_tokens: list[str] | None = None
+    kl_to_text: np.ndarray | None = None
+
+    def summary(self) -> str:
+        """One sentence: how long the clip is, and how many tokens it was heard as."""
+        num_tokens = len(self.predictions)
+        text = f"{self.duration_s:.2f} s of audio heard as {num_tokens} speech token{'s' * (num_tokens != 1)}"
+        if self.transcript_tokens is None:
+            return text + "."
+        if self.num_predicted_tokens == num_tokens:
+            return text + ", as many as the transcript has."
+        return text + f", the transcript's number; without it the model makes {self.num_predicted_tokens}."
+
+    def describe(self, max_tokens: int = 40) -> str:
+        """The picture in words, for those who cannot see it."""
+        lines = [self.summary()]
+        for index, predictions in enumerate(self.predictions[:max_tokens]):
+            heard = "" if self.transcript_tokens is None else f" ({self.transcript_tokens[index].strip()})"
+            when = "" if self.token_ends_s is None else f" at {self.token_ends_s[index]:.2f} s"
+            expected = ", ".join(f"{text.strip()} {_percent(probability)}" for text, probability in predictions)
+            kl = "" if self.kl_to_text is None else f"; KL to the text prompt {self.kl_to_text[index]:.2f} nats"
+            lines.append(f"After token {index + 1}{heard}{when} the LLM expects: {expected}{kl}.")
+        if len(self.predictions) > max_tokens:
+            lines.append(f"{len(self.predictions) - max_tokens} more tokens are left out.")
+        return " ".join(lines)
+
+
+def hear(
+    model, processor, audio, instruction: str | None = None, transcript: str | None = None, top_k: int = 4
+) -> Hearing:
+    """Let a model hear one clip, and look at what reaches the LLM.
+
+    Changes nothing about the model, whatever its mode.
+
+    Args:
+        model ([`BlspKdForCausalLM`]), processor ([`BlspKdProcessor`]).
+        audio: one clip as in [`load_audio`]; a bare array has the feature extractor's rate.
+        instruction (`str`, *optional*): stands before the clip in the prompt, as in training.
+        transcript (`str`, *optional*): what is said. Then CIF fires as often as it has tokens, as in training, so that
+            each speech token has a text token to compare with.
+        top_k (`int`): predictions kept per token.
+
+    Raises:
+        FileNotFoundError, TypeError: see [`load_audio`].
+        ValueError: the clip is unusable (see there), the transcript is empty, or the model's adapter has a fixed rate,
+            so that a transcript has no place beside its tokens.
+    """
+    rate = processor.feature_extractor.sampling_rate
+    waveform = load_audio(audio, rate)
+    content = [{"type": "audio", "audio": (waveform, rate)}]
+    if instruction:
+        content.insert(0, {"type": "text", "text": instruction})
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True
+    ).to(model.device)
+    input_ids = inputs["input_ids"][0]
+    place = int((input_ids == processor.audio_token_id).nonzero())
+    transcript_ids = num_speech_tokens = kl_to_text = None
+    if transcript is not None:
+        transcript_ids = input_ids.new_tensor(processor.tokenizer(transcript, add_special_tokens=False)["input_ids"])
+        num_speech_tokens = input_ids.new_tensor([len(transcript_ids)])
+        if len(transcript_ids) == 0:
+            raise ValueError(f"The transcript {transcript!r} has no tokens. Give what is said, or leave it out.")
+
+    with frozen(model):
+        audio_features = {name: inputs[name] for name in ("input_features", "input_features_mask")}
+        heard = model.get_audio_features(**audio_features)
+        num_predicted_tokens = int(heard.num_speech_tokens)
+        if transcript is not None and heard.alphas is None:
+            raise ValueError(
+                "This model's adapter makes a fixed number of tokens per second, none of which stands for a token of "
+                "the transcript. Leave the transcript out."
+            )
+        if transcript is not None:
+            heard = model.get_audio_features(**audio_features, num_speech_tokens=num_speech_tokens)
+        positions = torch.arange(place, place + int(heard.num_speech_tokens), device=model.device)
+        logits = model(**inputs, num_speech_tokens=num_speech_tokens, logits_to_keep=positions, use_cache=False).logits[
+            0
+        ]
+        if transcript is not None:
+            text_ids = torch.cat([input_ids[:place], transcript_ids, input_ids[place + 1 :]])[None]
+            text_logits = model(input_ids=text_ids, logits_to_keep=positions, use_cache=False).logits[0]
+            kl_to_text = _kl(text_logits, logits, model.config.distillation["temperature"]).cpu().numpy()
+
+    likeliest = logits.float().softmax(-1).topk(top_k)
+    decode = processor.tokenizer.decode
+    has_alphas = heard.alphas is not None
+    return Hearing(
+        spectrogram=_log_mel(waveform, rate),
+        duration_s=len(waveform) / rate,
+        frame_duration_s=model.frame_duration_s,
+        alphas=heard.alphas[0].float().cpu().numpy() if has_alphas else None,
+        token_ends_s=heard.firing_places[0].float().cpu().numpy() * model.frame_duration_s if has_alphas else None,
+        num_predicted_tokens=num_predicted_tokens,
+        predictions=[
+            [(decode([token_id]), probability) for token_id, probability in zip(ids, probabilities)]
+            for ids, probabilities in zip(likeliest.indices.tolist(), likeliest.values.tolist())
+        ],
+        transcript_tokens=None if transcript is None else [decode([token_id]) for token_id in transcript_ids.tolist()],
+        kl_to_text=kl_to_text,
+    )
+
+
+def _kl(teacher_logits, student_logits, temperature: float) -> torch.Tensor:
+    """KL(teacher || student) of each row, (N, V) and (N, V) -> (N,) float32; their mean is `linear_kl`."""
+    teacher, student = (
+        torch.log_softmax(logits.float() / temperature, dim=-1) for logits in (teacher_logits, student_logits)
+    )
+    return nn.functional.kl_div(student, teacher, log_target=True, reduction="none").sum(-1)
+
+
+def _log_mel(waveform: np.ndarray, rate: int) -> np.ndarray:
+    window = int(SPECTROGRAM_WINDOW_S * rate)
+    fft_length = 2 ** math.ceil(math.log2(window))
+    return spectrogram(
+        waveform,
+        window_function(window, "hann"),
+        frame_length=window,
+        hop_length=int(SPECTROGRAM_STEP_S * rate),
+        fft_length=fft_length,
+        power=2.0,
+        mel_filters=mel_filter_bank(fft_length // 2 + 1, NUM_MEL_BINS, 0.0, rate / 2, rate),
+        mel_floor=1e-10,
+        log_mel="dB",
+        db_range=DYNAMIC_RANGE_DB,
+    )
+
+
+# -- the picture ------------------------------------------------------------------------------------------------------
+
+# Inches, but for the font sizes (points).
+FONT_SIZE, SMALL_FONT_SIZE = 9, 7.5
+MIN_COLUMN_WIDTH, MAX_COLUMN_WIDTH = 0.72, 1.5
+LEFT, RIGHT, TOP, BOTTOM = 0.52, 0.08, 0.1, 0.08
+LINE_HEIGHT = 0.17
+TIME_HEIGHT, SPECTROGRAM_HEIGHT, ALPHA_HEIGHT, FAN_HEIGHT, CELL_HEIGHT, KL_HEIGHT = 0.18, 0.95, 0.5, 0.25, 0.33, 0.55
+NUMBER_HEIGHT, BAND_GAP, TICK_DISTANCE = 0.19, 0.3, 0.65
+BLUE, ORANGE = "#0072B2", "#D55E00"  # told apart by the colour-blind (Okabe and Ito)
+
+
+def plot_hearing(hearing: Hearing, width: float = 10.0, max_tokens: int = 40):
+    """Draw what a model heard, in bands that are read like lines of text.
+
+    A band shows the log-mel spectrogram with the token boundaries; CIF's alphas under it, on the same time axis; and
+    one column per speech token with what the LLM expects after having heard it, and the KL to the text prompt.
+
+    Args:
+        hearing ([`Hearing`]): of [`hear`].
+        width (`float`): of the figure, inches; 3.6 is right for a phone. Bands are as many as the width asks for.
+        max_tokens (`int`): how many tokens are shown; the title says how many are left out.
+
+    Returns:
+        `matplotlib.figure.Figure`: shown by a notebook that ends a cell with it; `savefig` writes it to a file.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    if not is_matplotlib_available():
+        raise ImportError("The picture needs matplotlib. Install it with the extra 'demo': pip install -e '.[demo]'.")
+    num_tokens = min(len(hearing.predictions), max_tokens)
+    columns_that_fit = max(1, int((width - LEFT - RIGHT) / MIN_COLUMN_WIDTH))
+    num_bands = math.ceil(num_tokens / columns_that_fit)
+    num_columns = math.ceil(num_tokens / num_bands)  # bands of about the same length
+    sheet = _Sheet(hearing, width, num_columns)
+
+    title = sheet.wrap(hearing.summary() + _left_out(hearing, num_tokens), bold=True)
+    key = sheet.wrap(_key(hearing))
+    head_height = TOP + LINE_HEIGHT * (len(title) + len(key)) + 0.15
+    height = head_height + num_bands * sheet.band_height + (num_bands - 1) * BAND_GAP + BOTTOM
+    figure = NotebookFigure(figsize=(width, height), dpi=100, facecolor="white")
+    text_top = 1 - TOP / height
+    options = {"fontsize": FONT_SIZE, "va": "top", "linespacing": LINE_HEIGHT * 72 / FONT_SIZE / 1.2}
+    figure.text(0.08 / width, text_top, "\n".join(title), weight="bold", parse_math=False, **options)
+    figure.text(0.08 / width, text_top - len(title) * LINE_HEIGHT / height, "\n".join(key), color="#444444", **options)
+    top = height - head_height
+    for first in range(0, num_tokens, num_columns):
+        sheet.draw_band(figure, top, range(first, min(first + num_columns, num_tokens)))
+        top -= sheet.band_height + BAND_GAP
+    return figure
+
+
+def _left_out(hearing: Hearing, num_shown: int) -> str:
+    num_tokens = len(hearing.predictions)
+    if num_shown == num_tokens:
+        return ""
+    until = "" if hearing.token_ends_s is None else f" (up to {hearing.token_ends_s[num_shown - 1]:.2f} s)"
+    return f" Shown: the first {num_shown} tokens{until}; {num_tokens - num_shown} are left out."
+
+
+def _key(hearing: Hearing) -> str:
+    """What the parts of the picture mean."""
+    key = "Each column: what the LLM expects next, after having heard that many tokens (␣ is a space)."
+    if hearing.transcript_tokens is not None:
+        key += " Outlined: what the transcript goes on with."
+    if hearing.kl_to_text is not None:
+        key += " KL: how far this is from what the LLM expects after the text, in nats; 0 is the same."
+    if hearing.token_ends_s is None:
+        key += " This adapter has a fixed rate: no alphas, no boundaries."
+    return key
+
+
+def _percent(probability: float) -> str:
+    return f"{probability:.0%}" if probability >= 0.005 else "<1%"
+
+
+def _visible(text: str, max_chars: int) -> str:
+    text = text.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")
+    return text if len(text) <= max_chars else text[: max_chars - 1] + "…"
+
+
+class _Sheet:
+    """Draws the bands of one picture; positions are inches from the lower left corner of the figure."""
+
+    def __init__(self, hearing: Hearing, width: float, num_columns: int):
+        self.hearing = hearing
+        self.width = width
+        self.column_width = min((width - LEFT - RIGHT) / num_columns, MAX_COLUMN_WIDTH)
+        self.max_chars = int(self.column_width * 72 / (0.68 * FONT_SIZE))
+        num_rows = len(hearing.predictions[0])
+        self.head_height = NUMBER_HEIGHT + (0.0 if hearing.transcript_tokens is None else LINE_HEIGHT)
+        # The parts of a band from top to bottom.
+        parts = [(self._draw_spectrogram, SPECTROGRAM_HEIGHT)]
+        if hearing.alphas is not None:
+            parts += [(self._draw_alphas, ALPHA_HEIGHT), (self._draw_fan, FAN_HEIGHT)]
+        parts += [(self._draw_table, self.head_height + num_rows * CELL_HEIGHT)]
+        if hearing.kl_to_text is not None:
+            parts += [(self._draw_kl, KL_HEIGHT)]
+        self.parts = parts
+        self.band_height = TIME_HEIGHT + sum(height for _, height in parts)
+
+    def wrap(self, text: str, bold: bool = False) -> list[str]:
+        character_width = (0.6 if bold else 0.53) * FONT_SIZE
+        return textwrap.wrap(text, int((self.width - 0.16) * 72 / character_width))
+
+    def draw_band(self, figure, top: float, tokens: range):
+        """Draw the tokens of one band, and the stretch of audio that they were made of."""
+        figure_height = figure.get_figheight()
+        top -= TIME_HEIGHT
+        for draw, height in self.parts:
+            top -= height
+            size = self.column_width * len(tokens) / self.width, height / figure_height
+            axes = figure.add_axes([LEFT / self.width, top / figure_height, *size], label=draw.__name__)
+            axes.tick_params(labelsize=SMALL_FONT_SIZE, length=2, pad=2)
+            draw(axes, tokens)
+
+    def _stretch(self, tokens: range) -> tuple[float, float]:
+        """Start and end of the audio of these tokens, seconds."""
+        hearing = self.hearing
+        if hearing.token_ends_s is None:
+            # Tokens of a fixed rate.
+            per_token_s = hearing.duration_s / len(hearing.predictions)
+            return tokens.start * per_token_s, tokens.stop * per_token_s
+        start_s = 0.0 if tokens.start == 0 else hearing.token_ends_s[tokens.start - 1]
+        is_last = tokens.stop == len(hearing.predictions)
+        stop_s = hearing.duration_s if is_last else hearing.token_ends_s[tokens.stop - 1]
+        return start_s, max(stop_s, start_s + hearing.frame_duration_s)
+
+    def _draw_spectrogram(self, axes, tokens):
+        hearing = self.hearing
+        axes.imshow(
+            hearing.spectrogram,
+            cmap="cividis",
+            origin="lower",
+            aspect="auto",
+            extent=(0, hearing.spectrogram.shape[1] * SPECTROGRAM_STEP_S, 0, len(hearing.spectrogram)),
+        )
+        axes.set_xlim(*self._stretch(tokens))
+        axes.xaxis.tick_top()
+        axes.xaxis.set_major_locator(MaxNLocator(max(2, int(self.column_width * len(tokens) / TICK_DISTANCE))))
+        axes.xaxis.set_major_formatter(lambda seconds, _: f"{seconds:g} s")
+        axes.set_yticks([])
+        axes.set_ylabel("mel", fontsize=SMALL_FONT_SIZE)
+        self._draw_boundaries(axes, tokens, "white")
+
+    def _draw_alphas(self, axes, tokens):
+        alphas = self.hearing.alphas
+        middles_s = (np.arange(len(alphas)) + 0.5) * self.hearing.frame_duration_s
+        axes.fill_between(middles_s, alphas, color=BLUE, alpha=0.25, linewidth=0)
+        axes.plot(middles_s, alphas, color=BLUE, linewidth=1.2)
+        axes.set_xlim(*self._stretch(tokens))
+        axes.set_xticks([])
+        axes.set_ylim(0, 1.1 * max(0.5, float(alphas.max())))
+        axes.set_yticks([0, 0.5], ["0", "0.5"])
+        axes.set_ylabel("alpha", fontsize=SMALL_FONT_SIZE)
+        self._draw_boundaries(axes, tokens, "black")
+
+    def _draw_boundaries(self, axes, tokens, color):
+        if self.hearing.token_ends_s is not None:
+            for end_s in self.hearing.token_ends_s[tokens.start : tokens.stop]:
+                axes.axvline(end_s, color=color, linewidth=1, linestyle=(0, (3, 2)))
+
+    def _draw_fan(self, axes, tokens):
+        """Lines from the boundaries on the time axis to those of the columns."""
+        start_s, stop_s = self._stretch(tokens)
+        for column, end_s in enumerate(self.hearing.token_ends_s[tokens.start : tokens.stop], start=1):
+            place = (end_s - start_s) / (stop_s - start_s) * len(tokens)
+            axes.plot([place, column], [1, 0], color="#888888", linewidth=0.8, clip_on=False)
+        axes.set_xlim(0, len(tokens))
+        axes.set_ylim(0, 1)
+        axes.axis("off")
+
+    def _draw_table(self, axes, tokens):
+        hearing = self.hearing
+        axes.set_xlim(0, len(tokens))
+        axes.set_ylim(self.head_height + len(hearing.predictions[0]) * CELL_HEIGHT, 0)
+        axes.axis("off")
+        shades = colormaps["Blues"]
+        for column, token in enumerate(tokens):
+            known = hearing.transcript_tokens
+            middle = column + 0.5
+            heading = {"ha": "center", "va": "center", "parse_math": False}
+            axes.text(middle, 0.1, f"after {token + 1}", fontsize=SMALL_FONT_SIZE, color="#444444", **heading)
+            if known is not None:
+                axes.text(
+                    middle, 0.25, _visible(known[token], self.max_chars), fontsize=FONT_SIZE, weight="bold", **heading
+                )
+            goes_on_with = None if known is None or token + 1 == len(known) else known[token + 1]
+            for row, (text, probability) in enumerate(hearing.predictions[token]):
+                cell_top = self.head_height + row * CELL_HEIGHT
+                is_right = text == goes_on_with
+                axes.add_patch(
+                    Rectangle(
+                        (column + 0.04, cell_top + 0.015),
+                        0.92,
+                        CELL_HEIGHT - 0.03,
+                        facecolor=shades(0.8 * probability),
+                        edgecolor=ORANGE if is_right else "#cccccc",
+                        linewidth=2 if is_right else 0.6,
+                        zorder=2 if is_right else 1,
+                    )
+                )
+                colour = "white" if probability > 0.65 else "black"
+                cell = {"color": colour, "zorder": 3, **heading}
+                axes.text(middle, cell_top + 0.11, _visible(text, self.max_chars), fontsize=FONT_SIZE, **cell)
+                axes.text(middle, cell_top + 0.24, _percent(probability), fontsize=SMALL_FONT_SIZE, **cell)
+
+    def _draw_kl(self, axes, tokens):
+        kl_to_text = self.hearing.kl_to_text
+        highest = max(0.1, float(kl_to_text.max()))
+        axes.set_xlim(0, len(tokens))
+        axes.set_ylim(0, 1.6 * highest)
+        for column, token in enumerate(tokens):
+            axes.bar(column + 0.5, kl_to_text[token], width=0.6, color=ORANGE)
+            axes.text(
+                column + 0.5,
+                kl_to_text[token] + 0.06 * highest,
+                f"{kl_to_text[token]:.2f}",
+                ha="center",
+                va="bottom",
+                fontsize=SMALL_FONT_SIZE,
+            )
+        axes.set_xticks([])
+        axes.set_yticks([0, highest], ["0", f"{highest:.1f}"])
+        axes.set_ylabel("KL", fontsize=SMALL_FONT_SIZE)
+        axes.spines[["top", "right"]].set_visible(False)
