@@ -271,6 +271,18 @@ def test_another_base_model_than_the_checkpoints_is_refused(checkpoint, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_code_of_the_card_runs_as_it_stands(published, tmp_path, monkeypatch, capsys):
+    code = re.findall(r"```python\n(.*?)```", (published / "README.md").read_text(), re.DOTALL)
+    assert len(code) == 3
+    clip_path = tmp_path / "clip.wav"
+    soundfile.write(clip_path, clip(0.6), SAMPLING_RATE)
+    (tmp_path / "my-model").symlink_to(published)
+    monkeypatch.chdir(tmp_path)
+    exec("".join(code), {})
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) >= 4 and any(printed)
+
+
 def test_a_template_with_a_missing_block_is_refused(published):
     facts = json.loads((published / "publication.json").read_text())["facts"]
     template = (ROOT / "model_card.md").read_text().replace("<!-- results -->", "")
