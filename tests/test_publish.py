@@ -148,7 +148,7 @@ def test_it_tells_no_path_of_this_machine(published, checkpoint, backbones):
 def test_samples_carry_what_the_model_answers(published, checkpoint):
     model, processor = BlspKdForCausalLM.from_pretrained(checkpoint), BlspKdProcessor.from_pretrained(checkpoint)
     rows = [{"audio": str(published / f"samples/{number}.wav"), "instruction": "repeat the words"} for number in (1, 2)]
-    answers = [answer_rows(model, processor, [row], "audio")[0] for row in rows]
+    answers = [answer_rows(model, processor, [row], "audio", max_new_tokens=128)[0] for row in rows]
     widget = ModelCard.load(published / "README.md").data["widget"]
     assert [example["src"] for example in widget] == ["samples/1.wav", "samples/2.wav"]
     assert [example["output"]["text"] for example in widget] == answers and any(answers)
@@ -159,10 +159,10 @@ def test_samples_carry_what_the_model_answers(published, checkpoint):
 
 def test_a_manifest_of_samples_comes_before_those_of_training(checkpoint, tmp_path, monkeypatch):
     soundfile.write(tmp_path / "other.flac", clip(0.7), SAMPLING_RATE)
-    (tmp_path / "rows.jsonl").write_text('{"audio": "other.flac", "instruction": "repeat the words"}\n')
+    (tmp_path / "rows.jsonl").write_text('{"audio": "other.flac", "text": "cat", "instruction": "repeat the words"}\n')
     run_publish(monkeypatch, checkpoint, tmp_path / "made", "--samples", tmp_path / "rows.jsonl")
     assert [path.name for path in (tmp_path / "made" / "samples").iterdir()] == ["1.flac"]
-    assert "| `samples/1.flac` | not stated | repeat the words |" in (tmp_path / "made" / "README.md").read_text()
+    assert "| `samples/1.flac` | cat | repeat the words |" in (tmp_path / "made" / "README.md").read_text()
 
 
 # -- thin checkpoints -------------------------------------------------------------------------------------------------
@@ -408,12 +408,12 @@ def test_repeating_it_sends_nothing(server, published):
         ("POST", "preupload", 403, "right to write"),
         ("POST", "objects/batch", 403, "right to write"),
         ("PUT", "large", 413, "larger than the server takes"),
-        ("PUT", "large", "before", "connection or the server failed"),
-        ("PUT", "large", 500, "connection or the server failed"),
+        ("PUT", "large", "before", "See above what failed"),
+        ("PUT", "large", 500, "See above what failed"),
         ("POST", "commit", 409, "Somebody else"),
         ("POST", "commit", 412, "Somebody else"),
-        ("POST", "commit", "before", "connection or the server failed"),
-        ("POST", "commit", "after", "connection or the server failed"),
+        ("POST", "commit", "before", "See above what failed"),
+        ("POST", "commit", "after", "See above what failed"),
     ],
 )
 def test_a_failed_upload_leaves_the_old_or_the_new_state(method, path, fault, advice, server, published, newer):
