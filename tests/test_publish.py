@@ -23,9 +23,10 @@ from test_thin_checkpoints import build, hub  # noqa: F401 (a fixture)
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 import publish
+import train
 from answering import answer_rows
 from hub.card import make_card
-from hub.facts import count_parameters
+from hub.facts import count_parameters, describe_parts
 from hub.publication import complete_or_nothing
 from hub.upload import UploadError, upload
 from hub.verify import compare, run_script
@@ -262,7 +263,8 @@ def test_what_an_old_checkpoint_does_not_tell_is_not_invented(checkpoint, proces
     (bare / "results.json").write_text(json.dumps(old))
     run_publish(monkeypatch, bare, tmp_path / "made")
     card = ModelCard.load(tmp_path / "made" / "README.md")
-    assert "| voices heard in training | 0.900 | 0.600 |" in card.text and "not recorded" in card.text
+    assert "| voices heard in training | 0.900 | 0.600 |" in card.text
+    assert "Questions (their number was not recorded)" in card.text and card.data.eval_results is None
 
 
 def test_another_base_model_than_the_checkpoints_is_refused(checkpoint, tmp_path, monkeypatch):
@@ -296,6 +298,14 @@ def test_the_model_card_of_this_repository_is_what_the_command_writes():
     assert written == (ROOT / "model_card.md").read_text()
     facts["results"]["speech_accuracy"]["seen_voices"] -= 0.1
     assert str(make_card(facts)) != written
+
+
+def test_the_model_card_of_this_repository_describes_the_default_model():
+    facts = json.loads((ROOT / "tests" / "data" / "default_publication.json").read_text())["facts"]
+    processor = BlspKdProcessor.from_backbones(train.TINY_SPEECH_MODEL, train.TINY_TEXT_MODEL)
+    model = train.build_model(train.ModelOptions(), processor)
+    assert describe_parts(model, facts["results"]["training"], {}) == facts["parts"]
+    assert model.config.distillation == facts["losses"]
 
 
 # -- complete or nothing ----------------------------------------------------------------------------------------------
