@@ -86,6 +86,21 @@ class DistillationOptions:
     temperature: float = 2.0
 
 
+@dataclass(frozen=True)
+class TimestampOptions:
+    """How CIF's integral is read as a clock, see `token_times.py`.
+
+    Args:
+        delay_s (`float`): how long after the words CIF gathers their weight, seconds. `examples/measure_timestamps.py`
+            fits it.
+        silence (`float`): in [0, 1): frames are silent up to this share of the way from the quietest frame of a clip to
+            its loudest; 0: none is.
+    """
+
+    delay_s: float = 0.1
+    silence: float = 0.3
+
+
 # What transformers itself adds to any config beyond its declared fields.
 GENERAL_OPTIONS = {
     "_attn_implementation",
@@ -108,6 +123,7 @@ CHECKED_OPTIONS = (
     "adapter",
     "plora",
     "distillation",
+    "timestamps",
     "freeze_speech_encoder",
     "speech_padding",
     "audio_token_id",
@@ -147,6 +163,7 @@ class BlspKdConfig(PreTrainedConfig):
             [`CFormerOptions`] or [`SubsamplerOptions`].
         plora (`bool` or `dict`): partial LoRA off, on, or on with [`PartialLoraOptions`].
         distillation (`dict`, *optional*): [`DistillationOptions`].
+        timestamps (`dict`, *optional*): [`TimestampOptions`].
         freeze_speech_encoder (`bool`): keep the encoder as it is. The LLM is always frozen.
         speech_padding (`str`): `"do_not_pad"`: encode each clip on its true length; `"max_length"` (Whisper only):
             pad it to 30 seconds of silence that the encoder hears, as in its pretraining.
@@ -171,6 +188,7 @@ class BlspKdConfig(PreTrainedConfig):
     adapter: Any = "cformer"
     plora: Any = False
     distillation: Any = None
+    timestamps: Any = None
     freeze_speech_encoder: bool = True
     speech_padding: str = "do_not_pad"
     audio_token_id: int = 0
@@ -191,6 +209,7 @@ class BlspKdConfig(PreTrainedConfig):
         self.adapter = self._checked_adapter()
         self.plora = self._checked_plora()
         self.distillation = self._checked_distillation()
+        self.timestamps = self._checked_timestamps()
         _require(
             _is_count(self.audio_token_id, 0), "audio_token_id must be a token id of at least 0", self.audio_token_id
         )
@@ -316,6 +335,21 @@ class BlspKdConfig(PreTrainedConfig):
                         f"distillation option {name}={options[name]} needs one speech token per text token, which the "
                         "subsampler adapter does not make. Set it to 0, or use adapter='cformer'."
                     )
+        return options
+
+    def _checked_timestamps(self) -> dict:
+        options = asdict(_options(TimestampOptions, dict(self.timestamps or {}), "timestamps"))
+        delay_s, silence = options["delay_s"], options["silence"]
+        _require(
+            isinstance(delay_s, (int, float)) and -1 <= delay_s <= 1,
+            "timestamps option delay_s must lie in [-1, 1] (seconds)",
+            delay_s,
+        )
+        _require(
+            isinstance(silence, (int, float)) and 0 <= silence < 1,
+            "timestamps option silence must lie in [0, 1)",
+            silence,
+        )
         return options
 
 

@@ -26,8 +26,10 @@ from .backbones import load_audio_tower, load_language_model, without_folder
 from .configuration_blsp_kd import BlspKdConfig
 from .distillation_step import RESPONSE_TOKENS, DistillationStep, frozen
 from .generation_blsp_kd import BlspKdGenerationMixin
+from .loudness import find_silence, loudness
 from .plora import ADAPTER_NAME, PartialLora, leave_out_of_peft_model
 from .speech_encoder import (
+    WINDOW_S,
     TrueLengthWhisperEncoder,
     build_speech_encoder,
     encode_speech,
@@ -355,15 +357,13 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, DistillationStep, BlspKdGeneratio
             frames.requires_grad_(True)
         adapter_dtype = next(self.adapter.parameters()).dtype
         adapted = self.adapter(frames.to(adapter_dtype), frame_mask, num_speech_tokens, windows_per_clip)
-        frames_per_window = frame_mask.shape[1]
+        times = None
+        if adapted.alphas is not None:
+            times = self._time_tokens(windows, window_mask, frame_mask, windows_per_clip, adapted)
         if windows_per_clip is not None:
             frames_per_clip = per_clip(frame_mask.sum(1), windows_per_clip)
             frames = regroup(frames, frame_mask, frames_per_clip)
             frame_mask = is_within(frames_per_clip, frames.shape[1])
-        times = None
-        if adapted.alphas is not None:
-            frame_starts = frame_starts_s(self.config.speech_config, frames.shape[1], frames_per_window)
-            times = token_times(adapted.alphas, adapted.num_speech_tokens, frame_starts, self.frame_duration_s)
         return BlspKdAudioOutput(
             last_hidden_state=frames,
             pooler_output=adapted.speech_embeds,
@@ -375,6 +375,25 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, DistillationStep, BlspKdGeneratio
             alpha_sum=adapted.alpha_sum,
             firing_places=adapted.firing_places,
             token_times=times,
+        )
+
+    def _time_tokens(self, windows, window_mask, frame_mask, windows_per_clip, adapted) -> torch.Tensor:
+        """Start and end of every speech token: (A, U, 2)."""
+        speech_config, options = self.config.speech_config, self.config.timestamps
+        window, time_axis = window_of(speech_config)
+        num_frames, steps_per_frame = frame_mask.shape[1], round(window * self.frame_duration_s / WINDOW_S)
+        frame_loudness = loudness(windows, window_mask, time_axis, steps_per_frame, num_frames)
+        if windows_per_clip is not None:
+            frames_per_clip = per_clip(frame_mask.sum(1), windows_per_clip)
+            frame_loudness = regroup(frame_loudness, frame_mask, frames_per_clip)
+            frame_mask = is_within(frames_per_clip, frame_loudness.shape[1])
+        return token_times(
+            adapted.alphas,
+            adapted.num_speech_tokens,
+            find_silence(frame_loudness, frame_mask, options["silence"]),
+            frame_starts_s(speech_config, frame_mask.shape[1], num_frames),
+            self.frame_duration_s,
+            options["delay_s"],
         )
 
     def _hear_prompt(

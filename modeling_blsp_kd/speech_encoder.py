@@ -20,7 +20,8 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.whisper.modeling_whisper import WhisperEncoder, WhisperModel, sinusoids
 from transformers.utils.output_capturing import capture_outputs
 
-# What 30 s of 16 kHz audio are along axis 1, the time axis, of the features.
+WINDOW_S = 30.0
+# What that much 16 kHz audio is along axis 1, the time axis, of the features.
 WINDOW_LENGTHS = {
     "wav2vec2": 480_000,  # waveforms (N, samples)
     "hubert": 480_000,
@@ -145,7 +146,10 @@ def frame_duration_s(config) -> float:
         return math.prod(config.conv_stride) / 16_000
     if config.model_type == "parakeet_encoder":
         return MEL_HOP_S * config.subsampling_factor
-    return 2 * MEL_HOP_S  # Whisper's second convolution has stride 2; W2V-BERT reads mel frames in pairs
+    if config.model_type == "whisper":
+        # Its position table spans a window, whatever the hop of its feature extractor (which is not in the config).
+        return WINDOW_S / config.max_source_positions
+    return 2 * MEL_HOP_S  # W2V-BERT reads filter bank frames in pairs
 
 
 def frame_starts_s(config, num_frames: int, frames_per_window: int) -> torch.Tensor:
@@ -157,10 +161,9 @@ def frame_starts_s(config, num_frames: int, frames_per_window: int) -> torch.Ten
     Args:
         frames_per_window (`int`): what the encoder makes of a whole window.
     """
-    window_s = 2 * MEL_HOP_S * config.max_source_positions if config.model_type == "whisper" else 30.0
     frame = torch.arange(num_frames, dtype=torch.float64)
     window = frame // frames_per_window
-    return window * window_s + (frame - window * frames_per_window) * frame_duration_s(config)
+    return window * WINDOW_S + (frame - window * frames_per_window) * frame_duration_s(config)
 
 
 def encode_speech(audio_tower: PreTrainedModel, input_features, input_features_mask, **kwargs) -> SpeechEncoderOutput:

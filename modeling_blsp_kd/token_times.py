@@ -1,7 +1,8 @@
 """When each token was said: CIF's running integral read as a clock, and text tokens laid on speech tokens.
 
-Follows arXiv 1905.11235: token u is what the integral gathers between the whole numbers u and u + 1. Leaves out:
-grouping tokens to words, which needs a tokenizer (the processor's `word_timestamps`).
+Follows arXiv 1905.11235: token u is what the integral gathers between the whole numbers u and u + 1. Read like that,
+times are biased (arXiv 2301.12343): a token is complete only some time after it was said, and silence gathers weight
+too. Leaves out: grouping tokens to words, which needs a tokenizer (the processor's `word_timestamps`).
 
 Shapes: A clips, T encoder frames, U speech tokens of a clip, J text tokens.
 """
@@ -10,32 +11,52 @@ import torch
 from torch.nn.functional import pad
 
 
-def token_times(alphas, num_speech_tokens, frame_starts_s, frame_duration_s: float) -> torch.Tensor:
+def token_times(
+    alphas, num_speech_tokens, is_silent, frame_starts_s, frame_duration_s: float, delay_s: float
+) -> torch.Tensor:
     """Start and end of every speech token, in seconds from the start of its clip.
+
+    What CIF gathers at one time was said `delay_s` before, and nothing is said in silence. So a token that ends at a
+    pause ends where it begins, and the next one begins where the pause ends.
 
     Args:
         alphas (`torch.FloatTensor` of shape (A, T)): unscaled CIF weights, zero at padding.
         num_speech_tokens (`torch.LongTensor` of shape (A,)): tokens that were fired.
+        is_silent (`torch.BoolTensor` of shape (A, T)): True where nothing is said, padding included.
         frame_starts_s (`torch.FloatTensor` of shape (T,)): where each frame begins.
         frame_duration_s (`float`).
+        delay_s (`float`): how long after the words CIF gathers their weight.
 
     Returns:
         (A, U, 2) float32, ascending; NaN past a clip's count.
     """
+    tiny = torch.finfo(torch.float64).tiny
+    num_frames = alphas.shape[1]
     integral = pad(alphas.detach().double().cumsum(1), (1, 0))
-    # What is said is scaled to the number of tokens; a clip of zeros has nothing to scale.
-    scale = num_speech_tokens / integral[:, -1].clamp(min=torch.finfo(integral.dtype).tiny)
-    integral = integral * scale[:, None]
-    token = torch.arange(int(num_speech_tokens.max()), device=alphas.device)
-    bounds = torch.stack([token, token + 1], dim=-1).flatten().double().expand(len(alphas), -1)
-    bounds = bounds.minimum(integral[:, -1:]).contiguous()
+    # The integral up to the edges of frames that lie `delay_s` later, between which it is a straight line.
+    edge = torch.arange(num_frames + 1, device=alphas.device) + delay_s / frame_duration_s
+    edge = edge.double().clamp(0, num_frames)
+    frame = edge.long().clamp(max=num_frames - 1)
+    integral = torch.lerp(integral[:, frame], integral[:, frame + 1], edge - frame)
+    said = integral.diff(dim=1).masked_fill(is_silent, 0.0)
+    # Of a clip that is shorter than the delay nothing is left; its tokens share the sound evenly.
+    said = torch.where(said.sum(1, keepdim=True) > 0, said, (~is_silent).double())
+    integral = pad(said.cumsum(1), (1, 0))
+    integral = integral * (num_speech_tokens / integral[:, -1])[:, None]
 
-    frame = torch.searchsorted(integral[:, 1:].contiguous(), bounds)
-    before, after = integral.gather(1, frame), integral.gather(1, frame + 1)
-    into_frame = ((bounds - before) / (after - before).clamp(min=torch.finfo(integral.dtype).tiny)).clamp(0, 1)
-    times = frame_starts_s.to(integral)[frame] + frame_duration_s * into_frame
+    token = torch.arange(int(num_speech_tokens.max()), device=alphas.device)
+    bounds = torch.stack([token, token + 1]).double().expand(len(alphas), -1, -1)
+    # Rounding must not put the end of the last token past the integral's own.
+    starts, ends = bounds.minimum(integral[:, -1:, None]).transpose(0, 1).contiguous()
+    frame_ends = integral[:, 1:].contiguous()
+    # Where the integral rests, a token ends at the first place and the next one begins at the last.
+    frames = torch.stack([torch.searchsorted(frame_ends, starts, right=True), torch.searchsorted(frame_ends, ends)], -1)
+    frames = frames.clamp(max=num_frames - 1)
+    before, after = (integral.gather(1, (frames + step).flatten(1)).view(frames.shape) for step in (0, 1))
+    into_frame = ((torch.stack([starts, ends], -1) - before) / (after - before).clamp(min=tiny)).clamp(0, 1)
+    times = frame_starts_s.to(integral)[frames] + frame_duration_s * into_frame
     is_token = token < num_speech_tokens[:, None]
-    return times.unflatten(1, (-1, 2)).masked_fill(~is_token[..., None], torch.nan).float()
+    return times.masked_fill(~is_token[..., None], torch.nan).float()
 
 
 def align(similarity) -> torch.LongTensor:

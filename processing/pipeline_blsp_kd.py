@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.pipelines.base import ChunkPipeline
 from transformers.utils.chat_template_utils import Chat
 
@@ -27,6 +28,16 @@ GENERATE_ARGUMENTS = (
     "assistant_model",
     "streamer",
 )
+# What `config.custom_pipelines` of a published model says, so that `pipeline` finds this file.
+CUSTOM_PIPELINES = {
+    "audio-text-to-text": {"impl": "pipeline_blsp_kd.BlspKdPipeline", "pt": ["AutoModelForCausalLM"]},
+    "automatic-speech-recognition": {
+        "impl": "pipeline_blsp_kd.BlspKdSpeechRecognitionPipeline",
+        "pt": ["AutoModelForCausalLM"],
+    },
+}
+# A rest of a recording that is shorter than this stays with the chunk before it.
+SHORTEST_CHUNK_S = 0.1
 # Long recordings are cut into chunks, but all of their samples are held at once: 0.9 GB at 16 kHz.
 MAX_RECORDING_S = 4 * 3600.0
 
@@ -226,9 +237,11 @@ class BlspKdPipeline(ChunkPipeline):
                     answers = []
 
     def save_pretrained(self, save_directory, **kwargs):
-        """Save model and processor. transformers' own would leave the processor out."""
+        """Save model, processor and the code of the pipelines. transformers' own would leave the processor out."""
+        self.model.config.custom_pipelines = CUSTOM_PIPELINES
         self.model.save_pretrained(save_directory, **kwargs)
         self.processor.save_pretrained(save_directory, **kwargs)
+        custom_object_save(self, save_directory)
 
 
 class BlspKdSpeechRecognitionPipeline(BlspKdPipeline):
@@ -293,7 +306,10 @@ class BlspKdSpeechRecognitionPipeline(BlspKdPipeline):
         waveform = load_clip(clip, rate, sampling_rate, allowed_url_prefixes, max_duration_s)
         chunks = [(0, len(waveform), -np.inf, np.inf)]
         if chunk_length_s is not None:
-            chunks = _chunks(len(waveform), *(round(seconds * rate) for seconds in (chunk_length_s, left_s, right_s)))
+            chunks = _chunks(
+                len(waveform),
+                *(round(seconds * rate) for seconds in (chunk_length_s, left_s, right_s, SHORTEST_CHUNK_S)),
+            )
             loud = [chunk for chunk in chunks if np.abs(waveform[chunk[0] : chunk[1]]).max() >= SILENCE_PEAK]
             chunks = loud or chunks[:1]
         for start, stop, keep_from, keep_to in chunks:
@@ -377,7 +393,7 @@ def _is_number(value) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and np.isfinite(value)
 
 
-def _chunks(num_samples: int, length: int, left: int, right: int) -> list[tuple[int, int, float, float]]:
+def _chunks(num_samples: int, length: int, left: int, right: int, shortest: int) -> list[tuple[int, int, float, float]]:
     """Start and stop of each chunk, and between where its words are kept, samples.
 
     The parts between the margins follow each other without a gap, and those of the first and last chunk reach to the
@@ -385,7 +401,7 @@ def _chunks(num_samples: int, length: int, left: int, right: int) -> list[tuple[
     """
     chunks = []
     for start in range(0, num_samples, length - left - right):
-        stop = min(start + length, num_samples)
+        stop = start + length if start + length + shortest <= num_samples else num_samples
         is_last = stop == num_samples
         chunks.append((start, stop, start + left if start else -np.inf, np.inf if is_last else stop - right))
         if is_last:

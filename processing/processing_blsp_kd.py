@@ -285,23 +285,23 @@ class BlspKdProcessor(ProcessorMixin):
         Raises:
             ValueError: there is not one pair of times per token.
         """
-        token_ids, token_timestamps = (
-            np.array(torch.as_tensor(values).cpu()) for values in (token_ids, token_timestamps)
-        )
+        token_ids, token_timestamps = torch.as_tensor(token_ids).cpu(), torch.as_tensor(token_timestamps).cpu()
         if token_ids.ndim != 1 or token_timestamps.shape != (len(token_ids), 2):
             raise ValueError(
                 "word_timestamps takes one row: token_ids of shape (L,) and token_timestamps of shape (L, 2), but got "
-                f"{token_ids.shape} and {token_timestamps.shape}."
+                f"{tuple(token_ids.shape)} and {tuple(token_timestamps.shape)}."
             )
-        is_said = ~np.isnan(token_timestamps).any(1) & ~np.isin(token_ids, self.tokenizer.all_special_ids)
-        token_ids, token_timestamps = token_ids[is_said].tolist(), token_timestamps[is_said]
-        pieces = self._decode_in_pieces(token_ids)
+        added = self.tokenizer.added_tokens_decoder.items()
+        special = [token_id for token_id, token in added if token.special]  # what decoding skips
+        is_said = ~token_timestamps.isnan().any(1) & ~torch.isin(token_ids, torch.tensor(special))
+        token_timestamps = token_timestamps[is_said].tolist()
+        pieces = self._decode_in_pieces(token_ids[is_said].tolist())
         ends = np.cumsum([len(text) for text, _ in pieces])
         words = []
         for word in re.finditer(r"\s*\S+", "".join(text for text, _ in pieces)):
             first, last = np.searchsorted(ends, [word.start(), word.end() - 1], side="right")
             times = token_timestamps[pieces[first][1].start : pieces[last][1].stop]
-            words.append({"text": word.group(), "timestamp": (float(times[0, 0]), float(times[-1, 1]))})
+            words.append({"text": word.group(), "timestamp": (times[0][0], times[-1][1])})
         return words
 
     def _decode_in_pieces(self, token_ids: list[int]) -> list[tuple[str, slice]]:

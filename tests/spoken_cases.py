@@ -12,14 +12,8 @@ import soundfile
 from conftest import SAMPLING_RATE, clip, make_model
 
 import processing
+from processing.pipeline_blsp_kd import CUSTOM_PIPELINES
 
-CUSTOM_PIPELINES = {
-    "audio-text-to-text": {"impl": "pipeline_blsp_kd.BlspKdPipeline", "pt": ["AutoModelForCausalLM"]},
-    "automatic-speech-recognition": {
-        "impl": "pipeline_blsp_kd.BlspKdSpeechRecognitionPipeline",
-        "pt": ["AutoModelForCausalLM"],
-    },
-}
 INSTRUCTION = "repeat the words"
 # The smallest first box of an MP4 file, and of a Matroska one.
 MP4 = b"\0\0\0\x18ftypmp42\0\0\0\0mp42isom" + bytes(200)

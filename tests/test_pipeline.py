@@ -17,7 +17,6 @@ import torch
 from conftest import SAMPLING_RATE, clip
 from spoken_cases import (
     BAD_FILES,
-    CUSTOM_PIPELINES,
     INSTRUCTION,
     base64_of,
     encode,
@@ -31,7 +30,7 @@ from transformers.pipelines.pt_utils import KeyDataset
 
 import processing
 from processing import BlspKdPipeline, BlspKdProcessor, BlspKdSpeechRecognitionPipeline, url_fetching
-from processing.pipeline_blsp_kd import _chunks
+from processing.pipeline_blsp_kd import CUSTOM_PIPELINES, _chunks
 
 TASKS = ("audio-text-to-text", "automatic-speech-recognition")
 SHORT = {"max_new_tokens": 5}
@@ -451,12 +450,13 @@ def test_timestamps_of_a_batch_are_those_of_one(recognizes, expected):
 
 @pytest.mark.parametrize("num_samples", [1, 99, 100, 101, 250, 1000, 1001])
 @pytest.mark.parametrize("length, left, right", [(100, 0, 0), (100, 20, 10), (100, 49, 50), (7, 3, 3)])
-def test_chunks_cover_a_recording_once(num_samples, length, left, right):
-    chunks = _chunks(num_samples, length, left, right)
+@pytest.mark.parametrize("shortest", [1, 5])
+def test_chunks_cover_a_recording_once(num_samples, length, left, right, shortest):
+    chunks = _chunks(num_samples, length, left, right, shortest)
     assert chunks[0][0] == 0 and chunks[-1][1] == num_samples
     assert chunks[0][2] == -np.inf and chunks[-1][3] == np.inf
     for start, stop, keep_from, keep_to in chunks:
-        assert 0 < stop - start <= length
+        assert min(shortest, num_samples) <= stop - start < length + shortest
         assert max(keep_from, 0) < min(keep_to, num_samples)
         assert keep_from in (-np.inf, start + left) and keep_to in (np.inf, stop - right)
     for (*_, keep_to), (_, _, keep_from, _) in itertools.pairwise(chunks):
@@ -514,6 +514,12 @@ def test_chunks_without_margins_are_answered_one_by_one(recognizes, model, proce
     for batch_size in (1, 2, 5):
         result = recognizes((recording, SAMPLING_RATE), chunk_length_s=1, stride_length_s=0, batch_size=batch_size)
         assert result == {"text": " ".join(wanted)}
+
+
+def test_a_rest_too_short_to_be_heard_is_not_a_chunk(recognizes):
+    """A recording one sample longer than its chunks ended in 'Audio 0 of the batch is too short'."""
+    recording = (clip(2.0 + 1 / SAMPLING_RATE, seed=6), SAMPLING_RATE)
+    assert recognizes(recording, chunk_length_s=1, stride_length_s=0)["text"].count(" ") >= 1
 
 
 def test_chunks_of_several_recordings_share_batches(recognizes):
@@ -793,16 +799,21 @@ def test_stock_pipelines_stay_as_they_are():
     assert PIPELINE_REGISTRY.check_task("any-to-any")[1]["impl"] is not BlspKdPipeline
 
 
-def test_a_saved_pipeline_has_its_processor(answers, expected, tmp_path):
-    """transformers' `Pipeline.save_pretrained` leaves the processor out."""
-    answers.save_pretrained(tmp_path)
-    pipe = pipeline("audio-text-to-text", model=tmp_path, device="cpu", instruction=INSTRUCTION, **SHORT)
-    assert text_of(pipe(CONTENTS)) == expected[0]
-
-
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory, processor):
     return make_repository(tmp_path_factory.mktemp("repository") / "small-blsp_kd.1", processor)
+
+
+def test_a_saved_pipeline_is_complete(answers, repository, expected, tmp_path):
+    """transformers' `Pipeline.save_pretrained` leaves the processor out, and one of the two pipelines."""
+    answers.save_pretrained(tmp_path / "installed")
+    loaded = pipeline("automatic-speech-recognition", model=str(repository), trust_remote_code=True, device="cpu")
+    loaded.save_pretrained(tmp_path / "loaded")
+    for name, task in itertools.product(("installed", "loaded"), TASKS):
+        folder = str(tmp_path / name)
+        pipe = pipeline(task, model=folder, trust_remote_code=True, device="cpu", instruction=INSTRUCTION, **SHORT)
+        assert type(pipe).__module__.startswith("transformers_modules")
+        assert text_of(pipe(CONTENTS)) == expected[0]
 
 
 def test_the_files_of_pipelines_can_travel_alone(repository):
