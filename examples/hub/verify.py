@@ -164,7 +164,8 @@ def ask_server(repo_id: str, clip, instruction: str, options: dict) -> str:
                 return json.load(response)["choices"][0]["message"]["content"]
         except (OSError, RuntimeError) as error:
             log.seek(0)
-            return f"no answer: {error}\n{log.read()[-3000:]}"
+            last_line = (log.read().splitlines() or [""])[-1]
+            return f"no answer: {error}: {last_line}"
         finally:
             server.kill()
             server.wait()
