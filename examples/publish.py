@@ -21,6 +21,8 @@ from hub.facts import OWN_BACKBONES, OWN_LICENCE, describe_parts
 from hub.publication import complete_or_nothing
 from hub.upload import UploadError, upload
 from hub.verify import measure_memory, verify
+from huggingface_hub.utils import validate_repo_id
+from train import read_manifest
 from transformers.dynamic_module_utils import get_relative_import_files
 
 import processing
@@ -30,6 +32,7 @@ from processing import BlspKdProcessor
 HUB_FILES = Path(__file__).parent / "hub"
 LICENCE_FILE = Path(__file__).parents[1] / "LICENSE"
 PIPELINE_FILE = Path(processing.__file__).with_name("pipeline_blsp_kd.py")
+MAX_NEW_TOKENS = 128  # of an answer on the card
 CUSTOM_PIPELINES = {
     "audio-text-to-text": {"impl": "pipeline_blsp_kd.BlspKdPipeline", "pt": ["AutoModelForCausalLM"]},
     "automatic-speech-recognition": {
@@ -43,18 +46,21 @@ def main():
     options = parse_options()
     checkpoint, name = Path(options.checkpoint), options.push or Path(options.folder).absolute().name
     repo_id = options.push or "someone/model"  # as which it is tried out
+    validate_repo_id(repo_id)
     check_backbones(checkpoint, options.full)
     results_file = checkpoint / "results.json"
     results = json.loads(results_file.read_text()) if results_file.exists() else {}
     kept = [{**row, "audio": checkpoint / row["audio"]} for row in results.pop("samples", [])]
-    rows = read_rows(options.samples) if options.samples else kept
+    rows = read_manifest(options.samples) if options.samples else kept
+    if options.verify and not rows:
+        raise SystemExit("--verify needs a clip, and this checkpoint kept none. Give some with --samples.")
 
-    model = BlspKdForCausalLM.from_pretrained(checkpoint)
-    processor = BlspKdProcessor.from_pretrained(checkpoint)
-    is_thin = model.config.backbones is not None and not options.full
-    if options.full:
-        model = model.to(model.dtype)  # a full checkpoint has one dtype
     with complete_or_nothing(options.folder) as (folder, record):
+        model = BlspKdForCausalLM.from_pretrained(checkpoint)
+        processor = BlspKdProcessor.from_pretrained(checkpoint)
+        is_thin = model.config.backbones is not None and not options.full
+        if options.full:
+            model = model.to(model.dtype)  # a full checkpoint has one dtype
         write_model(model, processor, folder, options.full)
         samples = write_samples(model, processor, rows, folder)
         record["facts"] = {
@@ -70,7 +76,7 @@ def main():
     print(f"{options.folder} is complete: {name}")
 
     if options.verify:
-        report_checks(options, repo_id, model, processor, rows)
+        report(verify(options.folder, repo_id, model, processor, rows[0]["audio"]))
     if options.push:
         try:
             print(f"uploaded: {upload(options.folder, options.push, private=options.private or None).commit_url}")
@@ -86,7 +92,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument(
         "--samples",
         metavar="MANIFEST",
-        help="JSONL rows (audio, instruction, text, answer) to show; those that train.py kept if omitted",
+        help="JSONL rows (audio, text, instruction, answer) to show; those that train.py kept if omitted",
     )
     for part in ("text_model", "speech_model"):
         parser.add_argument(f"--{part}", metavar="ID[=LICENCE]", help="Hub id and licence of this base model")
@@ -112,12 +118,6 @@ def check_backbones(checkpoint: Path, full: bool):
         )
 
 
-def read_rows(manifest: str) -> list[dict]:
-    """Rows of a JSONL manifest; their audio paths are relative to it."""
-    rows = map(json.loads, Path(manifest).read_text().splitlines())
-    return [{**row, "audio": Path(manifest).parent / row["audio"]} for row in rows]
-
-
 def write_model(model, processor, folder: Path, full: bool):
     """Weights, configs, processor, and the code that loads them; LICENSE goes with the code."""
     model.config.auto_map["AutoProcessor"] = "processing_blsp_kd.BlspKdProcessor"
@@ -140,7 +140,8 @@ def write_samples(model, processor, rows: list[dict], folder: Path) -> list[dict
         shutil.copyfile(row["audio"], folder / name)
         samples.append({"audio": name, **{key: row.get(key) for key in ("text", "instruction", "answer")}})
     heard = [{**sample, "audio": str(folder / sample["audio"])} for sample in samples]
-    for sample, output in zip(samples, answer_rows(model, processor, heard, "audio", batch_size=1)):
+    outputs = answer_rows(model, processor, heard, "audio", batch_size=1, max_new_tokens=MAX_NEW_TOKENS)
+    for sample, output in zip(samples, outputs):
         sample["output"] = output
     return samples
 
@@ -153,9 +154,10 @@ def describe_checkpoint(model, training: dict | None, options) -> dict:
             name, _, licence = getattr(options, part).partition("=")
             given[part] = (name, licence or None)
     parts = describe_parts(model, training, given)
-    # The tiny world is ours, in English.
-    is_ours = all((part["base_model"] or OWN_BACKBONES).startswith(OWN_BACKBONES) for part in parts)
-    is_ours = is_ours and training is not None and training["data"]["source"] == TINY_WORLD
+    base_models = [part["base_model"] or "" for part in parts if part["name"] in ("speech encoder", "LLM")]
+    is_tiny_world = training is not None and training["data"]["source"] == TINY_WORLD
+    # Then all of it is ours, and English.
+    is_ours = is_tiny_world and all(name.startswith(OWN_BACKBONES) for name in base_models)
     return {
         "parts": parts,
         "licence": options.licence or (OWN_LICENCE if is_ours else None),
@@ -173,11 +175,8 @@ def measure(folder: Path, repo_id: str, backbones: dict | None, samples: list[di
     return memory and {**memory, "clip_s": soundfile.info(clip).duration}
 
 
-def report_checks(options, repo_id: str, model, processor, rows: list[dict]):
+def report(checks: list[tuple[str, bool, str]]):
     """Print a table of checks, and end with exit code 1 if one failed."""
-    if not rows:
-        raise SystemExit("--verify needs a clip, and this checkpoint kept none. Give some with --samples.")
-    checks = verify(options.folder, repo_id, model, processor, rows[0]["audio"])
     for check, is_right, came in checks:
         print(f"{'ok' if is_right else 'FAILED':8}{check:44} {came}")
     if not all(is_right for _, is_right, _ in checks):

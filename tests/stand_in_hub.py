@@ -19,7 +19,7 @@ LFS_SUFFIXES = (".safetensors", ".wav", ".flac")
 
 
 class StandInHub:
-    """State of the server: `files` of the last commit, `log` of requests, and faults to come."""
+    """State of the server: `files` of the last commit, what was `put` and `committed`, and faults to come."""
 
     def __init__(self):
         self.exists, self.private, self.url = False, None, None

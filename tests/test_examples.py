@@ -59,6 +59,22 @@ def test_default_run_leaves_results_a_table_and_three_answers(trained):
     assert (folder / "model" / "checkpoint-2" / "processor_config.json").exists()
 
 
+def test_default_run_tells_what_a_model_card_needs(trained):
+    folder, _ = trained
+    contents = (folder / "model" / "results.json").read_text()
+    results, training = json.loads(contents), json.loads(contents)["training"]
+    assert training["text_model"] == "examples/tiny_world/llm"
+    assert training["data"] == {"source": "tiny world", "rows": 24, "voices": 12}
+    assert training["evaluation"]["rows"] == 34
+    assert (training["steps"], training["batch_size"], training["learning_rate"]) == (3, 8, 1e-3)
+    assert training["encoder_learning_rate"] == 4e-4
+    assert len(results["samples"]) == 3
+    for sample in results["samples"]:
+        assert soundfile.info(folder / "model" / sample["audio"]).duration > 0.5
+        assert sample["text"] and sample["instruction"] and sample["answer"]
+    assert str(folder) not in contents and str(ROOT) not in contents
+
+
 def test_infer_answers_a_file(trained):
     folder, _ = trained
     audio = next((folder / "clips").glob("*.flac"))
@@ -82,6 +98,8 @@ def test_training_from_a_manifest_makes_the_missing_responses(tmp_path):
     results = json.loads((tmp_path / "model" / "results.json").read_text())
     assert results["text_accuracy"] == {"seen_voices": 1.0, "by_kind": {"colour": 1.0}}
     assert "input_kl" not in results
+    assert results["training"]["data"] == {"source": "train.jsonl", "rows": 4, "voices": 1}
+    assert results["training"]["encoder_learning_rate"] is None, "it is frozen"
 
 
 def test_a_manifest_row_without_text_is_named(tmp_path, monkeypatch):

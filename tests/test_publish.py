@@ -23,9 +23,10 @@ from test_thin_checkpoints import build, hub  # noqa: F401 (a fixture)
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 import publish
+import train
 from answering import answer_rows
 from hub.card import make_card
-from hub.facts import count_parameters
+from hub.facts import count_parameters, describe_parts
 from hub.publication import complete_or_nothing
 from hub.upload import UploadError, upload
 from hub.verify import compare, run_script
@@ -148,7 +149,7 @@ def test_it_tells_no_path_of_this_machine(published, checkpoint, backbones):
 def test_samples_carry_what_the_model_answers(published, checkpoint):
     model, processor = BlspKdForCausalLM.from_pretrained(checkpoint), BlspKdProcessor.from_pretrained(checkpoint)
     rows = [{"audio": str(published / f"samples/{number}.wav"), "instruction": "repeat the words"} for number in (1, 2)]
-    answers = [answer_rows(model, processor, [row], "audio")[0] for row in rows]
+    answers = [answer_rows(model, processor, [row], "audio", max_new_tokens=128)[0] for row in rows]
     widget = ModelCard.load(published / "README.md").data["widget"]
     assert [example["src"] for example in widget] == ["samples/1.wav", "samples/2.wav"]
     assert [example["output"]["text"] for example in widget] == answers and any(answers)
@@ -159,10 +160,10 @@ def test_samples_carry_what_the_model_answers(published, checkpoint):
 
 def test_a_manifest_of_samples_comes_before_those_of_training(checkpoint, tmp_path, monkeypatch):
     soundfile.write(tmp_path / "other.flac", clip(0.7), SAMPLING_RATE)
-    (tmp_path / "rows.jsonl").write_text('{"audio": "other.flac", "instruction": "repeat the words"}\n')
+    (tmp_path / "rows.jsonl").write_text('{"audio": "other.flac", "text": "cat", "instruction": "repeat the words"}\n')
     run_publish(monkeypatch, checkpoint, tmp_path / "made", "--samples", tmp_path / "rows.jsonl")
     assert [path.name for path in (tmp_path / "made" / "samples").iterdir()] == ["1.flac"]
-    assert "| `samples/1.flac` | not stated | repeat the words |" in (tmp_path / "made" / "README.md").read_text()
+    assert "| `samples/1.flac` | cat | repeat the words |" in (tmp_path / "made" / "README.md").read_text()
 
 
 # -- thin checkpoints -------------------------------------------------------------------------------------------------
@@ -262,13 +263,26 @@ def test_what_an_old_checkpoint_does_not_tell_is_not_invented(checkpoint, proces
     (bare / "results.json").write_text(json.dumps(old))
     run_publish(monkeypatch, bare, tmp_path / "made")
     card = ModelCard.load(tmp_path / "made" / "README.md")
-    assert "| voices heard in training | 0.900 | 0.600 |" in card.text and "not recorded" in card.text
+    assert "| voices heard in training | 0.900 | 0.600 |" in card.text
+    assert "Questions (their number was not recorded)" in card.text and card.data.eval_results is None
 
 
 def test_another_base_model_than_the_checkpoints_is_refused(checkpoint, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="--speech_model says org/other, but the checkpoint was made from org/ears"):
         run_publish(monkeypatch, checkpoint, tmp_path / "made", "--speech_model", "org/other=mit")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_code_of_the_card_runs_as_it_stands(published, tmp_path, monkeypatch, capsys):
+    code = re.findall(r"```python\n(.*?)```", (published / "README.md").read_text(), re.DOTALL)
+    assert len(code) == 3
+    clip_path = tmp_path / "clip.wav"
+    soundfile.write(clip_path, clip(0.6), SAMPLING_RATE)
+    (tmp_path / "my-model").symlink_to(published)
+    monkeypatch.chdir(tmp_path)
+    exec("".join(code), {})
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) >= 4 and any(printed)
 
 
 def test_a_template_with_a_missing_block_is_refused(published):
@@ -284,6 +298,14 @@ def test_the_model_card_of_this_repository_is_what_the_command_writes():
     assert written == (ROOT / "model_card.md").read_text()
     facts["results"]["speech_accuracy"]["seen_voices"] -= 0.1
     assert str(make_card(facts)) != written
+
+
+def test_the_model_card_of_this_repository_describes_the_default_model():
+    facts = json.loads((ROOT / "tests" / "data" / "default_publication.json").read_text())["facts"]
+    processor = BlspKdProcessor.from_backbones(train.TINY_SPEECH_MODEL, train.TINY_TEXT_MODEL)
+    model = train.build_model(train.ModelOptions(), processor)
+    assert describe_parts(model, facts["results"]["training"], {}) == facts["parts"]
+    assert model.config.distillation == facts["losses"]
 
 
 # -- complete or nothing ----------------------------------------------------------------------------------------------
@@ -396,12 +418,12 @@ def test_repeating_it_sends_nothing(server, published):
         ("POST", "preupload", 403, "right to write"),
         ("POST", "objects/batch", 403, "right to write"),
         ("PUT", "large", 413, "larger than the server takes"),
-        ("PUT", "large", "before", "connection or the server failed"),
-        ("PUT", "large", 500, "connection or the server failed"),
+        ("PUT", "large", "before", "See above what failed"),
+        ("PUT", "large", 500, "See above what failed"),
         ("POST", "commit", 409, "Somebody else"),
         ("POST", "commit", 412, "Somebody else"),
-        ("POST", "commit", "before", "connection or the server failed"),
-        ("POST", "commit", "after", "connection or the server failed"),
+        ("POST", "commit", "before", "See above what failed"),
+        ("POST", "commit", "after", "See above what failed"),
     ],
 )
 def test_a_failed_upload_leaves_the_old_or_the_new_state(method, path, fault, advice, server, published, newer):

@@ -88,7 +88,10 @@ def _title(sample: dict) -> str:
 
 
 def _eval_results(results: dict) -> list[EvalResult]:
-    source = ((results.get("training") or {}).get("evaluation") or {}).get("source", "not recorded")
+    evaluation = (results.get("training") or {}).get("evaluation")
+    if evaluation is None:
+        return []  # an entry must name its data
+    source = evaluation["source"]
     common = {"task_type": TASK, "dataset_type": source.replace(" ", "-"), "dataset_name": source}
     speech = results.get("speech_accuracy", {})
     measured = [
@@ -170,7 +173,7 @@ def _results(results: dict) -> str:
     if not speech:
         return "Not measured."
     evaluation = (results.get("training") or {}).get("evaluation")
-    count = f"{evaluation['rows']:,} questions" if evaluation else "A number of questions that was not recorded"
+    count = f"{evaluation['rows']:,} questions" if evaluation else "Questions (their number was not recorded)"
     rows = {described: (text[name], speech[name]) for name, described in VOICES.items() if name in speech}
     by_kind = speech["by_kind"]
     if len(by_kind) > 1:

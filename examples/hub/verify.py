@@ -8,7 +8,6 @@ import base64
 import importlib.util
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -27,7 +26,8 @@ from .elsewhere import OPTIONS, generate, prompt
 
 ELSEWHERE = Path(__file__).with_name("elsewhere.py")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-SERVER_START_S = 300
+SERVER_TIMEOUT_S = 300
+LOOPBACK = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 def as_hub_cache(folder, hf_home, repo_id: str):
@@ -39,7 +39,7 @@ def as_hub_cache(folder, hf_home, repo_id: str):
     (repository / "refs" / "main").write_text(COMMIT)
     for index, path in enumerate(sorted(path for path in Path(folder).rglob("*") if path.is_file())):
         blob, link = repository / "blobs" / f"{index:040x}", snapshot / path.relative_to(folder)
-        shutil.copy(path, blob)
+        blob.symlink_to(path.absolute())  # a model may be large
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(os.path.relpath(blob, link.parent))
 
@@ -160,21 +160,22 @@ def ask_server(repo_id: str, clip, instruction: str, options: dict) -> str:
         )
         try:
             _wait_for(server, f"http://127.0.0.1:{port}/health")
-            with urllib.request.urlopen(request) as response:
+            with LOOPBACK.open(request, timeout=SERVER_TIMEOUT_S) as response:
                 return json.load(response)["choices"][0]["message"]["content"]
         except (OSError, RuntimeError) as error:
             log.seek(0)
-            return f"no answer: {error}\n{log.read()[-3000:]}"
+            last_line = (log.read().splitlines() or [""])[-1]
+            return f"no answer: {error}: {last_line}"
         finally:
-            server.terminate()
+            server.kill()
             server.wait()
 
 
 def _wait_for(server, url: str):
-    deadline = time.monotonic() + SERVER_START_S
+    deadline = time.monotonic() + SERVER_TIMEOUT_S
     while time.monotonic() < deadline and server.poll() is None:
         try:
-            return urllib.request.urlopen(url).close()
+            return LOOPBACK.open(url).close()
         except (urllib.error.URLError, ConnectionError):
             time.sleep(0.2)
     raise RuntimeError("the server did not start")
