@@ -288,6 +288,15 @@ def test_options_of_generate_reach_it(answers, model, processor):
     assert len({direct(model, processor, WAVEFORM, max_new_tokens=count)[0] for count in (3, 8)}) == 2
 
 
+def test_an_assistant_given_when_the_pipeline_is_made_assists(model, processor, expected):
+    """transformers takes it out of the options, and nobody passed it on."""
+    assistant, calls = make_readable_model(processor), []
+    assistant.register_forward_hook(lambda *_: calls.append(1))
+    made = BlspKdPipeline(model=model, processor=processor, instruction=INSTRUCTION, assistant_model=assistant, **SHORT)
+    assert text_of(made(CONTENTS)) == expected[0]
+    assert calls
+
+
 BAD_OPTIONS = {
     "unknown": ({"beams": 2}, r"Unknown option\(s\) \['beams'\] of BlspKd\w+\. It takes \['allowed_url_prefixes'"),
     "twice": ({"max_new_tokens": 3, "generate_kwargs": {"max_new_tokens": 4}}, r"\['max_new_tokens'\] given twice"),
