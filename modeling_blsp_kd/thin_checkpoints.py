@@ -21,8 +21,8 @@ WEIGHT_SUFFIXES = (".safetensors", ".bin")
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 # Where and how the LLM, the one large part, is to be put.
 PLACING_OPTIONS = ("low_cpu_mem_usage", "max_memory", "offload_buffers", "offload_folder", "use_safetensors")
-# What the Auto classes hand on; of no meaning once the class is chosen.
-AUTO_OPTIONS = ("trust_remote_code", "code_revision", "adapter_kwargs", "_from_auto", "_commit_hash")
+# What the Auto classes and `transformers serve` hand on; of no meaning once the class is chosen.
+AUTO_OPTIONS = ("trust_remote_code", "code_revision", "adapter_kwargs", "tqdm_class", "_from_auto", "_commit_hash")
 
 
 def is_thin(config_class, name_or_path, config=None, **kwargs) -> bool:

@@ -260,6 +260,12 @@ def test_other_arguments_of_loading(thin, model, inputs, tmp_path):
         BlspKdForCausalLM.from_pretrained(thin, nonsense=1)
 
 
+def test_what_transformers_serve_passes_on_is_accepted(thin, model, inputs):
+    """Its progress bar's class was an unknown argument, so that a thin checkpoint could not be served."""
+    loaded = BlspKdForCausalLM.from_pretrained(thin, trust_remote_code=True, tqdm_class=None)
+    assert torch.equal(logits(loaded, inputs), logits(model, inputs))
+
+
 @pytest.mark.parametrize(
     "given, expected",
     [
