@@ -170,6 +170,7 @@ def test_a_transcript_for_an_adapter_of_a_fixed_rate_is_an_error(processor):
     [
         (1, 3.6, {}),
         (2, 10.0, {"transcript": False}),
+        (8, 10.0, {}),  # the last time is named at the very edge
         (14, 10.0, {}),
         (9, 3.6, {}),
         (9, 3.6, {"transcript": False, "alphas": False}),
