@@ -404,7 +404,7 @@ class _Sheet:
                         zorder=2 if is_right else 1,
                     )
                 )
-                colour = "white" if probability > 0.65 else "black"
+                colour = "white" if probability > 0.9 else "black"
                 cell = {"color": colour, "zorder": 3, **heading}
                 axes.text(middle, cell_top + 0.11, _visible(text, self.max_chars), fontsize=FONT_SIZE, **cell)
                 axes.text(middle, cell_top + 0.24, _percent(probability), fontsize=SMALL_FONT_SIZE, **cell)
