@@ -33,10 +33,13 @@ NARROW_BELOW_PX = 640
 
 ABOUT = """# An LLM with ears
 Say something or choose a clip, tell the LLM what to do with it, and see its answer and what it heard."""
-CSS = """
-.problem { border-left: 4px solid #D55E00; padding: 0.5em 1em; }
-.picture img { width: 100%; height: auto; background: white; }
-"""
+# In the head of the page: Gradio's own `css` option does not reach the padding around everything.
+STYLE = f"""<style>
+.html-container {{ padding: 0 !important; }}
+@media (max-width: {NARROW_BELOW_PX}px) {{ .gradio-container > .main {{ padding: 8px !important; }} }}
+.problem {{ border-left: 4px solid #D55E00; padding: 0.5em 1em; }}
+.picture img {{ width: 100%; height: auto; background: white; }}
+</style>"""
 
 
 class Listener:
@@ -162,9 +165,9 @@ def build_page(listener: Listener, clips: list[dict]) -> gr.Blocks:
                     label="Transcript (if you know it: shows how close hearing comes to reading)", max_lines=3
                 )
                 ask = gr.Button("Ask", variant="primary")
-                problem = gr.HTML(padding=False)
+                problem = gr.HTML()
                 answer = gr.Textbox(label="Answer", interactive=False, max_lines=8)
-        picture = gr.HTML(padding=False)
+        picture = gr.HTML()
 
         for choice, row in zip(choices, examples.values()):
             choice.click(
@@ -189,7 +192,7 @@ def launch(page: gr.Blocks, clips_folder: Path, **options):
     theme = gr.themes.Default(primary_hue="blue", **fonts).set(button_primary_background_fill="*primary_700")
     return page.launch(
         theme=theme,
-        css=CSS,
+        head=STYLE,
         max_file_size=MAX_FILE_SIZE,
         allowed_paths=[str(clips_folder.resolve())],
         ssr_mode=False,

@@ -205,8 +205,8 @@ def _log_mel(waveform: np.ndarray, rate: int) -> np.ndarray:
 
 # Inches, but for the font sizes (points).
 FONT_SIZE, SMALL_FONT_SIZE = 9, 7.5
-MIN_COLUMN_WIDTH, MAX_COLUMN_WIDTH = 0.72, 1.5
-LEFT, RIGHT, TOP, BOTTOM = 0.52, 0.08, 0.1, 0.08
+MIN_COLUMN_WIDTH, MAX_COLUMN_WIDTH = 0.7, 1.5
+LEFT, RIGHT, TOP, BOTTOM = 0.52, 0.2, 0.1, 0.08
 LINE_HEIGHT = 0.17
 TIME_HEIGHT, SPECTROGRAM_HEIGHT, ALPHA_HEIGHT, FAN_HEIGHT, CELL_HEIGHT, KL_HEIGHT = 0.18, 0.95, 0.5, 0.25, 0.33, 0.55
 NUMBER_HEIGHT, BAND_GAP, TICK_DISTANCE = 0.19, 0.3, 0.65
@@ -404,7 +404,7 @@ class _Sheet:
                         zorder=2 if is_right else 1,
                     )
                 )
-                colour = "white" if probability > 0.65 else "black"
+                colour = "white" if probability > 0.9 else "black"
                 cell = {"color": colour, "zorder": 3, **heading}
                 axes.text(middle, cell_top + 0.11, _visible(text, self.max_chars), fontsize=FONT_SIZE, **cell)
                 axes.text(middle, cell_top + 0.24, _percent(probability), fontsize=SMALL_FONT_SIZE, **cell)
