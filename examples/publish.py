@@ -19,27 +19,18 @@ from answering import answer_rows
 from hub.card import TINY_WORLD, make_card
 from hub.facts import OWN_BACKBONES, OWN_LICENCE, describe_parts
 from hub.publication import complete_or_nothing
+from hub.space import write_space
 from hub.upload import UploadError, upload
 from hub.verify import measure_memory, verify
 from huggingface_hub.utils import validate_repo_id
 from train import read_manifest
-from transformers.dynamic_module_utils import get_relative_import_files
 
-import processing
 from modeling_blsp_kd import BlspKdForCausalLM
-from processing import BlspKdProcessor
+from processing import BlspKdPipeline, BlspKdProcessor
 
 HUB_FILES = Path(__file__).parent / "hub"
 LICENCE_FILE = Path(__file__).parents[1] / "LICENSE"
-PIPELINE_FILE = Path(processing.__file__).with_name("pipeline_blsp_kd.py")
 MAX_NEW_TOKENS = 128  # of an answer on the card
-CUSTOM_PIPELINES = {
-    "audio-text-to-text": {"impl": "pipeline_blsp_kd.BlspKdPipeline", "pt": ["AutoModelForCausalLM"]},
-    "automatic-speech-recognition": {
-        "impl": "pipeline_blsp_kd.BlspKdSpeechRecognitionPipeline",
-        "pt": ["AutoModelForCausalLM"],
-    },
-}
 
 
 def main():
@@ -77,6 +68,8 @@ def main():
 
     if options.verify:
         report(verify(options.folder, repo_id, model, processor, rows[0]["audio"]))
+    if options.space:
+        write_space(options.space, repo_id)
     if options.push:
         try:
             print(f"uploaded: {upload(options.folder, options.push, private=options.private or None).commit_url}")
@@ -101,6 +94,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--dataset", action="append", default=[], help="Hub id of training data; may be repeated")
     parser.add_argument("--verify", action="store_true", help="check that the folder answers elsewhere as it does here")
     parser.add_argument("--push", metavar="REPO_ID", help="upload to this repository of the Hub, in one commit")
+    parser.add_argument("--space", metavar="FOLDER", help="also write the demo page of REPO_ID as a Space's folder")
     parser.add_argument("--private", action="store_true", help="make the repository private if it is new")
     return parser.parse_args()
 
@@ -121,12 +115,7 @@ def check_backbones(checkpoint: Path, full: bool):
 def write_model(model, processor, folder: Path, full: bool):
     """Weights, configs, processor, and the code that loads them; LICENSE goes with the code."""
     model.config.auto_map["AutoProcessor"] = "processing_blsp_kd.BlspKdProcessor"
-    model.config.custom_pipelines = CUSTOM_PIPELINES
-    model.save_pretrained(folder, full=full)
-    processor.save_pretrained(folder)
-    # The two lines above copy the code of model and processor.
-    for file in (PIPELINE_FILE, *get_relative_import_files(PIPELINE_FILE)):
-        shutil.copy(file, folder)
+    BlspKdPipeline(model=model, processor=processor).save_pretrained(folder, full=full)
     for file in (HUB_FILES / "handler.py", HUB_FILES / "requirements.txt", LICENCE_FILE):
         shutil.copy(file, folder)
 

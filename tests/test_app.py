@@ -20,6 +20,7 @@ import pytest
 import soundfile
 import torch
 from conftest import clip
+from huggingface_hub import RepoCard
 
 from modeling_blsp_kd import BlspKdForCausalLM
 from processing import BlspKdProcessor
@@ -139,18 +140,23 @@ def test_instructions_on_offer_are_those_of_the_clips(app, listener, clips):
     assert app.build_page(listener, []), "a page without clips"
 
 
-def test_a_space_starts_from_a_few_files_and_the_environment(listener, tmp_path):
-    for package in ("modeling_blsp_kd", "processing"):
-        shutil.copytree(EXAMPLES.parent / package, tmp_path / "space" / package)
-    shutil.copytree(TINY_WORLD / "clips", tmp_path / "space" / "tiny_world" / "clips")
-    shutil.copy(EXAMPLES / "app.py", tmp_path / "space")
+def test_a_space_starts_from_its_folder_alone(listener, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    from hub.space import write_space
+
     listener.model.save_pretrained(tmp_path / "model")
     listener.processor.save_pretrained(tmp_path / "model")
+    write_space(tmp_path / "space", str(tmp_path / "model"))
+    metadata = RepoCard.load(tmp_path / "space" / "README.md").data.to_dict()
+    assert metadata["sdk"] == "gradio" and (tmp_path / "space" / metadata["app_file"]).is_file()
+    assert re.fullmatch(r"(?:[\w-]+==[\d.]+\n)+", (tmp_path / "space" / "requirements.txt").read_text())
+    with pytest.raises(FileExistsError, match="space is not empty"):
+        write_space(tmp_path / "space", "owner/name")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    environment |= {"MODEL_ID": str(tmp_path / "model"), "GRADIO_SERVER_PORT": str(port), "HF_HUB_OFFLINE": "1"}
+    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "MODEL_ID")}
+    environment |= {"GRADIO_SERVER_PORT": str(port), "HF_HUB_OFFLINE": "1"}
     with open(tmp_path / "log", "w+") as log:
         space = subprocess.Popen(
             [sys.executable, "app.py"], cwd=tmp_path / "space", env=environment, stdout=log, stderr=log

@@ -1,0 +1,61 @@
+"""The page of `examples/app.py` as a folder for a Hugging Face Space.
+
+Follows the Hub's Space metadata (the front matter of README.md). The packages go in as they are, since a Space installs
+only what a registry has. Leaves out: making the Space and choosing its hardware.
+"""
+
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).parents[2]
+REQUIREMENTS = ("torch", "transformers", "accelerate", "peft", "safetensors", "soundfile", "soxr", "matplotlib")
+TITLE = "An LLM with ears"
+APP = """import os
+
+os.environ.setdefault("MODEL_ID", "{repo_id}")
+
+import page
+
+page.main()
+"""
+
+
+def write_space(folder: str | Path, repo_id: str):
+    """Write the Space of a published model.
+
+    Args:
+        folder (`str` or `os.PathLike`): must not exist, or be empty.
+        repo_id (`str`): "owner/name" of the model, which the page loads.
+
+    Raises:
+        FileExistsError: something is in the way.
+    """
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} is not empty. Remove it, or name another folder for the Space.")
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy(ROOT / "examples" / "app.py", folder / "page.py")
+    (folder / "app.py").write_text(APP.format(repo_id=repo_id))
+    shutil.copytree(ROOT / "examples" / "tiny_world" / "clips", folder / "tiny_world" / "clips")
+    for package in ("modeling_blsp_kd", "processing"):
+        shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "requirements.txt").write_text("".join(f"{name}=={_released(name)}\n" for name in REQUIREMENTS))
+    metadata = {
+        "title": TITLE,
+        "sdk": "gradio",
+        "sdk_version": _released("gradio"),
+        "python_version": "3.11",
+        "app_file": "app.py",
+        "license": "apache-2.0",
+        "models": [repo_id],
+    }
+    text = f"Talk to [{repo_id}](https://huggingface.co/{repo_id}), and see what it hears."
+    (folder / "README.md").write_text(f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---\n\n# {TITLE}\n\n{text}\n")
+
+
+def _released(package: str) -> str:
+    """The installed version, without the mark of a local build (`+cpu`)."""
+    return version(package).partition("+")[0]
