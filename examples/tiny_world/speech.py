@@ -128,8 +128,6 @@ def make_clips(
         ValueError: `texts` and `voices` differ in number.
         RuntimeError: a worker stopped; its own error is on stderr.
     """
-    if len(texts) != len(voices):
-        raise ValueError(f"Every clip needs one voice, but there are {len(texts)} texts and {len(voices)} voices.")
     cache_dir = Path(cache_dir)
     cache_dir.mkdir(parents=True, exist_ok=True)
     clips = {}
@@ -157,14 +155,14 @@ def word_times(texts: list[str], voices: list[str], seed: int, num_workers: int 
     Raises:
         ValueError, RuntimeError: as `make_clips`.
     """
-    if len(texts) != len(voices):
-        raise ValueError(f"Every clip needs one voice, but there are {len(texts)} texts and {len(voices)} voices.")
     return _run_workers(
         [{"path": None, **settings} for settings in _settings_of_clips(texts, voices, seed)], num_workers
     )
 
 
 def _settings_of_clips(texts, voices, seed):
+    if len(texts) != len(voices):
+        raise ValueError(f"Every clip needs one voice, but there are {len(texts)} texts and {len(voices)} voices.")
     for index, (text, voice) in enumerate(zip(texts, voices)):
         rng = random.Random(f"clip {seed} {index}")
         yield {
