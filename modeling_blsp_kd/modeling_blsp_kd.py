@@ -57,9 +57,11 @@ class BlspKdAudioOutput(BaseModelOutputWithPooling):
         alphas (`torch.FloatTensor` of shape (A, T), *optional*): unscaled CIF weights (CFormer only).
         alpha_sum (`torch.FloatTensor` of shape (A,), *optional*): predicted token counts (CFormer only).
         firing_places (`torch.FloatTensor` of shape (A, U), *optional*):
-            encoder frames (from the start) at which each token is complete; -1 past a clip's count (CFormer only).
+            encoder frames (from the start) at which each token is complete, see [`CifOutput`]; -1 past a clip's count
+            (CFormer only).
         token_times (`torch.FloatTensor` of shape (A, U, 2), *optional*):
-            seconds from the start of the clip where each token begins and ends; NaN past a clip's count (CFormer only).
+            seconds from the start of the clip where each token begins and ends, corrected as `config.timestamps` says;
+            NaN past a clip's count (CFormer only). Of raw firing places: times `frame_duration_s`.
     """
 
     num_speech_tokens: torch.LongTensor | None = None

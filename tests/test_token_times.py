@@ -136,6 +136,17 @@ def test_times_of_a_long_clip_go_on_through_its_windows():
     assert times[-1, 1] > 2 * 30 and times[-1, 1] <= heard.frame_mask[0].sum() * 0.6 + 1e-4
 
 
+@pytest.mark.parametrize("name", ["whisper", "wav2vec2-layer", "wav2vec2-bert", "parakeet"])
+@torch.no_grad()
+def test_the_last_token_of_half_a_minute_and_a_bit_ends_with_the_clip(name, processor):
+    model = make_model(timestamps=RAW) if name == "whisper" else model_of(name, timestamps=RAW)
+    processor = processor if name == "whisper" else processor_of(name, processor)
+    inputs = processor(AUDIO, clip(32.0), sampling_rate=SAMPLING_RATE)
+    heard = model.get_audio_features(inputs["input_features"], inputs["input_features_mask"])
+    # Up to one frame less: encoders of waveforms leave the rest of a clip that fills no frame.
+    assert heard.token_times.max() == pytest.approx(32.0, abs=1.1 * model.frame_duration_s)
+
+
 @pytest.mark.parametrize("name", ["whisper", "wav2vec2-layer", "hubert-group", "wav2vec2-bert", "parakeet"])
 @torch.no_grad()
 def test_nothing_is_said_in_silence(name, processor):
@@ -283,6 +294,12 @@ def test_timestamps_while_streaming_from_embeddings_and_after_a_cache(processor,
     assert later.token_timestamps.shape == (1, turn.shape[1] + 6, 2)
     assert not later.token_timestamps[:, -6:].isnan().all()
 
+    whole = torch.cat([expected.sequences, torch.tensor([[5, 6, 7]])], dim=1)
+    conversation = {**inputs, "input_ids": whole, "attention_mask": torch.ones_like(whole)}
+    fresh = model.generate(**conversation, **GREEDY, return_timestamps=True)
+    cached = model.generate(**conversation, **GREEDY, return_timestamps=True, past_key_values=expected.past_key_values)
+    torch.testing.assert_close(cached.token_timestamps, fresh.token_timestamps, equal_nan=True)
+
 
 def test_what_has_no_timestamps_is_named(processor):
     model = make_model()
@@ -309,6 +326,14 @@ def test_what_has_no_timestamps_is_named(processor):
 def test_timestamp_options_are_checked(options, message):
     with pytest.raises(ValueError, match=message):
         make_config(timestamps=options)
+
+
+def test_timestamp_options_are_saved_and_may_be_given_when_loading(tmp_path):
+    config = make_config(timestamps={"delay_s": 0.2})
+    assert config.timestamps == {"delay_s": 0.2, "silence": 0.3}
+    config.save_pretrained(tmp_path)
+    assert type(config).from_pretrained(tmp_path).timestamps == config.timestamps
+    assert type(config).from_pretrained(tmp_path, timestamps=RAW).timestamps == RAW
 
 
 # -- words ------------------------------------------------------------------------------------------------------------
