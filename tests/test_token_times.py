@@ -168,7 +168,7 @@ def test_loudness_does_not_hear_padding():
     mask = torch.tensor([[1, 1, 1, 1, 1, 0, 0, 0]])
     heard = loudness(mel, mask, 2, 2, 4)
     assert heard.tolist() == [[0.5, 1.0, 0.0, -torch.inf]]
-    is_silent = find_silence(heard, torch.tensor([[True, True, True, False]]), 0.3)
+    is_silent = find_silence(torch.tensor([[0.5, 1.0, 0.0, 0.9]]), torch.tensor([[True, True, True, False]]), 0.3)
     assert is_silent.tolist() == [[False, False, True, True]]
     waveform = torch.tensor([[1.0, -1.0, 0.1, 0.1, 0.0, 0.0, 7.0]])
     assert loudness(waveform, torch.tensor([[1, 1, 1, 1, 1, 1, 0]]), 1, 2, 3)[0].tolist() == pytest.approx([0, -2, -8])
