@@ -61,7 +61,7 @@ class BlspKdAudioOutput(BaseModelOutputWithPooling):
             (CFormer only).
         token_times (`torch.FloatTensor` of shape (A, U, 2), *optional*):
             seconds from the start of the clip where each token begins and ends, corrected as `config.timestamps` says;
-            NaN past a clip's count (CFormer only). Of raw firing places: times `frame_duration_s`.
+            NaN past a clip's count (CFormer only). Uncorrected, tokens end at firing places times `frame_duration_s`.
     """
 
     num_speech_tokens: torch.LongTensor | None = None

@@ -34,8 +34,8 @@ def token_times(
     num_frames = alphas.shape[1]
     integral = pad(alphas.detach().double().cumsum(1), (1, 0))
     # The integral up to the edges of frames that lie `delay_s` later, between which it is a straight line.
-    edge = torch.arange(num_frames + 1, device=alphas.device) + delay_s / frame_duration_s
-    edge = edge.double().clamp(0, num_frames)
+    edge = torch.arange(num_frames + 1, dtype=torch.float64, device=alphas.device) + delay_s / frame_duration_s
+    edge = edge.clamp(0, num_frames)
     frame = edge.long().clamp(max=num_frames - 1)
     integral = torch.lerp(integral[:, frame], integral[:, frame + 1], edge - frame)
     said = integral.diff(dim=1).masked_fill(is_silent, 0.0)

@@ -38,6 +38,7 @@ _PARAMETER_PITCH = 3
 _CHARS_UTF8 = 1
 _EVENT_LIST_TERMINATED = 0
 _EVENT_WORD = 1
+_EVENT_END = 5  # of a clause
 _EVENT_PHONEME = 7
 
 
@@ -252,7 +253,7 @@ def _words(text, events, silence_before_s):
     for kind, position, length, time_s, phoneme in events:
         time_s = round(silence_before_s + time_s, 3)
         is_pause = kind == _EVENT_PHONEME and phoneme.startswith("_")
-        if words and words[-1]["end"] is None and (kind == _EVENT_WORD or is_pause):
+        if words and words[-1]["end"] is None and (is_pause or kind in (_EVENT_WORD, _EVENT_END)):
             words[-1]["end"] = time_s
         if kind == _EVENT_WORD:
             words.append({"text": text[position - 1 : position - 1 + length], "start": time_s, "end": None})
