@@ -27,7 +27,7 @@ from modeling_blsp_kd import BlspKdForCausalLM
 from processing import BlspKdProcessor
 
 RAW = {"delay_s": 0.0, "silence": 0.0}
-DELAYS_S = [round(0.02 * step, 2) for step in range(-5, 16)]
+DELAYS_S = [round(0.02 * step, 2) for step in range(16)]
 
 
 def main():

@@ -15,7 +15,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.utils import ModelOutput
 
 from .speech_prompt import SpeechPrompt
-from .token_times import align, text_token_times
+from .token_times import text_token_times
 
 
 class _OriginalPromptStreamer(BaseStreamer):
@@ -139,31 +139,23 @@ class BlspKdGenerationMixin(GenerationMixin):
     def _time_answers(self, answers, audio, has_audio, settings: dict) -> torch.Tensor:
         """When the tokens of answers were said: (N, L', 2).
 
-        A token is looked for where the speech is most like it: speech tokens stand where the transcript's embeddings
-        would stand, so that they can be compared.
-
         Args:
             answers (N, L'): N / B of each prompt.
             audio ([`BlspKdAudioOutput`]): of the prompts that have one, in their order.
             has_audio (B,) bool.
             settings (`dict`): `eos_token_id` and `pad_token_id` of this call.
         """
-        silent = [torch.as_tensor(ids).flatten().tolist() for ids in settings.values() if ids is not None]
-        is_text = ~torch.isin(answers, answers.new_tensor(sum(silent, [])))
+        ends = [torch.as_tensor(ids).flatten().tolist() for ids in settings.values() if ids is not None]
+        is_said = ~torch.isin(answers, answers.new_tensor(sum(ends, [])))
+        clip_of = torch.where(has_audio, has_audio.cumsum(0) - 1, -1).repeat_interleave(len(answers) // len(has_audio))
         times = torch.full((*answers.shape, 2), torch.nan, device=answers.device)
-        clip_of = has_audio.cumsum(0) - 1
-        num_answers = len(answers) // len(has_audio)
-        for row in range(len(answers)):
-            prompt, is_said = row // num_answers, is_text[row]
-            if not bool(has_audio[prompt]) or not bool(is_said.any()):
+        for row, clip in enumerate(clip_of.tolist()):
+            if clip < 0 or not bool(is_said[row].any()):
                 continue
-            clip = int(clip_of[prompt])
-            num_speech_tokens = int(audio.num_speech_tokens[clip])
-            speech = audio.pooler_output[clip, :num_speech_tokens].float()
-            text = self.get_input_embeddings()(answers[row, is_said]).to(speech)
-            similarity = nn.functional.cosine_similarity(text[:, None], speech, dim=-1)
-            places = align(similarity).to(times.device)
-            times[row, is_said] = text_token_times(places, audio.token_times[clip, :num_speech_tokens].to(times))
+            count = int(audio.num_speech_tokens[clip])
+            said = self.get_input_embeddings()(answers[row, is_said[row]])
+            of_tokens = text_token_times(said, audio.pooler_output[clip, :count], audio.token_times[clip, :count])
+            times[row, is_said[row]] = of_tokens.to(times)
         return times
 
     def _expand_inputs(
@@ -214,6 +206,24 @@ class BlspKdGenerationMixin(GenerationMixin):
                 prompt.input_ids, prompt.is_speech, prompt.speech_embeds, prompt.text_embeds
             )
         return prompt, audio, expanded
+
+    def _unspoken_token_id(self) -> int:
+        """What logits processors, which read the prompt, see at speech positions: an id that is never generated.
+
+        The placeholder itself, as in other audio LLMs; if that lies outside the vocabulary, the start of text or
+        whatever else does not look like an end.
+        """
+        text_config = self.config.get_text_config()
+        if self.config.audio_token_id < text_config.vocab_size:
+            return self.config.audio_token_id
+        ends = {text_config.pad_token_id, self.generation_config.pad_token_id}
+        for eos_token_id in (text_config.eos_token_id, self.generation_config.eos_token_id):
+            ends |= set(eos_token_id) if isinstance(eos_token_id, (list, tuple)) else {eos_token_id}
+        return next(
+            token_id
+            for token_id in (text_config.bos_token_id, *range(text_config.vocab_size))
+            if token_id is not None and token_id not in ends
+        )
 
     def _check_cache(self, prompt: SpeechPrompt, cache, num_past: int):
         """Whole conversations must begin with what the cache holds, at the same positions."""

@@ -57,9 +57,11 @@ class BlspKdAudioOutput(BaseModelOutputWithPooling):
         alphas (`torch.FloatTensor` of shape (A, T), *optional*): unscaled CIF weights (CFormer only).
         alpha_sum (`torch.FloatTensor` of shape (A,), *optional*): predicted token counts (CFormer only).
         firing_places (`torch.FloatTensor` of shape (A, U), *optional*):
-            encoder frames (from the start) at which each token is complete; -1 past a clip's count (CFormer only).
+            encoder frames (from the start) at which each token is complete, see [`CifOutput`]; -1 past a clip's count
+            (CFormer only).
         token_times (`torch.FloatTensor` of shape (A, U, 2), *optional*):
-            seconds from the start of the clip where each token begins and ends; NaN past a clip's count (CFormer only).
+            seconds from the start of the clip where each token begins and ends, corrected as `config.timestamps` says;
+            NaN past a clip's count (CFormer only). Uncorrected, tokens end at firing places times `frame_duration_s`.
     """
 
     num_speech_tokens: torch.LongTensor | None = None
@@ -381,20 +383,16 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, DistillationStep, BlspKdGeneratio
         """Start and end of every speech token: (A, U, 2)."""
         speech_config, options = self.config.speech_config, self.config.timestamps
         window, time_axis = window_of(speech_config)
-        num_frames, steps_per_frame = frame_mask.shape[1], round(window * self.frame_duration_s / WINDOW_S)
-        frame_loudness = loudness(windows, window_mask, time_axis, steps_per_frame, num_frames)
+        frames_per_window, steps_per_frame = frame_mask.shape[1], round(window * self.frame_duration_s / WINDOW_S)
+        frame_loudness = loudness(windows, window_mask, time_axis, steps_per_frame, frames_per_window)
         if windows_per_clip is not None:
             frames_per_clip = per_clip(frame_mask.sum(1), windows_per_clip)
             frame_loudness = regroup(frame_loudness, frame_mask, frames_per_clip)
             frame_mask = is_within(frames_per_clip, frame_loudness.shape[1])
-        return token_times(
-            adapted.alphas,
-            adapted.num_speech_tokens,
-            find_silence(frame_loudness, frame_mask, options["silence"]),
-            frame_starts_s(speech_config, frame_mask.shape[1], num_frames),
-            self.frame_duration_s,
-            options["delay_s"],
-        )
+        is_silent = find_silence(frame_loudness, frame_mask, options["silence"]).to(adapted.alphas.device)
+        starts_s = frame_starts_s(speech_config, is_silent.shape[1], frames_per_window)
+        counts, delay_s = adapted.num_speech_tokens, options["delay_s"]
+        return token_times(adapted.alphas, counts, is_silent, starts_s, self.frame_duration_s, delay_s)
 
     def _hear_prompt(
         self,
@@ -477,24 +475,6 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, DistillationStep, BlspKdGeneratio
         """An id inside the vocabulary; its embedding is masked or overwritten wherever it stands."""
         pad_token_id = self.config.get_text_config().pad_token_id
         return 0 if pad_token_id is None else pad_token_id
-
-    def _unspoken_token_id(self) -> int:
-        """What logits processors, which read the prompt, see at speech positions: an id that is never generated.
-
-        The placeholder itself, as in other audio LLMs; if that lies outside the vocabulary, the start of text or
-        whatever else does not look like an end.
-        """
-        text_config = self.config.get_text_config()
-        if self.config.audio_token_id < text_config.vocab_size:
-            return self.config.audio_token_id
-        ends = {text_config.pad_token_id, self.generation_config.pad_token_id}
-        for eos_token_id in (text_config.eos_token_id, self.generation_config.eos_token_id):
-            ends |= set(eos_token_id) if isinstance(eos_token_id, (list, tuple)) else {eos_token_id}
-        return next(
-            token_id
-            for token_id in (text_config.bos_token_id, *range(text_config.vocab_size))
-            if token_id is not None and token_id not in ends
-        )
 
     def _embed(self, input_ids, is_speech, speech_embeds, text_embeds=None):
         """Embed tokens (unless they are), with speech vectors at speech positions: (B, L) -> (B, L, D)."""

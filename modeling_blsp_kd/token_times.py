@@ -8,7 +8,7 @@ Shapes: A clips, T encoder frames, U speech tokens of a clip, J text tokens.
 """
 
 import torch
-from torch.nn.functional import pad
+from torch.nn.functional import cosine_similarity, pad
 
 
 def token_times(
@@ -34,8 +34,8 @@ def token_times(
     num_frames = alphas.shape[1]
     integral = pad(alphas.detach().double().cumsum(1), (1, 0))
     # The integral up to the edges of frames that lie `delay_s` later, between which it is a straight line.
-    edge = torch.arange(num_frames + 1, device=alphas.device) + delay_s / frame_duration_s
-    edge = edge.double().clamp(0, num_frames)
+    edge = torch.arange(num_frames + 1, dtype=torch.float64, device=alphas.device) + delay_s / frame_duration_s
+    edge = edge.clamp(0, num_frames)
     frame = edge.long().clamp(max=num_frames - 1)
     integral = torch.lerp(integral[:, frame], integral[:, frame + 1], edge - frame)
     said = integral.diff(dim=1).masked_fill(is_silent, 0.0)
@@ -59,6 +59,29 @@ def token_times(
     return times.masked_fill(~is_token[..., None], torch.nan).float()
 
 
+def text_token_times(text_embeds, speech_embeds, times) -> torch.Tensor:
+    """Start and end of the text tokens that one clip's speech tokens were turned into.
+
+    Speech tokens stand where the embeddings of the transcript would stand, so a text token is looked for where its
+    embedding is most like the speech. The text may have more or fewer tokens than the speech.
+
+    Args:
+        text_embeds (J, D), speech_embeds (U, D): what the LLM reads.
+        times (U, 2): of [`token_times`].
+
+    Returns:
+        (J, 2), ascending; text tokens that share a speech token divide its time.
+    """
+    speech_embeds = speech_embeds.float()
+    text_embeds = text_embeds.to(speech_embeds)
+    places = align(cosine_similarity(text_embeds[:, None], speech_embeds, dim=-1)).to(times.device)
+    num_sharing = torch.bincount(places, minlength=len(times))[places]
+    turn = torch.arange(len(places), device=times.device) - torch.searchsorted(places, places)
+    start, end = times[places].unbind(-1)
+    step = (end - start) / num_sharing
+    return torch.stack([start + turn * step, start + (turn + 1) * step], dim=-1)
+
+
 def align(similarity) -> torch.LongTensor:
     """Lay J text tokens on U speech tokens in order, where they are most alike in sum.
 
@@ -73,44 +96,23 @@ def align(similarity) -> torch.LongTensor:
     """
     num_text, num_speech = similarity.shape
     shares = num_text > num_speech
-    similarity = similarity.double().cpu()
-    best = similarity.new_full((num_text, num_speech), -torch.inf)
-    came_from = torch.zeros(num_text, num_speech, dtype=torch.long)
-    for index, gain in enumerate(similarity):
-        if index == 0:
-            best[0] = gain
-            if shares:
-                best[0, 1:] = -torch.inf
-            continue
+    similarity = similarity.double().cpu()  # small, and read step by step
+    never = similarity.new_full((1,), -torch.inf)
+    # The best sum of the text tokens so far, by the speech token that the last of them lies on.
+    best = similarity[0].clone()
+    if shares:
+        best[1:] = -torch.inf
+    came_from = []
+    for gain in similarity[1:]:
+        moved = torch.cat([never, best[:-1]])
         if shares:  # stay, or go on by one
-            moved = pad(best[index - 1, :-1], (1, 0), value=-torch.inf)
-            before, is_move = torch.stack([best[index - 1], moved]).max(0)
-            source = torch.arange(num_speech) - is_move
+            best, is_move = torch.stack([best, moved]).max(0)
+            came_from.append(torch.arange(num_speech) - is_move)
         else:  # go on by one or more
-            before, source = pad(best[index - 1, :-1], (1, 0), value=-torch.inf).cummax(0)
-            source = source - 1
-        best[index], came_from[index] = before + gain, source
-    place = int(best[-1, -1:].argmax()) + num_speech - 1 if shares else int(best[-1].argmax())
-    places = [place]
-    for index in range(num_text - 1, 0, -1):
-        place = int(came_from[index, place])
-        places.append(place)
+            best, place = moved.cummax(0)
+            came_from.append(place - 1)
+        best = best + gain
+    places = [num_speech - 1 if shares else int(best.argmax())]
+    for source in reversed(came_from):
+        places.append(int(source[places[-1]]))
     return torch.tensor(places[::-1])
-
-
-def text_token_times(places, times) -> torch.Tensor:
-    """Start and end of text tokens from those of the speech tokens that they lie on; those that share one divide it.
-
-    Args:
-        places (J,): of [`align`].
-        times (U, 2): of one clip, of [`token_times`].
-
-    Returns:
-        (J, 2).
-    """
-    num_sharing = torch.bincount(places, minlength=len(times))[places]
-    first = torch.searchsorted(places, places)  # the first text token on the same speech token
-    turn = torch.arange(len(places)) - first
-    start, end = times[places].unbind(-1)
-    step = (end - start) / num_sharing
-    return torch.stack([start + turn * step, start + (turn + 1) * step], dim=-1)

@@ -3,13 +3,14 @@
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import soundfile
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 from tiny_world.dataset import make_rows
-from tiny_world.speech import HELD_OUT_VOICES, TRAIN_VOICES, make_clips, synthesize
+from tiny_world.speech import HELD_OUT_VOICES, SAMPLING_RATE, TRAIN_VOICES, make_clips, synthesize, word_times
 from tiny_world.world import DIGITS, KINDS, digit_sentence, questions, sentences, split_of
 from transformers import AutoTokenizer
 
@@ -74,6 +75,30 @@ def test_clips_are_the_same_bytes_when_made_again_and_are_not_made_twice(tmp_pat
     assert (info.samplerate, info.channels) == (16_000, 1) and info.duration > 0.5
 
 
+def test_words_come_in_order_and_fill_the_speech(tmp_path):
+    texts = [sentence.text for sentence in sentences("test", 12, 4)]
+    voices = [(*TRAIN_VOICES[:2], *HELD_OUT_VOICES)[index % 5] for index in range(12)]
+    clips, words = make_clips(texts, voices, 4, tmp_path), word_times(texts, voices, 4)
+    assert word_times(texts, voices, 4, num_workers=1) == words
+    for text, clip, said in zip(texts, clips, words):
+        assert [word["text"] for word in said] == text.split()
+        assert all(word["start"] < word["end"] for word in said)
+        assert all(word["end"] <= following["start"] for word, following in zip(said, said[1:]))
+        samples, _ = soundfile.read(clip)
+        # Silence, the speech and silence again, of 0.1 to 0.2 s each.
+        loud = np.flatnonzero(np.abs(samples) > 0.01) / SAMPLING_RATE
+        assert 0.1 <= said[0]["start"] <= loud[0] + 0.001 and loud[0] < said[0]["start"] + 0.06
+        assert said[-1]["end"] == pytest.approx(loud[-1], abs=0.06)
+        assert 0.1 <= len(samples) / SAMPLING_RATE - said[-1]["end"] <= 0.23
+
+
+def test_words_end_at_a_pause():
+    (words,) = word_times(["the red cat... ran home"], [TRAIN_VOICES[0]], 0)
+    assert [word["text"] for word in words] == ["the", "red", "cat", "ran", "home"]
+    pauses = [following["start"] - word["end"] for word, following in zip(words, words[1:])]
+    assert pauses[2] > 0.15 and pauses[:2] == [0, 0] and pauses[3] == 0
+
+
 def test_held_out_voices_are_not_trained_on():
     assert not set(TRAIN_VOICES) & set(HELD_OUT_VOICES)
 
@@ -81,5 +106,7 @@ def test_held_out_voices_are_not_trained_on():
 def test_unknown_voices_and_splits_are_named():
     with pytest.raises(ValueError, match="no voice 'en-us\\+nobody'"):
         synthesize("words", "en-us+nobody")
+    with pytest.raises(ValueError, match="2 texts and 1 voices"):
+        word_times(["a", "b"], [TRAIN_VOICES[0]], 0)
     with pytest.raises(ValueError, match="splits 'train' and 'test', but got 'dev'"):
         sentences("dev", 1, 0)

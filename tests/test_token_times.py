@@ -1,11 +1,16 @@
 """When tokens and words were said: the clock of CIF's integral, silence, alignment of text and speech, words."""
 
+import argparse
 import itertools
+import json
+import sys
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from conftest import SAMPLING_RATE, clip, make_config, make_model, spoken_prompts
+from test_examples import load_example
 from test_speech_encoder import ENCODERS, model_of, processor_of
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast, TextStreamer
@@ -131,6 +136,17 @@ def test_times_of_a_long_clip_go_on_through_its_windows():
     assert times[-1, 1] > 2 * 30 and times[-1, 1] <= heard.frame_mask[0].sum() * 0.6 + 1e-4
 
 
+@pytest.mark.parametrize("name", ["whisper", "wav2vec2-layer", "wav2vec2-bert", "parakeet"])
+@torch.no_grad()
+def test_the_last_token_of_half_a_minute_and_a_bit_ends_with_the_clip(name, processor):
+    model = make_model(timestamps=RAW) if name == "whisper" else model_of(name, timestamps=RAW)
+    processor = processor if name == "whisper" else processor_of(name, processor)
+    inputs = processor(AUDIO, clip(32.0), sampling_rate=SAMPLING_RATE)
+    heard = model.get_audio_features(inputs["input_features"], inputs["input_features_mask"])
+    # Up to one frame less: encoders of waveforms leave the rest of a clip that fills no frame.
+    assert heard.token_times.max() == pytest.approx(32.0, abs=1.1 * model.frame_duration_s)
+
+
 @pytest.mark.parametrize("name", ["whisper", "wav2vec2-layer", "hubert-group", "wav2vec2-bert", "parakeet"])
 @torch.no_grad()
 def test_nothing_is_said_in_silence(name, processor):
@@ -152,7 +168,7 @@ def test_loudness_does_not_hear_padding():
     mask = torch.tensor([[1, 1, 1, 1, 1, 0, 0, 0]])
     heard = loudness(mel, mask, 2, 2, 4)
     assert heard.tolist() == [[0.5, 1.0, 0.0, -torch.inf]]
-    is_silent = find_silence(heard, torch.tensor([[True, True, True, False]]), 0.3)
+    is_silent = find_silence(torch.tensor([[0.5, 1.0, 0.0, 0.9]]), torch.tensor([[True, True, True, False]]), 0.3)
     assert is_silent.tolist() == [[False, False, True, True]]
     waveform = torch.tensor([[1.0, -1.0, 0.1, 0.1, 0.0, 0.0, 7.0]])
     assert loudness(waveform, torch.tensor([[1, 1, 1, 1, 1, 1, 0]]), 1, 2, 3)[0].tolist() == pytest.approx([0, -2, -8])
@@ -177,8 +193,10 @@ def test_alignment_is_the_best_of_all(num_text, num_speech, seed):
 
 def test_text_tokens_on_one_speech_token_divide_its_time():
     times = torch.tensor([[0.0, 1.0], [2.0, 5.0], [6.0, 7.0]])
-    divided = text_token_times(torch.tensor([0, 1, 1, 1, 2]), times)
-    assert divided.tolist() == [[0, 1], [2, 3], [3, 4], [4, 5], [6, 7]]
+    speech = torch.eye(3)
+    text = 2.0 * speech[[0, 1, 1, 1, 2]]
+    assert text_token_times(text, speech, times).tolist() == [[0, 1], [2, 3], [3, 4], [4, 5], [6, 7]]
+    assert text_token_times(text[[1, 4]], speech, times).tolist() == [[2, 5], [6, 7]]
 
 
 @torch.no_grad()
@@ -276,6 +294,12 @@ def test_timestamps_while_streaming_from_embeddings_and_after_a_cache(processor,
     assert later.token_timestamps.shape == (1, turn.shape[1] + 6, 2)
     assert not later.token_timestamps[:, -6:].isnan().all()
 
+    whole = torch.cat([expected.sequences, torch.tensor([[5, 6, 7]])], dim=1)
+    conversation = {**inputs, "input_ids": whole, "attention_mask": torch.ones_like(whole)}
+    fresh = model.generate(**conversation, **GREEDY, return_timestamps=True)
+    cached = model.generate(**conversation, **GREEDY, return_timestamps=True, past_key_values=expected.past_key_values)
+    torch.testing.assert_close(cached.token_timestamps, fresh.token_timestamps, equal_nan=True)
+
 
 def test_what_has_no_timestamps_is_named(processor):
     model = make_model()
@@ -302,6 +326,14 @@ def test_what_has_no_timestamps_is_named(processor):
 def test_timestamp_options_are_checked(options, message):
     with pytest.raises(ValueError, match=message):
         make_config(timestamps=options)
+
+
+def test_timestamp_options_are_saved_and_may_be_given_when_loading(tmp_path):
+    config = make_config(timestamps={"delay_s": 0.2})
+    assert config.timestamps == {"delay_s": 0.2, "silence": 0.3}
+    config.save_pretrained(tmp_path)
+    assert type(config).from_pretrained(tmp_path).timestamps == config.timestamps
+    assert type(config).from_pretrained(tmp_path, timestamps=RAW).timestamps == RAW
 
 
 # -- words ------------------------------------------------------------------------------------------------------------
@@ -362,3 +394,83 @@ def test_words_of_a_generated_row(processor):
 def test_words_need_one_row_of_tokens_and_their_times(processor):
     with pytest.raises(ValueError, match=r"takes one row.*\(1, 3\) and \(3, 2\)"):
         processor.word_timestamps(torch.ones(1, 3, dtype=torch.long), torch.zeros(3, 2))
+
+
+# -- the command that measures ----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_the_delay_that_made_the_times_is_found_and_measured_as_exact(processor, tmp_path, monkeypatch, capsys):
+    model = make_model(timestamps={"delay_s": 0.16})
+    train, test = [], []
+    for index in range(3):
+        audio = f"{index}.wav"
+        soundfile.write(tmp_path / audio, clip(0.9 + 0.3 * index, seed=index), SAMPLING_RATE)
+        ids = processor.tokenizer("the red cat ran")["input_ids"]
+        features = processor.extract_features([str(tmp_path / audio)])
+        features = {name: torch.as_tensor(values) for name, values in features.items()}
+        heard = model.get_audio_features(**features, num_speech_tokens=torch.tensor([len(ids)]))
+        words = processor.word_timestamps(ids, heard.token_times[0])
+        train.append({"audio": audio, "text": "the red cat ran", "voice": "a", "words": words})
+
+        block = {"type": "audio", "path": str(tmp_path / audio)}
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": [{"type": "text", "text": "say"}, block]}],
+            **{"add_generation_prompt": True, "tokenize": True, "return_dict": True},
+        )
+        output = model.generate(**inputs, do_sample=False, max_new_tokens=9, return_timestamps=True)
+        words = processor.word_timestamps(output.sequences[0], output.token_timestamps[0])
+        test.append({"audio": audio, "text": "what it says", "voice": "ab"[index % 2], "words": words})
+    for name, rows in (("train", train), ("test", test)):
+        for row in rows:
+            row["words"] = [
+                {"text": word["text"].strip(), "start": word["timestamp"][0], "end": word["timestamp"][1]}
+                for word in row["words"]
+            ]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    model.config.timestamps = {"delay_s": 0.0, "silence": 0.3}
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    arguments = {
+        "--model": tmp_path / "model",
+        "--train_manifest": tmp_path / "train.jsonl",
+        "--eval_manifest": tmp_path / "test.jsonl",
+        "--instruction": "say",
+        "--max_new_tokens": 9,
+        "--results": tmp_path / "results.json",
+    }
+    script = load_example("measure_timestamps", monkeypatch)
+    arguments = [str(argument) for pair in arguments.items() for argument in pair]
+    monkeypatch.setattr(sys, "argv", ["measure_timestamps.py", *arguments, "--save"])
+    script.main()
+
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["timestamps"]["delay_s"] == 0.16
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert set(results["errors_ms"]) == {"seen voices", "held out voices"}
+    for by_name in results["errors_ms"].values():
+        assert by_name["corrected"]["words_right"] == by_name["raw"]["words_right"] == 1.0
+        assert by_name["corrected"]["both"]["percentile_90"] < 1 < by_name["raw"]["both"]["median"]
+    assert "delay 0.16 s, fitted on 3 training clips" in capsys.readouterr().out
+
+
+def test_errors_are_those_of_words_that_are_right(monkeypatch):
+    script = load_example("measure_timestamps", monkeypatch)
+    words = [{"text": text, "start": float(place), "end": place + 0.5} for place, text in enumerate("a b c d".split())]
+    heard = [{"text": text, "timestamp": (start, start + 1)} for text, start in ((" a", 0.1), (" c", 2.2), (" d", 2.9))]
+    errors = np.array(script.errors_of({"words": words}, heard))
+    assert errors == pytest.approx(np.array([[0.1, 0.6], [0.2, 0.7], [-0.1, 0.4]]))
+    summary = script.summarise(errors, 0.75)
+    assert summary["start"] == pytest.approx({"median": 100, "percentile_90": 180, "bias": 100})
+    assert script.summarise(np.empty((0, 2)), 0.0)["both"]["median"] is None
+
+
+def test_a_manifest_without_words_is_named(tmp_path, monkeypatch):
+    script = load_example("measure_timestamps", monkeypatch)
+    (tmp_path / "a.jsonl").write_text('{"audio": "a.wav", "text": "a"}\n')
+    options = argparse.Namespace(train_manifest=str(tmp_path / "a.jsonl"), eval_manifest=str(tmp_path / "a.jsonl"))
+    with pytest.raises(ValueError, match="no 'words' with their 'text', 'start' and 'end'"):
+        script.load_rows(options)
+    options.eval_manifest = None
+    with pytest.raises(ValueError, match="Give both --train_manifest and --eval_manifest"):
+        script.load_rows(options)

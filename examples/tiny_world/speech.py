@@ -38,6 +38,7 @@ _PARAMETER_PITCH = 3
 _CHARS_UTF8 = 1
 _EVENT_LIST_TERMINATED = 0
 _EVENT_WORD = 1
+_EVENT_END = 5  # of a clause
 _EVENT_PHONEME = 7
 
 
@@ -128,8 +129,6 @@ def make_clips(
         ValueError: `texts` and `voices` differ in number.
         RuntimeError: a worker stopped; its own error is on stderr.
     """
-    if len(texts) != len(voices):
-        raise ValueError(f"Every clip needs one voice, but there are {len(texts)} texts and {len(voices)} voices.")
     cache_dir = Path(cache_dir)
     cache_dir.mkdir(parents=True, exist_ok=True)
     clips = {}
@@ -157,14 +156,14 @@ def word_times(texts: list[str], voices: list[str], seed: int, num_workers: int 
     Raises:
         ValueError, RuntimeError: as `make_clips`.
     """
-    if len(texts) != len(voices):
-        raise ValueError(f"Every clip needs one voice, but there are {len(texts)} texts and {len(voices)} voices.")
     return _run_workers(
         [{"path": None, **settings} for settings in _settings_of_clips(texts, voices, seed)], num_workers
     )
 
 
 def _settings_of_clips(texts, voices, seed):
+    if len(texts) != len(voices):
+        raise ValueError(f"Every clip needs one voice, but there are {len(texts)} texts and {len(voices)} voices.")
     for index, (text, voice) in enumerate(zip(texts, voices)):
         rng = random.Random(f"clip {seed} {index}")
         yield {
@@ -254,7 +253,7 @@ def _words(text, events, silence_before_s):
     for kind, position, length, time_s, phoneme in events:
         time_s = round(silence_before_s + time_s, 3)
         is_pause = kind == _EVENT_PHONEME and phoneme.startswith("_")
-        if words and words[-1]["end"] is None and (kind == _EVENT_WORD or is_pause):
+        if words and words[-1]["end"] is None and (is_pause or kind in (_EVENT_WORD, _EVENT_END)):
             words[-1]["end"] = time_s
         if kind == _EVENT_WORD:
             words.append({"text": text[position - 1 : position - 1 + length], "start": time_s, "end": None})
