@@ -353,10 +353,9 @@ class Operations(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         self.count += 1
-        for tensor in result if isinstance(result, tuple) else (result,):
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() != self.given:
-                self.largest = max(self.largest, storage.nbytes())
+        for made in result if isinstance(result, tuple) else (result,):
+            if isinstance(made, torch.Tensor) and made.untyped_storage().data_ptr() != self.given:
+                self.largest = max(self.largest, made.untyped_storage().nbytes())
         return result
 
 
