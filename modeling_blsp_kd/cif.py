@@ -93,10 +93,10 @@ class _Integral(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, frames, frame_ends, closing_frame, frame_mask):
+    def forward(ctx, frames, frame_ends, closing_frame, frame_mask, unreadable):
         """
         Args:
-            frames (B, T, C), frame_ends (B, T + 1), frame_mask (B, T) or None: see `_integrate`.
+            frames (B, T, C), frame_ends (B, T + 1), frame_mask (B, T), unreadable (B,): see `_integrate`.
             closing_frame (B, U): the frame that completes each token; T where none does.
 
         Returns:
@@ -118,9 +118,8 @@ class _Integral(torch.autograd.Function):
             heaviest = frame_of.gather(1, widths.argmax(1, keepdim=True))
             frame_of = torch.where(frame_mask.gather(1, frame_of), frame_of, heaviest)
         tokens = _sum_bags(frames, frame_of, token_starts[:, :-1], weights)
-        if frame_mask is not None:
-            # A row without any weight has no frame that may be read.
-            tokens.masked_fill_((frame_ends[:, -1] == frame_ends[:, 0])[:, None, None], 0.0)
+        if unreadable is not None:
+            tokens[unreadable] = 0.0
         ctx.save_for_backward(frames, closing_frame, weights, frame_of, token_of)
         return tokens
 
@@ -144,10 +143,10 @@ class _Integral(torch.autograd.Function):
             grad_weights = pad(torch.where(inside, grad_weights, 0.0), (1, 1))
             # A frame's end lengthens the interval before it and shortens the one that it starts.
             grad_frame_ends = torch.diff(grad_weights).neg_().gather(1, frame_starts)
-        return grad_frames, grad_frame_ends, None, None
+        return grad_frames, grad_frame_ends, None, None, None
 
 
-def _integrate(hidden_states, frame_ends, num_tokens: int, frame_mask=None):
+def _integrate(hidden_states, frame_ends, num_tokens: int, frame_mask=None, unreadable=None):
     """Integrate frames between whole numbers.
 
     Args:
@@ -156,6 +155,7 @@ def _integrate(hidden_states, frame_ends, num_tokens: int, frame_mask=None):
             and ends at `num_tokens` at most.
         num_tokens: U, how many whole-number bins to fill.
         frame_mask (B, T) bool, optional: frames that may be read. The others add nothing to the integral.
+        unreadable (B,) bool, optional: rows with no such frame, if there are any. Their tokens are zero.
 
     Returns:
         tokens (B, U, C) in the dtype of the frames, summed in float32 (float64 if they are); firing places (B, U),
@@ -165,7 +165,7 @@ def _integrate(hidden_states, frame_ends, num_tokens: int, frame_mask=None):
     bin_ends = bin_ends.expand(hidden_states.shape[0], -1).contiguous()
     ends = frame_ends.detach()
     closing_frame = torch.searchsorted(ends[:, 1:].contiguous(), bin_ends)
-    tokens = _Integral.apply(hidden_states, frame_ends, closing_frame, frame_mask)
+    tokens = _Integral.apply(hidden_states, frame_ends, closing_frame, frame_mask, unreadable)
 
     frame = closing_frame.clamp(max=hidden_states.shape[1] - 1)
     start, stop = ends.gather(1, frame), ends.gather(1, frame + 1)
@@ -216,7 +216,9 @@ def continuous_integrate_and_fire(hidden_states, alphas, frame_mask=None, target
                 f"{tuple(target_lengths.shape)}."
             )
         num_speech_tokens = target_lengths.long()
-    min_tokens, max_tokens = torch.stack(torch.aminmax(num_speech_tokens)).tolist()
+    is_empty = alpha_sum == 0
+    # The one wait for the device.
+    min_tokens, max_tokens, some_empty = torch.stack([*torch.aminmax(num_speech_tokens), is_empty.any()]).tolist()
     if min_tokens < 1:
         if target_lengths is None:
             raise ValueError(f"Expected finite alphas, but their sums are {alpha_sum.tolist()}.")
@@ -224,8 +226,9 @@ def continuous_integrate_and_fire(hidden_states, alphas, frame_mask=None, target
 
     # Divided first: x / x is exactly 1, so rounding neither leaves the last token open nor opens one more. An empty row
     # stays empty.
-    integral = integral / alpha_sum.masked_fill(alpha_sum == 0, torch.inf)[:, None] * num_speech_tokens[:, None]
-    speech_tokens, firing_places = _integrate(hidden_states, pad(integral, (1, 0)), max_tokens, frame_mask)
+    integral = integral / alpha_sum.masked_fill(is_empty, torch.inf)[:, None] * num_speech_tokens[:, None]
+    unreadable = is_empty if some_empty and frame_mask is not None else None
+    speech_tokens, firing_places = _integrate(hidden_states, pad(integral, (1, 0)), max_tokens, frame_mask, unreadable)
     is_token = torch.arange(max_tokens, device=alphas.device) < num_speech_tokens[:, None]
     return CifOutput(
         speech_tokens=speech_tokens,
