@@ -101,7 +101,7 @@ def linear_kl_of_rows(
     lm_head_bias=None,
     scale: float = 1.0,
     softcap: float | None = None,
-    chunk_rows: int = 192,
+    chunk_rows: int = 208,
 ) -> torch.Tensor:
     """[`linear_kl`] of each row by itself, so that rows of several losses go through the vocabulary in one pass.
 
@@ -122,19 +122,13 @@ def linear_kl_of_rows(
         )
     device, dtype = lm_head_weight.device.type, student_hidden.dtype
     if torch.is_autocast_enabled(device):
-        # Products that write into a buffer are not cast by autocast itself.
         dtype = torch.get_autocast_dtype(device)
+    student_hidden, teacher_hidden = student_hidden.to(dtype), teacher_hidden.detach().to(dtype)
+    weight = lm_head_weight.detach().to(dtype)
     bias = None if lm_head_bias is None else lm_head_bias.detach().to(dtype)
-    return _LinearKL.apply(
-        student_hidden.to(dtype),
-        teacher_hidden.detach().to(dtype),
-        lm_head_weight.detach().to(dtype),
-        bias,
-        temperature,
-        scale,
-        softcap,
-        chunk_rows,
-    )
+    # Autocast would leave the products, which write into a buffer, as they are, and round the sums over the vocabulary.
+    with torch.autocast(device, enabled=False):
+        return _LinearKL.apply(student_hidden, teacher_hidden, weight, bias, temperature, scale, softcap, chunk_rows)
 
 
 def linear_kl(
@@ -147,7 +141,7 @@ def linear_kl(
     scale: float = 1.0,
     softcap: float | None = None,
     reduction: str = "mean",
-    chunk_rows: int = 192,
+    chunk_rows: int = 208,
 ) -> torch.Tensor:
     """Forward KL(teacher || student) of the next-token distributions, straight from hidden states.
 
