@@ -900,7 +900,7 @@ def test_pipelines_and_handler_agree_where_the_package_is_not_installed(
     repository, path, expected, model, processor, tmp_path
 ):
     examples = Path(__file__).parents[1] / "examples" / "hub"
-    output = run_python(CHILD, "-I", repository, path, examples, folder=tmp_path, HF_HUB_OFFLINE="1")
+    output = run_python(CHILD, repository, path, examples, folder=tmp_path, HF_HUB_OFFLINE="1")
     texts = json.loads(output.splitlines()[-1])
     transcript = direct(model, processor, WAVEFORM, processor.transcription_instruction)[0].strip()
     assert texts == {

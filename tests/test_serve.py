@@ -71,7 +71,7 @@ class Server:
         self.log_path = folder / "log"
         self.url = f"http://127.0.0.1:{free_port()}"
         hf_home = folder / "hf_home"
-        as_hub_cache(repository, hf_home)
+        as_hub_cache(repository, hf_home, REPO_ID)
         script = folder / "serve.py"
         script.write_text(SERVER)
         (folder / "empty").mkdir()
