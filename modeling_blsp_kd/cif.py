@@ -52,11 +52,10 @@ def _sum_bags(vectors, index, starts, weights):
         for part, *rest in _few_rows_at_a_time(sums, vectors, index, starts, weights):
             part.copy_(_sum_bags(rest[0].to(weights.dtype), *rest[1:]))
         return sums
-    row = torch.arange(vectors.shape[0], device=vectors.device)[:, None]
     return embedding_bag(
-        (index + row * vectors.shape[1]).flatten(),
+        _through_batch(index, vectors.shape[1]),
         vectors.flatten(0, 1),
-        (starts + row * index.shape[1]).flatten(),
+        _through_batch(starts, index.shape[1]),
         mode="sum",
         per_sample_weights=weights.flatten(),
     ).view(*starts.shape, vectors.shape[2])
@@ -69,14 +68,20 @@ def _dot_products(frames, tokens, frame_of, token_of, dtype):
         for part, *rest in _few_rows_at_a_time(products, frames, tokens, frame_of, token_of):
             part.copy_(_dot_products(rest[0].to(dtype), rest[1].to(dtype), *rest[2:], dtype))
         return products
-    row = torch.arange(frames.shape[0], device=frames.device)[:, None]
-    frame_of = (frame_of + row * frames.shape[1]).flatten()
-    token_of = (token_of + row * tokens.shape[1]).flatten()
+    frame, token = _through_batch(frame_of, frames.shape[1]), _through_batch(token_of, tokens.shape[1])
     # What autograd itself calls for `embedding_bag`. All else gathers one side first, which costs several times the
     # frames in time and memory. With the bag of each interval at hand, it takes no bag starts.
     return torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        tokens.flatten(0, 1), frames.flatten(0, 1), frame_of, token_of[:0], token_of, 0
-    ).view(len(row), -1)
+        tokens.flatten(0, 1), frames.flatten(0, 1), frame, token[:0], token, 0
+    ).view_as(frame_of)
+
+
+def _through_batch(index, row_length: int):
+    """(B, E) numbers within rows -> (B * E,) numbers through the batch, in which a row has `row_length` of them."""
+    if index.shape[0] == 1:
+        return index[0]  # the time of a single clip goes into the number of operations
+    first = torch.arange(0, index.shape[0] * row_length, row_length, device=index.device)
+    return (index + first[:, None]).flatten()
 
 
 def _few_rows_at_a_time(*tensors):
@@ -220,7 +225,8 @@ def continuous_integrate_and_fire(hidden_states, alphas, frame_mask=None, target
         frame_mask = frame_mask.bool()
         alphas = torch.where(frame_mask, alphas, 0.0)
     # float64 costs nothing on (B, T) scalars and keeps a boundary exact after thousands of frames.
-    alpha_sum = alphas.double().sum(1)
+    exact_alphas = alphas.double()
+    alpha_sum = exact_alphas.sum(1)
     if target_lengths is None:
         num_speech_tokens = alpha_sum.detach().round().clamp(min=1).long()
     else:
@@ -238,7 +244,7 @@ def continuous_integrate_and_fire(hidden_states, alphas, frame_mask=None, target
             raise ValueError(f"Expected finite alphas, but their sums are {alpha_sum.tolist()}.")
         raise ValueError(f"Target lengths must be at least 1, but got {target_lengths.tolist()}.")
 
-    integral = alphas.detach().double().cumsum(1)
+    integral = exact_alphas.detach().cumsum(1)
     unscaled_sum = integral[:, -1].masked_fill(is_empty, torch.inf)
     # Divided first: x / x is exactly 1, so rounding neither leaves the last token open nor opens one more. An empty row
     # stays empty.
