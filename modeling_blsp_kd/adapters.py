@@ -44,14 +44,67 @@ def _run_layers(layers, config, hidden_states, mask):
     return hidden_states
 
 
+def _run_layers_in_stretches(layers, config, hidden_states, mask, length: int):
+    """As `_run_layers`, with attention inside stretches of `length` frames only."""
+    num_rows, num_frames, _ = hidden_states.shape
+    missing = -num_frames % length
+    hidden_states = nn.functional.pad(hidden_states, (0, 0, 0, missing)).unflatten(1, (-1, length)).flatten(0, 1)
+    mask = nn.functional.pad(mask, (0, missing)).unflatten(1, (-1, length)).flatten(0, 1)
+    # A stretch of padding must attend to something, or softmax gives NaN; nothing reads it.
+    hidden_states = _run_layers(layers, config, hidden_states, mask | ~mask.any(1, keepdim=True))
+    return hidden_states.unflatten(0, (num_rows, -1)).flatten(1, 2)[:, :num_frames]
+
+
+class FrameStacking(nn.Module):
+    """Joins each `stride` frames to one, so that what follows costs less: (N, T, H) to (N, ceil(T / stride), H)."""
+
+    def __init__(self, dim: int, stride: int):
+        super().__init__()
+        self.stride = stride
+        self.proj = nn.Linear(stride * dim, dim)
+
+    def forward(self, hidden_states, frame_mask):
+        """Returns the joined frames, and how many valid frames went into each (0 for padding)."""
+        missing = -frame_mask.shape[1] % self.stride
+        hidden_states = hidden_states.masked_fill(~frame_mask[..., None], 0.0)
+        hidden_states = nn.functional.pad(hidden_states, (0, 0, 0, missing)).unflatten(1, (-1, self.stride))
+        frames_in_step = nn.functional.pad(frame_mask, (0, missing)).unflatten(1, (-1, self.stride)).sum(-1)
+        return self.proj(hidden_states.flatten(2)), frames_in_step
+
+
+def _in_frames(alphas, firing_places, frames_in_step, length: int):
+    """CIF weights and firing places of joined frames (steps), in terms of the frames that were joined.
+
+    Args:
+        alphas (A, S): weight of each step, which its frames share evenly; this leaves CIF's integral as it is.
+        firing_places (A, U): in steps; -1 past a clip's count.
+        frames_in_step (A, S).
+        length (`int`): T, of the result (A, T).
+    """
+    share = alphas / frames_in_step.clamp(min=1)
+    is_frame = is_within(frames_in_step.sum(1), length)
+    spread = share.new_zeros(is_frame.shape).masked_scatter(
+        is_frame, share.flatten().repeat_interleave(frames_in_step.flatten())
+    )
+    step = firing_places.long().clamp(0, frames_in_step.shape[1] - 1)
+    frames_before = frames_in_step.cumsum(1) - frames_in_step
+    places = frames_before.gather(1, step) + (firing_places - step) * frames_in_step.gather(1, step)
+    return spread, torch.where(firing_places < 0, firing_places, places)
+
+
 class CFormer(nn.Module):
     """Transformer layers over frames, CIF, transformer layers over tokens, projection to the LLM's width.
+
+    The pre-CIF layers run at 50 frames/s and cost the most; `frame_stride` and `attention_window`, which the authors'
+    code lacks, make them cheaper.
 
     Args:
         input_dim (`int`): encoder width H.
         output_dim (`int`): LLM width D.
         num_pre_layers, num_post_layers (`int`): layers before and after CIF.
         num_attention_heads (`int`), ffn_dim (`int`), dropout (`float`): of these layers.
+        frame_stride (`int`): frames that are joined to one before these layers.
+        attention_window (`int` or None): joined frames that the layers before CIF attend within; None: all.
         attn_implementation (`str`): attention of these layers, as in transformers.
     """
 
@@ -67,8 +120,12 @@ class CFormer(nn.Module):
         ffn_dim: int,
         dropout: float,
         attn_implementation: str,
+        frame_stride: int = 1,
+        attention_window: int | None = None,
     ):
         super().__init__()
+        self.frame_stacking = FrameStacking(input_dim, frame_stride) if frame_stride > 1 else None
+        self.attention_window = attention_window
         self.layer_config = WhisperConfig(
             d_model=input_dim,
             encoder_attention_heads=num_attention_heads,
@@ -94,7 +151,16 @@ class CFormer(nn.Module):
             target_lengths (`torch.LongTensor` of shape (A,), *optional*): tokens to fire; omitted, they are predicted.
             windows_per_clip (`torch.LongTensor` of shape (A,), *optional*): omitted, every clip is one window.
         """
-        hidden_states = _run_layers(self.pre_layers, self.layer_config, hidden_states, frame_mask)
+        num_frames, frames_in_step = frame_mask.shape[1], None
+        if self.frame_stacking is not None:
+            hidden_states, frames_in_step = self.frame_stacking(hidden_states, frame_mask)
+            frame_mask = frames_in_step > 0
+        if self.attention_window is None:
+            hidden_states = _run_layers(self.pre_layers, self.layer_config, hidden_states, frame_mask)
+        else:
+            hidden_states = _run_layers_in_stretches(
+                self.pre_layers, self.layer_config, hidden_states, frame_mask, self.attention_window
+            )
         alphas = torch.sigmoid(hidden_states[..., -1].float()).masked_fill(~frame_mask, 0.0)
         frames_per_window = frame_mask.sum(1)
         if windows_per_clip is not None:
@@ -102,6 +168,9 @@ class CFormer(nn.Module):
             frames_per_clip = per_clip(frames_per_window, windows_per_clip)
             hidden_states = regroup(hidden_states, frame_mask, frames_per_clip)
             alphas = regroup(alphas, frame_mask, frames_per_clip)
+            if frames_in_step is not None:
+                frames_in_step = regroup(frames_in_step, frame_mask, frames_per_clip)
+                num_frames = int(frames_in_step.sum(1).max())
             frame_mask = is_within(frames_per_clip, alphas.shape[1])
         cif = continuous_integrate_and_fire(hidden_states[..., :-1], alphas, frame_mask, target_lengths)
 
@@ -115,12 +184,15 @@ class CFormer(nn.Module):
         tokens = self.output_proj(_run_layers(self.post_layers, self.layer_config, tokens, token_mask))
         if windows_per_clip is not None:
             tokens = regroup(tokens, token_mask, cif.num_speech_tokens)
+        firing_places = cif.firing_places
+        if frames_in_step is not None:
+            alphas, firing_places = _in_frames(alphas, firing_places, frames_in_step, num_frames)
         return AdapterOutput(
             speech_embeds=tokens,
             num_speech_tokens=cif.num_speech_tokens,
             alphas=alphas,
             alpha_sum=cif.alpha_sum,
-            firing_places=cif.firing_places,
+            firing_places=firing_places,
         )
 
 

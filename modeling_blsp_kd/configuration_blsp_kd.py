@@ -23,6 +23,11 @@ class CFormerOptions:
         num_attention_heads (`int`, *optional*): must divide the encoder width; omitted: the encoder's own.
         ffn_dim (`int`, *optional*): omitted: the encoder's own.
         dropout (`float`): in [0, 1).
+        frame_stride (`int`): encoder frames that are joined to one before the pre-CIF layers, at least 1. Their cost
+            falls in proportion.
+        attention_window (`int`, *optional*): joined frames, at least 1. The pre-CIF layers attend within stretches of
+            this length, so that their cost grows with the length of a clip, not with its square. Omitted: they attend
+            to the whole clip (at most 30 s).
     """
 
     num_pre_layers: int = 4
@@ -30,6 +35,8 @@ class CFormerOptions:
     num_attention_heads: int | None = None
     ffn_dim: int | None = None
     dropout: float = 0.0
+    frame_stride: int = 1
+    attention_window: int | None = None
 
 
 @dataclass(frozen=True)
@@ -285,7 +292,17 @@ class BlspKdConfig(PreTrainedConfig):
                 f"adapter option num_attention_heads must divide the encoder width {width}",
                 heads,
             )
-            _require(_is_count(options["ffn_dim"], 1), "adapter option ffn_dim must be at least 1", options["ffn_dim"])
+            for name in ("ffn_dim", "frame_stride"):
+                _require(
+                    _is_count(options[name], 1),
+                    f"adapter option {name} must be an integer of at least 1",
+                    options[name],
+                )
+            _require(
+                options["attention_window"] is None or _is_count(options["attention_window"], 1),
+                "adapter option attention_window must be None or an integer of at least 1",
+                options["attention_window"],
+            )
             _require(0 <= options["dropout"] < 1, "adapter option dropout must lie in [0, 1)", options["dropout"])
         else:
             for name in ("num_layers", "bottleneck_dim"):

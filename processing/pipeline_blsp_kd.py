@@ -62,9 +62,10 @@ class BlspKdPipeline(ChunkPipeline):
     One input gives one result, a list of inputs a list; generators, data sets and other iterables give a generator.
 
     Options, when the pipeline is made or called: `instruction` (what to do with the clip; omitted, the clip is all that
-    the LLM gets), `sampling_rate` (of bare arrays, Hz), `allowed_url_prefixes` (URLs are refused unless they begin with
-    one of these), `batch_size`, `num_workers` (1: clips are decoded ahead, in a process of their own), `streamer`,
-    `generate_kwargs`, and all arguments of `generate` by name, of which `max_new_tokens` is 256 unless given.
+    the LLM gets), `sampling_rate` (of bare arrays, Hz; the model's own unless given), `allowed_url_prefixes` (URLs are
+    refused unless they begin with one of these), `batch_size`, `num_workers` (1: clips are decoded ahead, in a process
+    of their own), `streamer`, `generate_kwargs`, and all arguments of `generate` by name, of which `max_new_tokens` is
+    256 unless given.
     """
 
     _load_processor = True
@@ -110,6 +111,9 @@ class BlspKdPipeline(ChunkPipeline):
             raise ValueError(f"{twice} given twice, as option(s) and in generate_kwargs. Give each once.")
         if instruction is not None:
             check_text(instruction, "instruction", self.processor.audio_token)
+        if getattr(self, "assistant_model", None) is not None:
+            # Taken by transformers when the pipeline was made, and left to us to pass on.
+            generate_options = {"assistant_model": self.assistant_model, **generate_options}
         preprocess_params = {name: value for name, value in given.items() if value is not None}
         return preprocess_params, {**generate_kwargs, **generate_options}, {}
 

@@ -5,13 +5,16 @@ import torch
 from conftest import make_model
 
 from modeling_blsp_kd.adapters import CFormer, Subsampler
+from modeling_blsp_kd.cif import continuous_integrate_and_fire
+
+CHEAPER = {"frame_stride": 3, "attention_window": 4}
 
 
-@pytest.fixture(params=["cformer", "subsampler"])
+@pytest.fixture(params=["cformer", "cheaper cformer", "subsampler"])
 def adapter(request):
     torch.manual_seed(0)
-    if request.param == "cformer":
-        return CFormer(16, 24, 1, 2, 2, 32, 0.0, "sdpa").eval()
+    if request.param != "subsampler":
+        return CFormer(16, 24, 1, 2, 2, 32, 0.0, "sdpa", **CHEAPER if "cheaper" in request.param else {}).eval()
     return Subsampler(16, 24, num_layers=3, kernel_size=5, bottleneck_dim=8).eval()
 
 
@@ -48,6 +51,66 @@ def test_cformer_without_transformer_layers_is_only_cif_and_projections():
     adapter = CFormer(16, 24, 0, 0, 2, 32, 0.0, "sdpa")
     output = adapter(torch.randn(1, 20, 16), torch.ones(1, 20, dtype=torch.bool))
     assert output.num_speech_tokens.item() == output.alpha_sum.round().clamp(min=1).item()
+
+
+# -- cheaper layers before CIF ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", [None, 2, 9])
+@pytest.mark.parametrize("num_frames, length", [(1, 1), (4, 6), (12, 12), (13, 15)])
+def test_joined_frames_are_those_of_a_loop_and_the_integral_stays_as_it_is(num_frames, length, target):
+    torch.manual_seed(0)
+    adapter = CFormer(16, 24, 0, 0, 2, 32, 0.0, "sdpa", frame_stride=3)
+    hidden_states = torch.full((1, length, 16), torch.nan)
+    hidden_states[:, :num_frames] = frames(num_frames)
+    mask = torch.arange(length)[None] < num_frames
+    output = adapter(hidden_states, mask, None if target is None else torch.tensor([target]))
+
+    joined, weights = [], []
+    for start in range(0, num_frames, 3):
+        group = [*frames(num_frames)[0, start : min(start + 3, num_frames)]]
+        size = len(group)
+        step = adapter.frame_stacking.proj(torch.cat(group + [torch.zeros(16)] * (3 - size)))
+        joined.append(step[:-1])
+        weights += [float(torch.sigmoid(step[-1].detach())) / size] * size
+    torch.testing.assert_close(output.alphas[0], torch.tensor(weights + [0.0] * (length - num_frames)))
+    torch.testing.assert_close(output.alpha_sum[0], torch.tensor(sum(weights)))
+    num_tokens = int(output.num_speech_tokens)
+    assert num_tokens == (target or max(1, round(sum(weights))))
+
+    # The integral over single frames crosses the whole numbers where the tokens are said to be complete.
+    places, gathered = [], 0.0
+    for frame, weight in enumerate(weights):
+        weight *= num_tokens / sum(weights)
+        while len(places) + 1 <= gathered + weight + 1e-6:
+            places.append(frame + (len(places) + 1 - gathered) / weight)
+        gathered += weight
+    torch.testing.assert_close(output.firing_places[0], torch.tensor(places), rtol=1e-4, atol=1e-4)
+    whole = continuous_integrate_and_fire(
+        torch.stack(joined)[None],
+        output.alphas.new_tensor([[sum(weights[start : start + 3]) for start in range(0, num_frames, 3)]]),
+        target_lengths=output.num_speech_tokens,
+    )
+    expected = adapter.output_proj(adapter.cif_proj(whole.speech_tokens))
+    torch.testing.assert_close(output.speech_embeds, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_attention_stays_inside_its_stretch():
+    torch.manual_seed(0)
+    adapter = CFormer(16, 24, 2, 0, 2, 32, 0.0, "sdpa", attention_window=5).eval()
+    for parameter in adapter.pre_layers.parameters():
+        parameter.data.normal_(std=0.3)
+    mask = torch.ones(1, 12, dtype=torch.bool)
+    alphas = adapter(frames(12), mask).alphas
+    changed = frames(12)
+    changed[:, 7] = frames(1, seed=1)  # in the second stretch
+    differs = (adapter(changed, mask).alphas - alphas).abs()[0] > 1e-6
+    assert differs.tolist() == [5 <= frame < 10 for frame in range(12)]
+    for length in (12, 40):
+        adapter.attention_window = length
+        wide = adapter(frames(12), mask).alphas
+        adapter.attention_window = None
+        torch.testing.assert_close(wide, adapter(frames(12), mask).alphas)
 
 
 @pytest.mark.parametrize("num_frames, num_tokens", [(1500, 188), (8, 1), (9, 2), (1, 1)])

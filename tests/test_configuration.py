@@ -16,6 +16,8 @@ AUTHORS_CFORMER = {
     "num_attention_heads": 2,  # the tests' encoder's own
     "ffn_dim": 32,  # likewise
     "dropout": 0.0,
+    "frame_stride": 1,
+    "attention_window": None,
 }
 AUTHORS_PLORA = {"r": 16, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": "all-linear"}
 AUTHORS_DISTILLATION = {
@@ -211,7 +213,10 @@ def test_what_is_accepted_can_be_built():
         ({"adapter": {"type": "cformer", "num_pre_layers": True}}, r"num_pre_layers must be an integer .*, got True"),
         ({"adapter": {"type": "cformer", "num_attention_heads": 3}}, r"must divide the encoder width 16, got 3"),
         ({"adapter": {"type": "cformer", "num_attention_heads": 0}}, r"must divide the encoder width 16, got 0"),
-        ({"adapter": {"type": "cformer", "ffn_dim": 0}}, r"ffn_dim must be at least 1, got 0"),
+        ({"adapter": {"type": "cformer", "ffn_dim": 0}}, r"ffn_dim must be an integer of at least 1, got 0"),
+        ({"adapter": {"type": "cformer", "frame_stride": 0}}, r"frame_stride must be an integer of at least 1, got 0"),
+        ({"adapter": {"type": "cformer", "frame_stride": 2.0}}, r"frame_stride must be an integer .*, got 2\.0"),
+        ({"adapter": {"type": "cformer", "attention_window": 0}}, r"attention_window must be None or an .* 1, got 0"),
         ({"adapter": {"type": "cformer", "dropout": 1.0}}, r"dropout must lie in \[0, 1\), got 1\.0"),
         ({"adapter": {"type": "cformer", "dropout": -0.1}}, r"dropout must lie in \[0, 1\), got -0\.1"),
         ({"adapter": {"type": "subsampler", "num_layers": 0}}, r"num_layers must be at least 1, got 0"),

@@ -231,6 +231,18 @@ def test_many_inputs_of_mixed_lengths(both, expected, kind, batch_size):
         assert [text_of(result) for result in results] == expected
 
 
+def test_prompts_of_different_lengths_and_numbers_of_clips_share_a_batch(answers, path):
+    blocks = [{"type": "audio", "audio": (clip(duration_s), SAMPLING_RATE)} for duration_s in DURATIONS_S]
+    inputs = [
+        chat(*blocks[1:3], instruction="repeat the words and then"),
+        chat(blocks[0], instruction="cat"),
+        chat(blocks[3], instruction="repeat the words and then the red cat ran to the river"),
+    ]
+    alone = [answers(messages) for messages in inputs]
+    assert answers(inputs, batch_size=3) == alone
+    assert len({text_of(result) for result in alone}) == 3
+
+
 def test_clips_can_be_decoded_ahead_in_another_process(answers, expected):
     results = answers(TorchDataset(), num_workers=1, batch_size=2)
     assert [text_of(result) for result in results] == expected
@@ -274,6 +286,15 @@ def test_options_of_generate_reach_it(answers, model, processor):
         made = BlspKdPipeline(model=model, processor=processor, instruction=INSTRUCTION, **{**SHORT, **options})
         assert text_of(made(CONTENTS)) == wanted
     assert len({direct(model, processor, WAVEFORM, max_new_tokens=count)[0] for count in (3, 8)}) == 2
+
+
+def test_an_assistant_given_when_the_pipeline_is_made_assists(model, processor, expected):
+    """transformers takes it out of the options, and nobody passed it on."""
+    assistant, calls = make_readable_model(processor), []
+    assistant.register_forward_hook(lambda *_: calls.append(1))
+    made = BlspKdPipeline(model=model, processor=processor, instruction=INSTRUCTION, assistant_model=assistant, **SHORT)
+    assert text_of(made(CONTENTS)) == expected[0]
+    assert calls
 
 
 BAD_OPTIONS = {

@@ -5,6 +5,7 @@ import pytest
 import torch
 from conftest import SAMPLING_RATE, clip, make_model
 from test_cif import literal_tokens
+from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -14,8 +15,10 @@ from modeling_blsp_kd.speech_windows import is_within, per_clip, regroup, split_
 WINDOW = 100  # mel frames that the tiny encoder takes at once, one second
 ADAPTERS = [
     {"type": "cformer", "num_pre_layers": 1, "num_post_layers": 1},
+    {"type": "cformer", "num_pre_layers": 1, "num_post_layers": 1, "frame_stride": 3, "attention_window": 5},
     {"type": "subsampler", "bottleneck_dim": 8},
 ]
+ADAPTER_NAMES = ["cformer", "cheaper cformer", "subsampler"]
 LAYOUTS = {"waveform": ((), 1, ()), "filter bank": ((), 1, (5,)), "log-mel": ((5,), 2, ())}
 
 
@@ -119,7 +122,7 @@ def test_tokens_are_counted_in_the_window_that_completes_them(seed):
 
 
 @pytest.mark.parametrize("speech_padding", ["do_not_pad", "max_length"])
-@pytest.mark.parametrize("adapter", ADAPTERS, ids=["cformer", "subsampler"])
+@pytest.mark.parametrize("adapter", ADAPTERS, ids=ADAPTER_NAMES)
 @pytest.mark.parametrize("num_frames", [101, 300, 357])
 @torch.no_grad()
 def test_what_attends_hears_each_window_as_a_clip_of_its_own(adapter, num_frames, speech_padding):
@@ -170,7 +173,7 @@ def test_one_integral_runs_over_all_windows(count):
     np.testing.assert_allclose(audio.firing_places[0].numpy(), places, rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("adapter", ADAPTERS, ids=["cformer", "subsampler"])
+@pytest.mark.parametrize("adapter", ADAPTERS, ids=ADAPTER_NAMES)
 @torch.no_grad()
 def test_a_long_clip_among_short_ones_is_the_same_alone(adapter):
     model = make_short_eared(adapter)
@@ -201,8 +204,16 @@ def unrolled(model, features):
     if isinstance(adapter, Subsampler):
         everything = [adapter(frames, torch.ones(frames.shape[:2], dtype=torch.bool)) for frames in encoded]
         return torch.cat([output.speech_embeds[0] for output in everything])
+    if adapter.frame_stacking is not None:
+        stride, proj = adapter.frame_stacking.stride, adapter.frame_stacking.proj
+        groups = [
+            [nn.functional.pad(group, (0, 0, 0, stride - group.shape[1])) for group in frames.split(stride, 1)]
+            for frames in encoded
+        ]
+        encoded = [torch.cat([proj(group.flatten(1)) for group in window])[None] for window in groups]
     for layer in adapter.pre_layers:
-        encoded = [layer(frames, None) for frames in encoded]
+        stretches = [frames.split(adapter.attention_window or WINDOW, dim=1) for frames in encoded]
+        encoded = [torch.cat([layer(stretch, None) for stretch in window], dim=1) for window in stretches]
     frames = torch.cat(encoded, dim=1)[0].double()
     alphas = torch.sigmoid(frames[:, -1])
     num_tokens = int(alphas.sum().round())
@@ -221,7 +232,7 @@ def unrolled(model, features):
     return torch.cat(groups)
 
 
-@pytest.mark.parametrize("adapter", ADAPTERS, ids=["cformer", "subsampler"])
+@pytest.mark.parametrize("adapter", ADAPTERS, ids=ADAPTER_NAMES)
 def test_values_and_gradients_are_those_of_windows_unrolled_by_hand(adapter):
     model = make_short_eared(adapter, freeze_speech_encoder=False)
     features = mel(357).requires_grad_()
@@ -324,7 +335,7 @@ class LargestTensor(TorchDispatchMode):
         return output
 
 
-@pytest.mark.parametrize("adapter", ADAPTERS, ids=["cformer", "subsampler"])
+@pytest.mark.parametrize("adapter", ADAPTERS, ids=ADAPTER_NAMES)
 @torch.no_grad()
 def test_memory_grows_with_the_length_and_not_with_its_square(adapter):
     model = make_short_eared(adapter)
