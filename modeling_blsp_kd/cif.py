@@ -12,6 +12,7 @@ fires, needs no loop, and gives the exact gradient.
 from dataclasses import dataclass
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag, pad
 from transformers.utils import ModelOutput
 
@@ -35,57 +36,140 @@ class CifOutput(ModelOutput):
     firing_places: torch.FloatTensor | None = None
 
 
-def _integrate(hidden_states, frame_ends, num_tokens: int):
+def _sum_bags(vectors, index, starts, weights):
+    """Weighted sums of neighbouring intervals, row by row.
+
+    Args:
+        vectors (B, N, C): what is summed.
+        index, weights (B, E): vector and weight of each of E intervals; the sums are in the dtype of the weights.
+        starts (B, M): the first interval of each of M bags, which ends where the next begins.
+
+    Returns:
+        sums (B, M, C) in the dtype of the vectors.
+    """
+    if vectors.dtype != weights.dtype:
+        sums = vectors.new_empty(*starts.shape, vectors.shape[2])
+        for part, *rest in _few_rows_at_a_time(sums, vectors, index, starts, weights):
+            part.copy_(_sum_bags(rest[0].to(weights.dtype), *rest[1:]))
+        return sums
+    row = torch.arange(vectors.shape[0], device=vectors.device)[:, None]
+    return embedding_bag(
+        (index + row * vectors.shape[1]).flatten(),
+        vectors.flatten(0, 1),
+        (starts + row * index.shape[1]).flatten(),
+        mode="sum",
+        per_sample_weights=weights.flatten(),
+    ).view(*starts.shape, vectors.shape[2])
+
+
+def _dot_products(frames, tokens, frame_of, token_of, dtype):
+    """(B, T, C), (B, U, C), and for each interval which frame and which token, both (B, E) -> their products (B, E)."""
+    if frames.dtype != dtype:
+        products = torch.empty(frame_of.shape, dtype=dtype, device=frames.device)
+        for part, *rest in _few_rows_at_a_time(products, frames, tokens, frame_of, token_of):
+            part.copy_(_dot_products(rest[0].to(dtype), rest[1].to(dtype), *rest[2:], dtype))
+        return products
+    row = torch.arange(frames.shape[0], device=frames.device)[:, None]
+    frame_of = (frame_of + row * frames.shape[1]).flatten()
+    token_of = (token_of + row * tokens.shape[1]).flatten()
+    # What autograd itself calls for `embedding_bag`. All else gathers one side first, which costs several times the
+    # frames in time and memory. With the bag of each interval at hand, it takes no bag starts.
+    return torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        tokens.flatten(0, 1), frames.flatten(0, 1), frame_of, token_of[:0], token_of, 0
+    ).view(len(row), -1)
+
+
+def _few_rows_at_a_time(*tensors):
+    """Half-precision rows are summed in float32, without a float32 copy of all of them at once."""
+    return zip(*(tensor.chunk(8) for tensor in tensors))
+
+
+class _Integral(torch.autograd.Function):
+    """The integral of the frames over each token.
+
+    The gradient of a frame is the same kind of sum over the tokens that it gave to, and that of a frame's end is how
+    much it matters which of two intervals gets more. So either direction reads and writes every frame once, and nothing
+    as large as the frames is made but their gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, frames, frame_ends, closing_frame, frame_mask, unreadable):
+        """
+        Args:
+            frames (B, T, C), frame_ends (B, T + 1), frame_mask (B, T), unreadable (B,): see `_integrate`.
+            closing_frame (B, U): the frame that completes each token; T where none does.
+
+        Returns:
+            tokens (B, U, C) in the dtype of the frames.
+        """
+        (batch_size, num_frames, _), num_tokens = frames.shape, closing_frame.shape[1]
+        # Every frame end and every whole number ends one interval. Of equals, the whole number comes first.
+        interval = torch.arange(num_frames + num_tokens, device=frames.device)
+        token_starts = pad(closing_frame + interval[1 : num_tokens + 1], (1, 0))
+        token_of = torch.zeros(batch_size, len(interval) + 1, dtype=torch.long, device=frames.device)
+        token_of = token_of.scatter_(1, token_starts[:, 1:], 1).cumsum(1)[:, :-1]
+        frame_of = (interval - token_of).clamp_(max=num_frames - 1)
+        interval_ends = torch.minimum(frame_ends.gather(1, frame_of + 1), token_of + 1)
+        widths = torch.diff(interval_ends, prepend=frame_ends[:, :1])
+        weights = widths.to(torch.promote_types(frames.dtype, torch.float32))
+        if frame_mask is not None:
+            # A padded frame has weight zero, but zero times inf or NaN would still poison the row. So another frame is
+            # read instead, the one that weighs most.
+            heaviest = frame_of.gather(1, widths.argmax(1, keepdim=True))
+            frame_of = torch.where(frame_mask.gather(1, frame_of), frame_of, heaviest)
+        tokens = _sum_bags(frames, frame_of, token_starts[:, :-1], weights)
+        if unreadable is not None:
+            tokens[unreadable] = 0.0
+        ctx.save_for_backward(frames, closing_frame, weights, frame_of, token_of)
+        return tokens
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_tokens):
+        frames, closing_frame, weights, frame_of, token_of = ctx.saved_tensors
+        (batch_size, num_frames, _), num_tokens = frames.shape, closing_frame.shape[1]
+        grad_tokens = grad_tokens.contiguous()
+        frame = torch.arange(num_frames + 1, device=frames.device).expand(batch_size, -1).contiguous()
+        frame_starts = frame + torch.searchsorted(closing_frame, frame)
+        inside = token_of < num_tokens
+        token_of = token_of.clamp(max=num_tokens - 1)
+        grad_frames = grad_frame_ends = None
+        if ctx.needs_input_grad[0]:
+            grad_frames = _sum_bags(grad_tokens, token_of, frame_starts[:, :-1], weights)
+        if ctx.needs_input_grad[1]:
+            grad_weights = _dot_products(frames, grad_tokens, frame_of, token_of, weights.dtype).double()
+            # Past the last frame, or past the last token, nothing is left to give.
+            inside &= torch.arange(token_of.shape[1], device=frames.device) < frame_starts[:, -1:]
+            grad_weights = pad(torch.where(inside, grad_weights, 0.0), (1, 1))
+            # A frame's end lengthens the interval before it and shortens the one that it starts.
+            grad_frame_ends = torch.diff(grad_weights).neg_().gather(1, frame_starts)
+        return grad_frames, grad_frame_ends, None, None, None
+
+
+def _integrate(hidden_states, frame_ends, num_tokens: int, frame_mask=None, unreadable=None):
     """Integrate frames between whole numbers.
 
     Args:
         hidden_states (B, T, C): frames.
-        frame_ends (B, T + 1), float64: the integral before the first frame and after every frame.
+        frame_ends (B, T + 1), float64: the integral before the first frame and after every frame. It does not fall,
+            and ends at `num_tokens` at most.
         num_tokens: U, how many whole-number bins to fill.
+        frame_mask (B, T) bool, optional: frames that may be read. The others add nothing to the integral.
+        unreadable (B,) bool, optional: rows with no such frame, if there are any. Their tokens are zero.
 
     Returns:
-        tokens (B, U, C) in the dtype of the frames, summed in float32, and firing places (B, U).
+        tokens (B, U, C) in the dtype of the frames, summed in float32 (float64 if they are); firing places (B, U),
+        float64, which mean nothing where a token stays open.
     """
-    batch_size, num_frames, num_channels = hidden_states.shape
     bin_ends = torch.arange(1, num_tokens + 1, dtype=frame_ends.dtype, device=frame_ends.device)
-    bin_ends = bin_ends.expand(batch_size, -1).contiguous()
-
-    # Cut the integral at every frame end and every whole number. Stable, frame ends first: a frame that ends exactly
-    # on a whole number closes its token.
-    edges, order = torch.cat([frame_ends[:, 1:], bin_ends], dim=1).sort(dim=1, stable=True)
-    widths = torch.diff(edges, dim=1, prepend=frame_ends[:, :1])
-    closes_frame = order < num_frames
-    frame_of = closes_frame.cumsum(1) - closes_frame.long()
-    token_of = torch.arange(edges.shape[1], device=edges.device) - frame_of
-    # Past the last frame, or past the last token, nothing is left to give.
-    inside = (frame_of < num_frames) & (token_of < num_tokens)
-    weights = torch.where(inside, widths, 0.0).to(torch.float32)
-
-    # The intervals of one token are neighbours, so a token is one bag of weighted frames.
-    row = torch.arange(batch_size, device=edges.device)[:, None]
-    frame_index = (row * num_frames + frame_of.clamp(max=num_frames - 1)).flatten()
-    tokens_before = torch.arange(num_tokens, device=edges.device).expand(batch_size, -1).contiguous()
-    bag_starts = (row * edges.shape[1] + torch.searchsorted(token_of, tokens_before)).flatten()
-    tokens = embedding_bag(
-        frame_index,
-        hidden_states.reshape(batch_size * num_frames, num_channels).float(),
-        bag_starts,
-        mode="sum",
-        per_sample_weights=weights.flatten(),
-    )
-    tokens = tokens.view(batch_size, num_tokens, num_channels).to(hidden_states.dtype)
-
+    bin_ends = bin_ends.expand(hidden_states.shape[0], -1).contiguous()
     ends = frame_ends.detach()
-    frame = torch.searchsorted(ends[:, 1:].contiguous(), bin_ends).clamp(max=num_frames - 1)
+    closing_frame = torch.searchsorted(ends[:, 1:].contiguous(), bin_ends)
+    tokens = _Integral.apply(hidden_states, frame_ends, closing_frame, frame_mask, unreadable)
+
+    frame = closing_frame.clamp(max=hidden_states.shape[1] - 1)
     start, stop = ends.gather(1, frame), ends.gather(1, frame + 1)
-    into_frame = ((bin_ends - start) / (stop - start).clamp(min=torch.finfo(ends.dtype).tiny)).clamp(0, 1)
-    return tokens, (frame + into_frame).float()
-
-
-def _frame_ends(alphas):
-    """(B, T) alphas -> (B, T + 1) running integral in float64, from 0."""
-    # float64 costs nothing on (B, T) scalars and keeps a boundary exact after thousands of frames.
-    return pad(alphas.double().cumsum(1), (1, 0))
+    return tokens, frame + (bin_ends - start) / (stop - start)
 
 
 def continuous_integrate_and_fire(hidden_states, alphas, frame_mask=None, target_lengths=None) -> CifOutput:
@@ -97,7 +181,7 @@ def continuous_integrate_and_fire(hidden_states, alphas, frame_mask=None, target
 
     Args:
         hidden_states (`torch.FloatTensor` of shape (B, T, C)): B batch, T frames, C channels. Any float dtype; sums
-            are float32.
+            are float32 at least.
         alphas (`torch.FloatTensor` of shape (B, T)): weight of each frame, not negative.
         frame_mask (`torch.BoolTensor` of shape (B, T), *optional*): True at valid frames. Omitted: all.
         target_lengths (`torch.LongTensor` of shape (B,), *optional*): token counts U, at least 1 each.
@@ -106,7 +190,7 @@ def continuous_integrate_and_fire(hidden_states, alphas, frame_mask=None, target
         [`CifOutput`]; differentiable with respect to `hidden_states` and `alphas`.
 
     Raises:
-        ValueError: shapes do not fit together, or there is no frame.
+        ValueError: shapes do not fit together, there is no frame, or a count cannot be predicted from NaN or inf.
     """
     if hidden_states.ndim != 3 or alphas.shape != hidden_states.shape[:2] or alphas.shape[1] == 0:
         raise ValueError(
@@ -118,11 +202,11 @@ def continuous_integrate_and_fire(hidden_states, alphas, frame_mask=None, target
             raise ValueError(
                 f"Expected frame_mask of shape {tuple(alphas.shape)} (that of alphas), got {tuple(frame_mask.shape)}."
             )
-        alphas = alphas.masked_fill(~frame_mask.bool(), 0.0)
-        # A padded frame has weight zero, but zero times inf or NaN would still poison the row.
-        hidden_states = hidden_states.masked_fill(~frame_mask.bool()[..., None], 0.0)
-
-    alpha_sum = alphas.double().sum(1)
+        frame_mask = frame_mask.bool()
+        alphas = torch.where(frame_mask, alphas, 0.0)
+    # float64 costs nothing on (B, T) scalars and keeps a boundary exact after thousands of frames.
+    integral = alphas.double().cumsum(1)
+    alpha_sum = integral[:, -1]
     if target_lengths is None:
         num_speech_tokens = alpha_sum.detach().round().clamp(min=1).long()
     else:
@@ -132,26 +216,25 @@ def continuous_integrate_and_fire(hidden_states, alphas, frame_mask=None, target
                 f"{tuple(target_lengths.shape)}."
             )
         num_speech_tokens = target_lengths.long()
-    max_tokens = int(num_speech_tokens.max())
-    if target_lengths is not None and int(num_speech_tokens.min()) < 1:
+    is_empty = alpha_sum == 0
+    # The one wait for the device.
+    min_tokens, max_tokens, some_empty = torch.stack([*torch.aminmax(num_speech_tokens), is_empty.any()]).tolist()
+    if min_tokens < 1:
+        if target_lengths is None:
+            raise ValueError(f"Expected finite alphas, but their sums are {alpha_sum.tolist()}.")
         raise ValueError(f"Target lengths must be at least 1, but got {target_lengths.tolist()}.")
 
-    is_empty = alpha_sum == 0
-    scale = torch.where(is_empty, 0.0, num_speech_tokens / torch.where(is_empty, 1.0, alpha_sum))
-    frame_ends = _frame_ends(alphas.double() * scale[:, None])
-    # Rounding must not leave the last token open (or open one more): the last edge is the count itself.
-    frame_ends = torch.where(
-        (frame_ends == frame_ends[:, -1:]) & ~is_empty[:, None],
-        num_speech_tokens[:, None].to(frame_ends.dtype),
-        frame_ends,
-    )
-    speech_tokens, firing_places = _integrate(hidden_states, frame_ends, max_tokens)
+    # Divided first: x / x is exactly 1, so rounding neither leaves the last token open nor opens one more. An empty row
+    # stays empty.
+    integral = integral / alpha_sum.masked_fill(is_empty, torch.inf)[:, None] * num_speech_tokens[:, None]
+    unreadable = is_empty if some_empty and frame_mask is not None else None
+    speech_tokens, firing_places = _integrate(hidden_states, pad(integral, (1, 0)), max_tokens, frame_mask, unreadable)
     is_token = torch.arange(max_tokens, device=alphas.device) < num_speech_tokens[:, None]
     return CifOutput(
         speech_tokens=speech_tokens,
         num_speech_tokens=num_speech_tokens,
         alpha_sum=alpha_sum.float(),
-        firing_places=torch.where(is_token, firing_places, -1.0),
+        firing_places=torch.where(is_token, firing_places, -1.0).float(),
     )
 
 
@@ -186,22 +269,24 @@ def stream_integrate_and_fire(hidden_states, alphas, state: CifStreamState | Non
             f"Expected frames of shape (T, C) and alphas of shape (T,), but got {tuple(hidden_states.shape)} and "
             f"{tuple(alphas.shape)}."
         )
+    sum_dtype = torch.promote_types(hidden_states.dtype, torch.float32)
     if state is None:
-        state = CifStreamState(partial_token=hidden_states.new_zeros(hidden_states.shape[1], dtype=torch.float32))
+        state = CifStreamState(partial_token=hidden_states.new_zeros(hidden_states.shape[1], dtype=sum_dtype))
     if alphas.shape[0] == 0:
         return hidden_states[:0], alphas[:0].float(), state
-    frame_ends = _frame_ends(alphas[None]) + state.partial_weight
+    frame_ends = pad(alphas[None].double().cumsum(1), (1, 0)) + state.partial_weight
     total = float(frame_ends[0, -1])
     num_fired = int(total)
     # One bin more than fired holds the token that stays open.
-    tokens, firing_places = _integrate(hidden_states[None].float(), frame_ends, num_fired + 1)
+    tokens, firing_places = _integrate(hidden_states[None].to(sum_dtype), frame_ends, num_fired + 1)
     tokens = torch.cat([tokens[0, :1] + state.partial_token, tokens[0, 1:]])
     next_state = CifStreamState(
         partial_token=tokens[num_fired],
         partial_weight=total - num_fired,
         num_frames=state.num_frames + alphas.shape[0],
     )
-    return tokens[:num_fired].to(hidden_states.dtype), firing_places[0, :num_fired] + state.num_frames, next_state
+    firing_places = firing_places[0, :num_fired] + state.num_frames
+    return tokens[:num_fired].to(hidden_states.dtype), firing_places.float(), next_state
 
 
 def flush_stream(state: CifStreamState):

@@ -12,6 +12,9 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+# Logits that go through the softmax together on a CPU: 4 MB in float32. An accelerator takes large tiles better.
+TILE_SIZE = 2**20
+
 
 def predicts_next(selected: torch.Tensor) -> torch.Tensor:
     """Move a mask of tokens to the positions that predict them: (B, L) bool -> (B, L) bool, one step to the left.
@@ -32,38 +35,100 @@ def postprocess_logits(logits, scale: float = 1.0, softcap: float | None = None)
 
 
 class _LinearKL(torch.autograd.Function):
-    """Sum over rows of KL(teacher || student) from hidden states, with the gradient made in the forward pass.
+    """KL(teacher || student) of each row from hidden states, with the gradient made in the forward pass.
 
-    Rows are taken in chunks, so that only chunk x V logits exist at a time.
+    Rows are taken in chunks. Their logits, student's and teacher's from one product, fill a buffer that serves all
+    chunks. Then tiles that fit into a cache become probabilities, and the gradient of the logits takes their place.
     """
 
     @staticmethod
     def forward(ctx, student_hidden, teacher_hidden, weight, bias, temperature, scale, softcap, chunk_rows):
+        num_rows, vocab_size = student_hidden.shape[0], weight.shape[0]
         needs_grad = ctx.needs_input_grad[0]
         gradient = torch.empty_like(student_hidden) if needs_grad else None
-        total = student_hidden.new_zeros((), dtype=torch.float32)
-        for start in range(0, student_hidden.shape[0], chunk_rows):
+        kl = torch.empty(num_rows, dtype=torch.float32, device=weight.device)
+        buffer = student_hidden.new_empty(2 * min(chunk_rows, num_rows), vocab_size)
+        # Factors on all logits cost nothing inside the products.
+        factor = scale / temperature if softcap is None else scale / softcap
+        tile_rows = max(1, TILE_SIZE // vocab_size) if weight.device.type == "cpu" else chunk_rows
+        for start in range(0, num_rows, chunk_rows):
             rows = slice(start, start + chunk_rows)
-            student_raw = nn.functional.linear(student_hidden[rows], weight, bias)
-            teacher_raw = nn.functional.linear(teacher_hidden[rows], weight, bias)
-            student_logits = postprocess_logits(student_raw, scale, softcap)
-            student = torch.log_softmax(student_logits / temperature, dim=-1)
-            teacher = torch.log_softmax(postprocess_logits(teacher_raw, scale, softcap) / temperature, dim=-1)
-            teacher_probs = teacher.exp()
-            total += (teacher_probs * (teacher - student)).sum()
+            hidden = torch.cat([student_hidden[rows], teacher_hidden[rows]])
+            logits = buffer[: len(hidden)]
+            # What beta = 0 multiplies is not read.
+            added, beta = (logits, 0.0) if bias is None else (bias, factor)
+            torch.addmm(added, hidden, weight.t(), beta=beta, alpha=factor, out=logits)
+            student, teacher = logits.chunk(2)
+            for tile in zip(student.split(tile_rows), teacher.split(tile_rows), kl[rows].split(tile_rows)):
+                _compare_logits_(*tile, None if softcap is None else softcap / temperature, needs_grad)
             if needs_grad:
-                d_logits = (student.exp() - teacher_probs) * (scale / temperature)
-                if softcap is not None:
-                    d_logits *= 1 - (student_logits / softcap) ** 2
-                gradient[rows] = d_logits.to(weight.dtype) @ weight
+                torch.addmm(gradient[rows], student, weight, beta=0.0, alpha=scale / temperature, out=gradient[rows])
         ctx.save_for_backward(gradient)
-        return total
+        return kl
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_output):
+    def backward(ctx, grad_kl):
         (gradient,) = ctx.saved_tensors
-        return (gradient * grad_output.to(gradient.dtype), *[None] * 7)
+        return ((gradient * grad_kl[:, None]).to(gradient.dtype), *[None] * 7)
+
+
+def _compare_logits_(student, teacher, kl, softcap: float | None, needs_grad: bool):
+    """Writes the KL of each row to `kl` (rows,), and the gradient over the student's logits (rows, V).
+
+    The logits have been divided by the temperature; with a softcap they are softcap * tanh of what is given.
+    """
+    gradient_of = student
+    student, teacher = student.float(), teacher.float()
+    if softcap is not None:
+        student, teacher = student.tanh(), teacher.tanh()
+        slope = 1 - student.square()
+        student, teacher = student.mul_(softcap), teacher.mul_(softcap)
+    student, teacher = torch.log_softmax(student, -1), torch.log_softmax(teacher, -1)
+    teacher_probs = teacher.exp()
+    kl.copy_(torch.linalg.vecdot(teacher_probs, teacher.sub_(student)))
+    if needs_grad:
+        gradient = student.exp_().sub_(teacher_probs)
+        gradient_of.copy_(gradient if softcap is None else gradient.mul_(slope))
+
+
+def linear_kl_of_rows(
+    student_hidden,
+    teacher_hidden,
+    lm_head_weight,
+    temperature: float = 2.0,
+    *,
+    lm_head_bias=None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    chunk_rows: int = 208,
+) -> torch.Tensor:
+    """[`linear_kl`] of each row by itself, so that rows of several losses go through the vocabulary in one pass.
+
+    Returns:
+        `torch.FloatTensor` of shape (N,): float32, in nats.
+    """
+    if student_hidden.shape != teacher_hidden.shape or student_hidden.shape[-1] != lm_head_weight.shape[-1]:
+        raise ValueError(
+            "Expected student and teacher hidden states of one shape (N, D) and a head of shape (V, D), but got "
+            f"{tuple(student_hidden.shape)}, {tuple(teacher_hidden.shape)} and {tuple(lm_head_weight.shape)}."
+        )
+    if temperature <= 0:
+        raise ValueError(f"temperature must be above 0, got {temperature}.")
+    if torch.is_grad_enabled() and lm_head_weight.requires_grad:
+        raise ValueError(
+            "linear_kl gives no gradient to the output head, but lm_head_weight.requires_grad is True. The LLM is "
+            "the teacher: freeze it (requires_grad_(False)), and adapt it with partial LoRA instead."
+        )
+    device, dtype = lm_head_weight.device.type, student_hidden.dtype
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    student_hidden, teacher_hidden = student_hidden.to(dtype), teacher_hidden.detach().to(dtype)
+    weight = lm_head_weight.detach().to(dtype)
+    bias = None if lm_head_bias is None else lm_head_bias.detach().to(dtype)
+    # Autocast would leave the products, which write into a buffer, as they are, and round the sums over the vocabulary.
+    with torch.autocast(device, enabled=False):
+        return _LinearKL.apply(student_hidden, teacher_hidden, weight, bias, temperature, scale, softcap, chunk_rows)
 
 
 def linear_kl(
@@ -76,7 +141,7 @@ def linear_kl(
     scale: float = 1.0,
     softcap: float | None = None,
     reduction: str = "mean",
-    chunk_rows: int = 128,
+    chunk_rows: int = 208,
 ) -> torch.Tensor:
     """Forward KL(teacher || student) of the next-token distributions, straight from hidden states.
 
@@ -93,7 +158,7 @@ def linear_kl(
         scale (`float`): factor on the logits (Cohere, Granite).
         softcap (`float`, *optional*): tanh soft-capping of the logits (Gemma-2).
         reduction (`str`): `"mean"` or `"sum"` over the rows.
-        chunk_rows (`int`): rows whose logits exist at one time.
+        chunk_rows (`int`): rows whose logits exist at one time, student's and teacher's each.
 
     Returns:
         `torch.FloatTensor`: float32 scalar, in nats.
@@ -101,24 +166,10 @@ def linear_kl(
     Raises:
         ValueError: shapes or options do not fit, or the head asks for a gradient.
     """
-    if student_hidden.shape != teacher_hidden.shape or student_hidden.shape[-1] != lm_head_weight.shape[-1]:
-        raise ValueError(
-            "Expected student and teacher hidden states of one shape (N, D) and a head of shape (V, D), but got "
-            f"{tuple(student_hidden.shape)}, {tuple(teacher_hidden.shape)} and {tuple(lm_head_weight.shape)}."
-        )
-    if temperature <= 0:
-        raise ValueError(f"temperature must be above 0, got {temperature}.")
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}.")
-    if torch.is_grad_enabled() and lm_head_weight.requires_grad:
-        raise ValueError(
-            "linear_kl gives no gradient to the output head, but lm_head_weight.requires_grad is True. The LLM is "
-            "the teacher: freeze it (requires_grad_(False)), and adapt it with partial LoRA instead."
-        )
-    weight = lm_head_weight.to(student_hidden.dtype)
-    bias = None if lm_head_bias is None else lm_head_bias.to(student_hidden.dtype)
-    teacher_hidden = teacher_hidden.detach().to(student_hidden.dtype)
-    total = _LinearKL.apply(student_hidden, teacher_hidden, weight, bias, temperature, scale, softcap, chunk_rows)
+    options = {"lm_head_bias": lm_head_bias, "scale": scale, "softcap": softcap, "chunk_rows": chunk_rows}
+    total = linear_kl_of_rows(student_hidden, teacher_hidden, lm_head_weight, temperature, **options).sum()
     return total / max(student_hidden.shape[0], 1) if reduction == "mean" else total
 
 

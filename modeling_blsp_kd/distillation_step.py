@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from .distillation import linear_cross_entropy, linear_kl, postprocess_logits, predicts_next, quantity_loss
+from .distillation import linear_cross_entropy, linear_kl_of_rows, postprocess_logits, predicts_next, quantity_loss
 
 # What each loss part is a mean over, in the order of `num_items_in_batch`.
 RESPONSE_TOKENS, CONTENT_TOKENS, CLIPS = range(3)
@@ -22,6 +22,7 @@ LOSS_PARTS = {
     "response_ce": RESPONSE_TOKENS,
     "transcript_ce": CONTENT_TOKENS,
 }
+KL_OF = {"response": "response_kl", "content": "input_kl"}
 
 
 @contextmanager
@@ -79,20 +80,22 @@ class DistillationStep:
                     f"Speech and text prompts must hold the same {name} tokens, but hold {num_student} and "
                     f"{num_teacher}. Build both with BlspKdDataCollator."
                 )
-        response, content = compared["response"], compared["content"]
+        response_states = compared["response"][0]
         weight, head_options = self._output_head()
-        kl_options = {"temperature": weights["temperature"], "reduction": "sum", **head_options}
 
         parts = {}
-        if "response_kl" in wanted:
-            parts["response_kl"] = linear_kl(*response, weight, **kl_options)
-        if "input_kl" in wanted:
-            parts["input_kl"] = linear_kl(*content, weight, **kl_options)
+        compared = {name: states for name, states in compared.items() if KL_OF[name] in wanted}
+        if compared:
+            # One pass over the vocabulary for the rows of both.
+            student_rows, teacher_rows = (torch.cat(states) for states in zip(*compared.values()))
+            kl = linear_kl_of_rows(student_rows, teacher_rows, weight, weights["temperature"], **head_options)
+            num_rows = [len(states) for states, _ in compared.values()]
+            parts |= {KL_OF[name]: rows.sum() for name, rows in zip(compared, kl.split(num_rows))}
         if "quantity" in wanted:
             parts["quantity"] = quantity_loss(audio.alpha_sum, audio.num_speech_tokens)
         if "response_ce" in wanted:
             targets = labels[:, 1:][predicts_response[:, :-1]]
-            parts["response_ce"] = linear_cross_entropy(response[0], targets, weight, **head_options)
+            parts["response_ce"] = linear_cross_entropy(response_states, targets, weight, **head_options)
         if "transcript_ce" in wanted:
             # The LLM's token embeddings double as the output matrix of the recogniser.
             num_slots = audio.pooler_output.shape[1]

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling_blsp_kd.cif import continuous_integrate_and_fire, flush_stream, stream_integrate_and_fire
 
@@ -233,3 +234,156 @@ def test_bad_shapes_and_lengths_are_named():
         continuous_integrate_and_fire(frames, alphas, target_lengths=torch.tensor([0, 2]))
     with pytest.raises(ValueError, match=r"shape \(T, C\)"):
         stream_integrate_and_fire(frames, alphas)
+
+
+# -- at any speed ------------------------------------------------------------------------------------------------------
+
+
+def test_gradients_are_exact_in_float64():
+    """Of frames and alphas, with padding, an alpha of zero, several fires per frame, and a frame of many tokens."""
+    frames, alphas, mask, targets = random_case(8, num_frames=11, num_channels=3)
+    alphas[0, 1], alphas[1, 2] = 0.0, 20.0
+    frames, alphas = frames.double().requires_grad_(), alphas.double().requires_grad_()
+
+    def tokens(frames, alphas):
+        return continuous_integrate_and_fire(frames, alphas.abs(), mask, targets).speech_tokens
+
+    alphas.data[0, 1] = 1e-3  # |alpha| has no derivative at 0, and alphas are not negative
+    assert torch.autograd.gradcheck(tokens, (frames, alphas))
+
+
+def test_a_frame_of_weight_zero_knows_what_more_weight_would_do():
+    frames, alphas, mask, _ = random_case(4)
+    mask, targets = torch.ones_like(mask), torch.full((4,), 6)
+    alphas[:, 7] = 0.0
+    direction = torch.randn(4, 6, 5, generator=torch.Generator().manual_seed(1)).double()
+
+    def total(alphas):
+        return (continuous_integrate_and_fire(frames.double(), alphas, mask, targets).speech_tokens * direction).sum()
+
+    alphas = alphas.double().requires_grad_()
+    (gradient,) = torch.autograd.grad(total(alphas), alphas)
+    nudge = torch.zeros_like(alphas)
+    nudge[2, 7] = 1e-7
+    numeric = (total(alphas.detach() + nudge) - total(alphas.detach())) / 1e-7
+    torch.testing.assert_close(gradient[2, 7], numeric, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_tokens", [20, 100, 2000])
+@pytest.mark.parametrize("mean", [0.0, 100.0])
+def test_error_stays_below_a_millionth(mean, num_tokens):
+    """Running sums over frames lose digits where a channel has a large mean; 2000 tokens fire several per frame."""
+    generator = torch.Generator().manual_seed(0)
+    frames = torch.randn(2, 1500, 8, generator=generator) + mean * torch.rand(8, generator=generator)
+    alphas = torch.rand(2, 1500, generator=generator)
+    targets = torch.tensor([num_tokens, num_tokens // 2])
+    tokens = continuous_integrate_and_fire(frames, alphas, None, targets).speech_tokens
+    expected = literal_cif(frames.double(), alphas.double(), torch.ones_like(alphas, dtype=torch.bool), targets)
+    for row, row_tokens in zip(tokens, expected):
+        error = (row[: len(row_tokens)].double() - row_tokens).abs().max()
+        assert error <= 1e-6 * row_tokens.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("batch_size", [1, 11])
+def test_half_precision_is_summed_in_float32(dtype, batch_size):
+    generator = torch.Generator().manual_seed(0)
+    frames = torch.randn(batch_size, 300, 6, generator=generator).to(dtype)
+    alphas = torch.rand(batch_size, 300, generator=generator)
+    targets = torch.arange(7, 7 + batch_size)
+    direction = torch.randn(batch_size, int(targets.max()), 6, generator=generator).to(dtype)
+    results = []
+    for case in (frames, frames.float()):
+        leaves = case.clone().requires_grad_(), alphas.clone().requires_grad_()
+        tokens = continuous_integrate_and_fire(*leaves, None, targets).speech_tokens
+        gradients = torch.autograd.grad(tokens, leaves, direction.to(tokens.dtype))
+        results.append([tokens.to(dtype), gradients[0].to(dtype), gradients[1]])
+    for low, full in zip(*results):
+        assert torch.equal(low, full)
+
+
+@pytest.mark.parametrize("padding", [float("nan"), float("inf")])
+def test_no_padding_can_poison_a_row(padding):
+    """At the end, at the start, in between, and rows of nothing else."""
+    frames, alphas, _, targets = random_case(6)
+    mask = torch.ones(4, 23, dtype=torch.bool)
+    mask[0, 15:], mask[1, :6], mask[2, 4:9], mask[3] = False, False, False, False
+    frames, alphas = (tensor.clone().masked_fill_(~extra, padding) for tensor, extra in
+                      ((frames, mask[..., None]), (alphas, mask)))  # fmt: skip
+    frames, alphas = frames.requires_grad_(), alphas.requires_grad_()
+    tokens = continuous_integrate_and_fire(frames, alphas, mask, targets).speech_tokens
+    tokens.square().sum().backward()
+    assert tokens[:3].isfinite().all() and (tokens[3] == 0).all()
+    for gradient in (frames.grad, alphas.grad):
+        assert gradient.isfinite().all() and (gradient[~mask] == 0).all() and (gradient[:3][mask[:3]] != 0).any()
+
+
+def test_alphas_that_predict_no_count_are_named():
+    alphas = torch.tensor([[0.5, float("nan")]])
+    with pytest.raises(ValueError, match=r"finite alphas, but their sums are \[nan\]"):
+        continuous_integrate_and_fire(torch.randn(1, 2, 3), alphas)
+
+
+def test_broken_alphas_reach_no_memory_outside():
+    """Negative and NaN alphas are wrong, and their tokens too; but indices made from them must not be."""
+    frames, alphas, mask, targets = random_case(9)
+    alphas[0] -= 0.5
+    alphas[1, 3], alphas[2, 4], alphas[3, 0] = float("nan"), float("inf"), -1e30
+    alphas.requires_grad_(), frames.requires_grad_()
+    tokens = continuous_integrate_and_fire(frames, alphas, None, targets).speech_tokens
+    tokens.sum().backward()
+    assert tokens[1].isnan().any() and frames.grad.shape == frames.shape
+
+
+def test_second_derivatives_are_refused():
+    frames, alphas, _, targets = random_case(0)
+    tokens = continuous_integrate_and_fire(frames, alphas.requires_grad_(), None, targets).speech_tokens
+    (gradient,) = torch.autograd.grad(tokens.square().sum(), alphas, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        gradient.sum().backward()
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations, and the bytes of the largest tensor that they make."""
+
+    def __init__(self, given):
+        super().__init__()
+        self.given, self.count, self.largest = given.untyped_storage().data_ptr(), 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.count += 1
+        for made in result if isinstance(result, tuple) else (result,):
+            if isinstance(made, torch.Tensor) and made.untyped_storage().data_ptr() != self.given:
+                self.largest = max(self.largest, made.untyped_storage().nbytes())
+        return result
+
+
+def test_no_loop_over_rows_frames_or_tokens_and_no_copy_of_the_frames():
+    counts = []
+    for size in ({"batch_size": 2, "num_frames": 7}, {"batch_size": 9, "num_frames": 80}):
+        frames, alphas, mask, targets = random_case(0, num_channels=64, **size)
+        alphas.requires_grad_()
+        with Operations(frames) as operations:
+            tokens = continuous_integrate_and_fire(frames, alphas, mask, targets).speech_tokens
+            tokens.sum().backward()
+        counts.append(operations.count)
+    assert counts[0] == counts[1]
+    assert operations.largest < 4 * frames.numel() / 3
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_long_stream_is_the_same_however_it_is_cut(seed):
+    generator = torch.Generator().manual_seed(seed)
+    frames, alphas = torch.randn(3000, 4, generator=generator), torch.rand(3000, generator=generator) ** 4
+    whole, places, _ = stream_integrate_and_fire(frames, alphas)
+    state, tokens, places_in_pieces = None, [], []
+    cuts = torch.randint(0, 3000, (300,), generator=generator).sort().values.tolist()
+    for start, stop in zip([0, *cuts], [*cuts, 3000]):
+        fired, at, state = stream_integrate_and_fire(frames[start:stop], alphas[start:stop], state)
+        tokens.append(fired)
+        places_in_pieces.append(at)
+        # What is carried does not grow.
+        assert state.partial_token.shape == (4,) and 0 <= state.partial_weight < 1 and state.num_frames == stop
+    assert torch.equal(torch.cat(places_in_pieces), places)
+    torch.testing.assert_close(torch.cat(tokens), whole, rtol=1e-6, atol=2e-6)

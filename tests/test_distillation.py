@@ -3,10 +3,13 @@
 import pytest
 import torch
 from conftest import FAMILIES, make_model, text_config
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from modeling_blsp_kd import distillation
 from modeling_blsp_kd.distillation import (
     linear_cross_entropy,
     linear_kl,
+    linear_kl_of_rows,
     postprocess_logits,
     predicts_next,
     quantity_loss,
@@ -52,6 +55,80 @@ def test_linear_kl_equals_the_formula_in_value_and_gradient(options, chunk_rows)
     (3 * loss).backward()
     (3 * expected).backward()
     torch.testing.assert_close(student.grad.double(), exact.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("tile_size", [1, 25])
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_tiles_of_a_chunk_do_not_change_it(tile_size, softcap, monkeypatch):
+    results = []
+    for size in (distillation.TILE_SIZE, tile_size):
+        monkeypatch.setattr(distillation, "TILE_SIZE", size)
+        student, teacher, weight = states()
+        loss = linear_kl(student.requires_grad_(), teacher, weight, softcap=softcap, chunk_rows=5)
+        results.append([loss, torch.autograd.grad(loss, student)[0]])
+    torch.testing.assert_close(*results)
+
+
+def test_two_losses_of_one_pass_are_those_of_two():
+    """Response and input KL go through the vocabulary together, and weigh differently."""
+    student, teacher, weight = states()
+    student.requires_grad_()
+    rows = linear_kl_of_rows(student, teacher, weight, chunk_rows=4)
+    together = [rows[:3].sum(), rows[3:].sum()]
+    apart = [linear_kl(student[part], teacher[part], weight, reduction="sum") for part in (slice(3), slice(3, None))]
+    torch.testing.assert_close(together, apart)
+    gradients = [torch.autograd.grad(2 * one + 0.3 * other, student)[0] for one, other in (together, apart)]
+    torch.testing.assert_close(*gradients)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Numbers in the largest tensor that is made while this is on, other than views of what was there."""
+
+    def __init__(self, given):
+        super().__init__()
+        self.given, self.numel = given.untyped_storage().data_ptr(), 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and made.untyped_storage().data_ptr() != self.given:
+            self.numel = max(self.numel, made.untyped_storage().nbytes() // made.element_size())
+        return made
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_logits_of_one_chunk_are_all_that_is_made(dtype):
+    """And no copy of the head, or of its transpose, though they are larger."""
+    student, teacher, weight = states(num_rows=64, width=40, vocabulary=1000, dtype=dtype)
+    with LargestTensor(weight) as largest:
+        linear_kl(student.requires_grad_(), teacher, weight, chunk_rows=8).backward()
+    assert largest.numel == 2 * 8 * 1000
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_compiled_it_is_the_same(bias):
+    student, teacher, weight = states()
+    bias = torch.linspace(-1, 1, 11) if bias else None
+    student.requires_grad_()
+
+    def loss(student, teacher):
+        return linear_kl(student, teacher, weight, lm_head_bias=bias, chunk_rows=3)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, backend="aot_eager")(student, teacher)
+    torch.testing.assert_close(compiled, loss(student, teacher))
+    gradients = [torch.autograd.grad(value, student)[0] for value in (compiled, loss(student, teacher))]
+    torch.testing.assert_close(*gradients)
+
+
+def test_under_autocast_products_are_in_its_precision():
+    student, teacher, weight = states()
+    student.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_kl(student, teacher, weight)
+    expected = linear_kl(student.bfloat16(), teacher.bfloat16(), weight.bfloat16())
+    assert torch.equal(loss, expected)
+    (gradient,) = torch.autograd.grad(loss, student)
+    assert gradient.dtype == torch.float32 and gradient.abs().sum() > 0
 
 
 def test_identical_states_give_zero_and_direction_matters():

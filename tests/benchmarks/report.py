@@ -1,0 +1,123 @@
+"""Writes what was measured: JSON with every number, a Markdown table, and plots of cost against size.
+
+Leaves out: the measuring (`measure.py`).
+"""
+
+import importlib.metadata
+import importlib.util
+import json
+import math
+import os
+import platform
+import statistics
+from datetime import date
+from pathlib import Path
+
+import torch
+
+from .measure import OURS
+
+PACKAGES = ("torch", "transformers", "peft", "numpy", "torch-cif", "trl", "liger-kernel")
+
+
+def machine(device: torch.device, dtype: torch.dtype, clock: str) -> dict:
+    """Where and with what the figures were taken."""
+    installed = {distribution.name.lower().replace("_", "-") for distribution in importlib.metadata.distributions()}
+    return {
+        "date": date.today().isoformat(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "dtype": str(dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "clock": clock if device.type == "cpu" else "cuda events",
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES if name in installed},
+        "load_average_before": os.getloadavg()[0],
+    }
+
+
+def _processor() -> str:
+    names = Path("/proc/cpuinfo")
+    lines = names.read_text().splitlines() if names.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def write(folder: Path, where: dict, results: list[dict]) -> str:
+    """Writes `benchmarks.json`, `benchmarks.md` and, with matplotlib, `scaling.png`. Returns the Markdown."""
+    folder.mkdir(parents=True, exist_ok=True)
+    slopes = _slopes(results)
+    data = {"machine": where, "results": results, "slopes": slopes}
+    (folder / "benchmarks.json").write_text(json.dumps(data, indent=1))
+    text = _markdown(where, results, slopes)
+    (folder / "benchmarks.md").write_text(text)
+    if slopes and importlib.util.find_spec("matplotlib"):
+        _plot(folder / "scaling.png", slopes)
+    return text
+
+
+def _slopes(results) -> list[dict]:
+    """Time of ours against each size that was swept, and the slope of its logarithm: 1 is proportional."""
+    sweeps = {}
+    for result in results:
+        if result["sweep"]:
+            size, value = result["sweep"]
+            point = (value, result["candidates"][OURS]["median_s"])
+            sweeps.setdefault((result["benchmark"], size), []).append(point)
+    return [
+        {"benchmark": benchmark, "size": size, "points": points, "slope": _slope(points)}
+        for (benchmark, size), points in sweeps.items()
+    ]
+
+
+def _slope(points) -> float:
+    sizes, times = ([math.log(value) for value in values] for values in zip(*points))
+    return statistics.linear_regression(sizes, times).slope
+
+
+def _markdown(where, results, slopes) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
+    lines = [
+        f"{where['date']}, {where['processor']} ({where['cores']} cores), device {where['device']}, {where['dtype']}, "
+        f"{where['threads']} thread(s), {where['clock']} time, Python {where['python']}, {versions}. "
+        f"Load average {where['load_average_before']:.1f} before and {where['load_average_after']:.1f} after.",
+        "",
+        f"Medians over interleaved repeats, spread in brackets. Ratio: time over that of {OURS} in the same repeat.",
+    ]
+    for benchmark in dict.fromkeys(result["benchmark"] for result in results):
+        lines += ["", f"### {benchmark}", "", "| | | ms | ratio | peak memory |", "|---|---|---|---|---|"]
+        for result in results:
+            if result["benchmark"] == benchmark and not result["sweep"]:
+                lines += _rows(result)
+    if slopes:
+        lines += ["", "### Scaling", "", "| | against | slope |", "|---|---|---|"]
+        lines += [f"| {each['benchmark']} | {each['size']} | {each['slope']:.2f} |" for each in slopes]
+    return "\n".join(lines) + "\n"
+
+
+def _rows(result) -> list[str]:
+    unit, unit_bytes = result["memory_unit"]
+    rows = []
+    for name, measured in result["candidates"].items():
+        times = [1000 * time for time in measured["times_s"]]
+        rows.append(
+            f"| {result['case']} | {name} | {_spread(times)} | {_spread(measured['ratios'])} | "
+            f"{measured['peak_bytes'] / unit_bytes:.2f} {unit} |"
+        )
+    rows += [f"| {result['case']} | {name} | not run: {reason} | | |" for name, reason in result["missing"].items()]
+    return rows
+
+
+def _spread(values) -> str:
+    return f"{statistics.median(values):.3g} [{min(values):.3g}-{max(values):.3g}]"
+
+
+def _plot(path: Path, slopes):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4 * len(slopes), 3.2), layout="constrained")
+    for axis, each in zip(figure.subplots(1, len(slopes), squeeze=False)[0], slopes):
+        sizes, times = zip(*each["points"])
+        axis.loglog(sizes, [1000 * time for time in times], "o-")
+        axis.set(xlabel=each["size"], ylabel="ms", title=f"{each['benchmark']}: slope {each['slope']:.2f}")
+    figure.savefig(path, dpi=120)
