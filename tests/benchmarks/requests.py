@@ -35,6 +35,8 @@ RATE = 16_000
 TOKENS_PER_S = 3.3  # of English
 NUM_TEXT_TOKENS = 20
 NUM_NEW_TOKENS = 32
+# Against the authors' 4 + 4 layers over all frames.
+CHEAP = {"frame_stride": 4, "num_pre_layers": 1, "num_post_layers": 1, "attention_window": 64}
 FEATURE_EXTRACTOR = WhisperFeatureExtractor()
 # Name: encoder (width, layers, heads), LLM.
 SIZES = {
@@ -83,10 +85,10 @@ def _systems(encoder_size, text_config, device, dtype) -> dict:
     """By name, what answers clips: (list of waveforms, number of new tokens) -> ids."""
     llm = AutoModelForCausalLM.from_config(text_config).to(device, dtype).eval().requires_grad_(False)
     width, _, heads = encoder_size
-    cheap = {"frame_stride": 4, "num_pre_layers": 2, "num_post_layers": 2, "attention_window": 64}
     systems = {
-        OURS: _ours(encoder_size, llm, cheap),
-        f"{OURS}, authors' adapter": _ours(encoder_size, llm, {}),
+        OURS: _ours(encoder_size, llm, CHEAP, plora=False),
+        f"{OURS}, partial LoRA": _ours(encoder_size, llm, CHEAP, plora=True),
+        f"{OURS}, authors' adapter, partial LoRA": _ours(encoder_size, llm, {}, plora=True),
     }
     token = text_config.vocab_size - 1
     whisper = {
@@ -98,17 +100,17 @@ def _systems(encoder_size, text_config, device, dtype) -> dict:
     }
     qwen = Qwen2AudioConfig(
         audio_config={"model_type": "qwen2_audio_encoder", "d_model": width, "encoder_ffn_dim": 4 * width, **whisper},
-        text_config=text_config,
+        text_config=copy.deepcopy(text_config),
         audio_token_index=token,
     )
     flamingo = AudioFlamingo3Config(
         audio_config={"hidden_size": width, "intermediate_size": 4 * width, **whisper},
-        text_config=text_config,
+        text_config=copy.deepcopy(text_config),
         audio_token_id=token,
     )
     voxtral = VoxtralConfig(
         audio_config={"hidden_size": width, "intermediate_size": 4 * width, **whisper},
-        text_config=text_config,
+        text_config=copy.deepcopy(text_config),
         audio_token_id=token,
     )
     # A conformer block has about twice the weights of a Whisper layer.
@@ -121,7 +123,7 @@ def _systems(encoder_size, text_config, device, dtype) -> dict:
             num_hidden_layers=2,
             num_attention_heads=heads,
         ),
-        text_config=text_config,
+        text_config=copy.deepcopy(text_config),
         audio_token_index=token,
         has_lora_adapter=False,
     )
@@ -162,16 +164,16 @@ def _answer(model, inputs: dict, num_new_tokens: int):
     return model.generate(**inputs, do_sample=False, max_new_tokens=num_new_tokens, pad_token_id=0)
 
 
-def _ours(encoder_size, llm, adapter: dict):
+def _ours(encoder_size, llm, adapter: dict, plora: bool):
     width, num_layers, heads = encoder_size
     speech_config = WhisperConfig(
         d_model=width, encoder_layers=num_layers, encoder_attention_heads=heads, encoder_ffn_dim=4 * width
     )
     config = BlspKdConfig(
         speech_config=speech_config,
-        text_config=llm.config,
+        text_config=llm.config.to_dict(),
         adapter={"type": "cformer", **adapter},
-        plora=True,
+        plora=plora,
         audio_token_id=llm.config.vocab_size,
     )
     # Modules of its own (partial LoRA wraps them), but the very weights of the LLM.
@@ -205,6 +207,8 @@ def _peer(model_class, config, llm, token: int, hear):
             for parameter in ears.parameters():
                 nn.init.normal_(parameter, std=0.02)
     model.eval()
+    if llm.config._attn_implementation != "sdpa":
+        raise RuntimeError(f"{model_class.__name__} changed the attention of the LLM that all share.")
 
     def answer(audio, num_new_tokens: int):
         features, num_audio_tokens = hear(audio)
