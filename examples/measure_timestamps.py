@@ -121,8 +121,8 @@ def fit_delay(model, processor, rows, options) -> float:
         counts = torch.tensor([len(ids) for ids in token_ids[batch]], device=model.device)
         for delay_s in DELAYS_S:
             model.config.timestamps = {"delay_s": delay_s, "silence": silence}
-            times = model.get_audio_features(**features, num_speech_tokens=counts).token_times
-            for row, ids, of_row in zip(rows[batch], token_ids[batch], times):
+            heard = model.get_audio_features(**features, num_speech_tokens=counts, output_token_times=True)
+            for row, ids, of_row in zip(rows[batch], token_ids[batch], heard.token_times):
                 errors[delay_s] += errors_of(row, processor.word_timestamps(ids, of_row[: len(ids)]))
     return min(DELAYS_S, key=lambda delay_s: np.median(np.abs(errors[delay_s])))
 

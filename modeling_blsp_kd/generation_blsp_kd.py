@@ -100,7 +100,12 @@ class BlspKdGenerationMixin(GenerationMixin):
 
         prompt_options = {name: kwargs.pop(name, None) for name in ("attention_mask", "inputs_embeds", "position_ids")}
         prompt, audio, expanded = self._expand_inputs(
-            input_ids, input_features, kwargs.get("past_key_values"), **audio_options, **prompt_options
+            input_ids,
+            input_features,
+            kwargs.get("past_key_values"),
+            output_token_times=return_timestamps,
+            **audio_options,
+            **prompt_options,
         )
         if return_timestamps and int(prompt.is_speech.any(1).sum()) < len(audio.num_speech_tokens):
             raise ValueError("return_timestamps is for prompts with one audio each, but a prompt here has several.")
@@ -168,6 +173,7 @@ class BlspKdGenerationMixin(GenerationMixin):
         attention_mask,
         inputs_embeds,
         position_ids,
+        output_token_times: bool,
     ) -> tuple[SpeechPrompt, ModelOutput, dict]:
         """The expanded prompts, what was heard, and what `generate` takes in place of the prompts and their audio."""
         prompt_ids = self._find_in_embeds(inputs_embeds) if input_ids is None else input_ids
@@ -185,6 +191,7 @@ class BlspKdGenerationMixin(GenerationMixin):
             num_speech_tokens,
             inputs_embeds,
             position_ids,
+            output_token_times,
         )
         self._check_context(prompt, num_new_tokens=1)
         if num_past and not is_new_turn:

@@ -60,8 +60,9 @@ class BlspKdAudioOutput(BaseModelOutputWithPooling):
             encoder frames (from the start) at which each token is complete, see [`CifOutput`]; -1 past a clip's count
             (CFormer only).
         token_times (`torch.FloatTensor` of shape (A, U, 2), *optional*):
-            seconds from the start of the clip where each token begins and ends, corrected as `config.timestamps` says;
-            NaN past a clip's count (CFormer only). Uncorrected, tokens end at firing places times `frame_duration_s`.
+            where they were asked for: seconds from the start of the clip where each token begins and ends, corrected
+            as `config.timestamps` says; NaN past a clip's count (CFormer only). Uncorrected, tokens end at firing
+            places times `frame_duration_s`.
     """
 
     num_speech_tokens: torch.LongTensor | None = None
@@ -328,6 +329,7 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, DistillationStep, BlspKdGeneratio
         num_speech_tokens=None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        output_token_times: bool = False,
     ) -> BlspKdAudioOutput:
         """Hear audio clips: encoder frames, and the speech tokens that the LLM reads.
 
@@ -340,6 +342,7 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, DistillationStep, BlspKdGeneratio
                 that take clips one at a time.
             num_speech_tokens (`torch.LongTensor` of shape (A,), *optional*):
                 tokens that CIF must fire; omitted, they are predicted. CFormer only.
+            output_token_times (`bool`): tell when each token was said. CFormer only.
         """
         # An option that is not given must stay away: None would overrule the encoder's own config.
         wanted = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
@@ -360,7 +363,7 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, DistillationStep, BlspKdGeneratio
         adapter_dtype = next(self.adapter.parameters()).dtype
         adapted = self.adapter(frames.to(adapter_dtype), frame_mask, num_speech_tokens, windows_per_clip)
         times = None
-        if adapted.alphas is not None:
+        if output_token_times and adapted.alphas is not None:
             times = self._time_tokens(windows, window_mask, frame_mask, windows_per_clip, adapted)
         if windows_per_clip is not None:
             frames_per_clip = per_clip(frame_mask.sum(1), windows_per_clip)
@@ -404,6 +407,7 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, DistillationStep, BlspKdGeneratio
         num_speech_tokens,
         inputs_embeds=None,
         position_ids=None,
+        output_token_times: bool = False,
     ) -> tuple[SpeechPrompt, BlspKdAudioOutput]:
         """Hear the clips of a batch of prompts and give each its positions.
 
@@ -414,7 +418,9 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, DistillationStep, BlspKdGeneratio
         audio_token_id = self.config.audio_token_id
         is_placeholder = find_placeholders(input_ids, attention_mask, audio_token_id)
         is_repeated = check_placeholders(is_placeholder, audio_token_id, len(input_features), num_speech_tokens)
-        audio = self.get_audio_features(input_features, input_features_mask, num_speech_tokens)
+        audio = self.get_audio_features(
+            input_features, input_features_mask, num_speech_tokens, output_token_times=output_token_times
+        )
         prompt = lay_out(
             input_ids,
             attention_mask,

@@ -10,6 +10,7 @@ import functools
 import math
 import os
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -51,6 +52,30 @@ def _shapes(weights: dict[str, torch.Tensor]) -> set[tuple]:
     return {(name, tuple(tensor.shape)) for name, tensor in weights.items()}
 
 
+@dataclass(frozen=True)
+class _SpeechRows:
+    """Where speech stands among all B * L positions of a call.
+
+    Args:
+        index (`torch.LongTensor` of shape (S,)): S speech positions, ascending.
+        run (`slice` or None): the same, if they are neighbours, as the one clip of one prompt is.
+    """
+
+    index: torch.LongTensor
+    run: slice | None
+
+    @classmethod
+    def of(cls, is_speech: torch.BoolTensor | None) -> "_SpeechRows | None":
+        """None where they cannot be told: in a graph that is compiled, sizes do not depend on data."""
+        if is_speech is None or torch.compiler.is_compiling():
+            return None
+        index = is_speech.flatten().nonzero().squeeze(1)
+        if len(index) == 0:
+            return cls(index, slice(0))
+        first, last = index[[0, -1]].tolist()
+        return cls(index, slice(first, last + 1) if last - first == len(index) - 1 else None)
+
+
 class PartialLora:
     """Injects LoRA layers into a language model and switches them on for the speech positions of one call.
 
@@ -79,14 +104,13 @@ class PartialLora:
         self.layer_names = [name for name, _ in named_layers]
         self.layers = [layer for _, layer in named_layers]
         self.is_speech: torch.BoolTensor | None = None
-        self._states_outside: list[tuple[bool, list[str]]] = []
+        self._rows: _SpeechRows | None = None
         for layer in self.layers:
-            # A bound method, not a closure: copy.deepcopy then rebinds it to the copy of this object.
-            layer.lora_A[ADAPTER_NAME].register_forward_hook(self._drop_text_positions)
             layer.merge = _refuse_merge
             # What PEFT calls to merge or to unload a layer; both would lose partial LoRA.
             layer.unload_and_optionally_merge_module = _refuse_merge
             layer._active_adapter = []
+            # A bound method, not a closure: copy.deepcopy then rebinds it to the copy of this object.
             layer.forward = functools.partial(self._forward, layer)
             layer.set_adapter = functools.partial(_set_other_adapters, layer)
             offload = getattr(layer.base_layer, "_hf_hook", None)
@@ -162,12 +186,11 @@ class PartialLora:
     @contextmanager
     def at(self, is_speech: torch.BoolTensor | None):
         """Add the update at the positions `is_speech` (B, L), inside this block only. None: nowhere."""
-        outer = self.is_speech
-        self._switch(is_speech)
-        try:
+        if is_speech is not None and torch.is_grad_enabled():
+            self._warn_of_others()
+        # Once for all layers: the host waits for the device here.
+        with self._switched_to(is_speech, _SpeechRows.of(is_speech)):
             yield
-        finally:
-            self._switch(outer)
 
     def checkpoint(self, checkpoint_func):
         """Wrap a checkpointing function so that the recomputation sees the mask of the forward pass it repeats.
@@ -176,47 +199,71 @@ class PartialLora:
         """
 
         def checkpoint_with_mask(function, *args, **kwargs):
-            is_speech = self.is_speech
+            is_speech, rows = self.is_speech, self._rows
 
             def run(*args, **kwargs):
-                with self.at(is_speech):
+                with self._switched_to(is_speech, rows):
                     return function(*args, **kwargs)
 
             return checkpoint_func(run, *args, **kwargs)
 
         return checkpoint_with_mask
 
-    def _switch(self, is_speech):
-        was_on, self.is_speech = self.is_speech is not None, is_speech
-        if was_on == (is_speech is not None):
-            return
-        # Not PEFT's own switches, which also change requires_grad.
-        if was_on:
-            for layer, (disabled, active) in zip(self.layers, self._states_outside):
-                layer._disable_adapters, layer._active_adapter = disabled, active
-            return
-        self._states_outside = [(layer._disable_adapters, layer._active_adapter) for layer in self.layers]
+    @contextmanager
+    def _switched_to(self, is_speech, rows: _SpeechRows | None):
+        outer = self.is_speech, self._rows
+        self.is_speech, self._rows = is_speech, rows
+        try:
+            yield
+        finally:
+            self.is_speech, self._rows = outer
+
+    def _warn_of_others(self):
         for layer in self.layers:
             others = [] if layer._disable_adapters else layer.active_adapters
-            layer._disable_adapters, layer._active_adapter = False, [ADAPTER_NAME, *others]
-            if others and torch.is_grad_enabled() and layer.lora_A[ADAPTER_NAME].weight.requires_grad:
+            if others and layer.lora_A[ADAPTER_NAME].weight.requires_grad:
                 logger.warning_once(
                     f"LoRA {others} is trained, and the model's own partial LoRA with it, which PEFT does not save in "
                     "that adapter. Call model.requires_grad_(False) before get_peft_model to train yours alone."
                 )
+                return
 
     def _forward(self, layer: LoraLayer, x, *args, **kwargs):
-        if self.is_speech is None and len(layer.lora_A) == 1:
-            # PEFT's own bookkeeping around the base layer takes as long as a small matrix product.
-            return layer.base_layer(x, *args, **kwargs)
-        return type(layer).forward(layer, x, *args, **kwargs)
+        # PEFT's own bookkeeping around the base layer takes as long as a small matrix product.
+        run = layer.base_layer if len(layer.lora_A) == 1 else functools.partial(type(layer).forward, layer)
+        result = run(x, *args, **kwargs)
+        return result if self.is_speech is None else self._add_update(layer, x, result)
 
-    def _drop_text_positions(self, lora_a: nn.Module, inputs, low_rank: torch.Tensor) -> torch.Tensor:
-        if low_rank.shape[:2] != self.is_speech.shape:
+    def _add_update(self, layer: LoraLayer, x, result) -> torch.Tensor:
+        """Add the update at the speech positions, which alone are read and computed.
+
+        Args:
+            x (B, L, D), result (B, L, D'): what the layer was given, and what it makes of it without the update.
+        """
+        if x.shape[:-1] != self.is_speech.shape:
             raise ValueError(
                 f"Partial LoRA was given the speech mask of a {tuple(self.is_speech.shape)} batch, but a layer saw "
-                f"hidden states of shape {tuple(low_rank.shape)}. Layers that regroup tokens (experts of a mixture) "
+                f"hidden states of shape {tuple(x.shape)}. Layers that regroup tokens (experts of a mixture) "
                 "cannot take it: name the other layers in `plora['target_modules']`."
             )
-        # Filled, not multiplied: 0 times inf at a text position would be NaN.
-        return low_rank.masked_fill(~self.is_speech[..., None], 0.0)
+        scale = layer.scaling[ADAPTER_NAME]
+        if self._rows is None:
+            # Filled, not multiplied: 0 times inf at a text position would be NaN.
+            update = self._update(layer, x).masked_fill(~self.is_speech[..., None], 0.0)
+            return result + scale * update.to(result.dtype)
+        x, flat = x.flatten(0, 1), result.flatten(0, 1)
+        has_gradient = torch.is_grad_enabled()
+        # Compiled code would be compiled again for every other run.
+        run = None if has_gradient or torch.compiler.is_compiling() else self._rows.run
+        if run is not None:
+            flat[run].add_(self._update(layer, x[run]).to(result.dtype), alpha=scale)
+            return flat.view_as(result)
+        index = self._rows.index.to(x.device)
+        update = self._update(layer, x.index_select(0, index)).to(result.dtype)
+        # In place where no gradient flows: a copy of the result would cost more than the update.
+        add = flat.index_add if has_gradient else flat.index_add_
+        return add(0, index, update, alpha=scale).view_as(result)
+
+    def _update(self, layer: LoraLayer, x) -> torch.Tensor:
+        lora_a, lora_b = layer.lora_A[ADAPTER_NAME], layer.lora_B[ADAPTER_NAME]
+        return lora_b(lora_a(layer.lora_dropout[ADAPTER_NAME](x.to(lora_a.weight.dtype))))

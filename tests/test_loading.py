@@ -368,16 +368,18 @@ def test_only_a_prompt_with_audio_does_lora_arithmetic(cache, inputs):
     calls = []
     for layer in model.plora.layers:
         for module in (layer.lora_A["plora"], layer.lora_B["plora"], layer.lora_dropout["plora"]):
-            module.register_forward_hook(lambda module, args, output: calls.append(args[0].shape[1]))
+            module.register_forward_hook(lambda module, args, output: calls.append(args[0].shape[:-1].numel()))
     with torch.no_grad():
         model(input_ids=TEXT)
     model.generate(input_ids=TEXT, **GREEDY, cache_implementation=cache)
     assert not calls
-    prompt_length = logits(model, inputs).shape[1]
-    assert calls == [prompt_length] * (3 * len(model.plora.layers))
+    audio = {name: value for name, value in inputs.items() if name.startswith("input_features")}
+    num_speech_tokens = int(model.get_audio_features(**audio).num_speech_tokens.sum())
+    logits(model, inputs)
+    assert calls == [num_speech_tokens] * (3 * len(model.plora.layers)), "speech positions alone cost arithmetic"
     calls.clear()
     model.generate(**inputs, **GREEDY, cache_implementation=cache)
-    assert calls == [prompt_length] * (3 * len(model.plora.layers)), "decoding steps must do none"
+    assert calls == [num_speech_tokens] * (3 * len(model.plora.layers)), "decoding steps must do none"
 
 
 def test_a_plain_load_is_silent(saved, monkeypatch):

@@ -65,6 +65,65 @@ def test_equals_lora_written_by_hand(family):
     torch.testing.assert_close(logits_at(model, embeds, is_speech), by_hand(inputs_embeds=embeds).logits)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "places", [[], [0], [8], [3, 4, 5], [0, 8], [2, 3, 6], [0, 1, 2, 3, 4, 5, 6, 7, 8]], ids=lambda places: str(places)
+)
+def test_neighbours_and_scattered_positions_give_what_the_mask_gives(places):
+    """Neighbours are cut out, scattered positions are gathered, and a graph that is compiled fills by the mask."""
+    model = make_model(plora=True)
+    embeds, _ = prompt(model)
+    is_speech = torch.zeros(1, 9, dtype=torch.bool)
+    is_speech[0, places] = True
+    alone = logits_at(model, embeds[:1], is_speech)
+    pair = logits_at(model, embeds, is_speech.expand(2, -1))
+    torch.testing.assert_close(pair[:1], alone)
+    with model.plora._switched_to(is_speech, None):
+        torch.testing.assert_close(model.language_model(inputs_embeds=embeds[:1]).logits, alone)
+
+
+def test_gradients_are_those_of_the_mask():
+    model = make_model(plora={"lora_dropout": 0.0})
+    embeds, is_speech = prompt(model)
+    parameters = model.plora.parameters
+
+    def gradients(block):
+        inputs = embeds.clone().requires_grad_()
+        with block:
+            logits = model.language_model(inputs_embeds=inputs).logits
+        return torch.autograd.grad(logits.square().mean(), [inputs, *parameters])
+
+    expected = gradients(model.plora._switched_to(is_speech, None))
+    for actual, wanted in zip(gradients(model.plora.at(is_speech)), expected):
+        torch.testing.assert_close(actual, wanted)
+        assert (wanted != 0).any()
+
+
+def test_dropout_keeps_the_mean_and_spread_of_the_mask():
+    model = make_model(plora={"lora_dropout": 0.4}).train()
+    layer = model.plora.layers[0]
+    x = torch.randn(1, 4000, 32, generator=torch.Generator().manual_seed(3))[:, :1].expand(1, 4000, 32).contiguous()
+    is_speech = torch.ones(1, 4000, dtype=torch.bool)
+    torch.manual_seed(0)
+    with model.plora.at(is_speech):
+        gathered = layer(x) - layer.base_layer(x)
+    with model.plora._switched_to(is_speech, None):
+        masked = layer(x) - layer.base_layer(x)
+    assert gathered[0, 0].ne(gathered[0, 1]).any(), "every position draws for itself"
+    torch.testing.assert_close(gathered.mean(1), masked.mean(1), rtol=0.1, atol=0.1)
+    torch.testing.assert_close(gathered.std(1), masked.std(1), rtol=0.1, atol=0.1)
+
+
+def test_positions_are_told_once_for_all_layers(monkeypatch):
+    model = make_model(plora=True)
+    embeds, is_speech = prompt(model)
+    waits = []
+    nonzero = torch.Tensor.nonzero
+    monkeypatch.setattr(torch.Tensor, "nonzero", lambda *args, **kwargs: waits.append(1) or nonzero(*args, **kwargs))
+    logits_at(model, embeds, is_speech)
+    assert len(waits) == 1
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_all_linear_covers_attention_and_mlp_but_not_the_head(family):
     model = make_model(family, plora=True)
@@ -171,6 +230,16 @@ def test_compiles_without_a_graph_break():
     torch._dynamo.reset()
 
 
+def test_compiles_together_with_the_block():
+    """A forward pass that is told its speech positions, in one graph."""
+    model = make_model(plora=True)
+    embeds, is_speech = prompt(model)
+    inputs = {"inputs_embeds": embeds, "is_speech": is_speech, "use_cache": False}
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits)
+    torch._dynamo.reset()
+
+
 def test_save_and_load_keep_the_update(tmp_path):
     model = make_model(plora=True)
     embeds, is_speech = prompt(model)
@@ -194,7 +263,7 @@ def test_merging_is_refused_with_the_reason():
 def test_a_mask_that_does_not_fit_is_named():
     model = make_model(plora=True)
     embeds, is_speech = prompt(model)
-    with pytest.raises(ValueError, match=r"\(2, 8\) batch.*\(2, 9, 16\)"):
+    with pytest.raises(ValueError, match=r"\(2, 8\) batch.*\(2, 9, 32\)"):
         logits_at(model, embeds, is_speech[:, :-1])
 
 

@@ -113,7 +113,7 @@ def test_raw_times_are_the_firing_places():
     features = torch.randn(2, 80, 170)
     mask = torch.ones(2, 170)
     mask[1, 90:] = 0
-    heard = model.get_audio_features(features, mask)
+    heard = model.get_audio_features(features, mask, output_token_times=True)
     for row, count in enumerate(heard.num_speech_tokens.tolist()):
         starts, ends = heard.token_times[row, :count].unbind(-1)
         torch.testing.assert_close(ends, heard.firing_places[row, :count] * 0.02)
@@ -126,8 +126,8 @@ def test_times_of_a_long_clip_go_on_through_its_windows():
     model = make_model(speech={"max_source_positions": 50}, timestamps={"delay_s": 0.1, "silence": 0.3})
     features, mask = torch.randn(2, 80, 257), torch.ones(2, 257)
     mask[1, 61:] = 0
-    heard = model.get_audio_features(features, mask)
-    alone = model.get_audio_features(features[1:, :, :61])
+    heard = model.get_audio_features(features, mask, output_token_times=True)
+    alone = model.get_audio_features(features[1:, :, :61], output_token_times=True)
     count = int(heard.num_speech_tokens[1])
     torch.testing.assert_close(heard.token_times[1, :count], alone.token_times[0])
     times = heard.token_times[0]
@@ -157,7 +157,7 @@ def test_nothing_is_said_in_silence(name, processor):
     quiet = [0.001 * rng.standard_normal(SAMPLING_RATE).astype(np.float32) for _ in range(2)]
     surrounded = np.concatenate([quiet[0][:8000], clip(1.0), quiet[1]])
     inputs = processor(AUDIO * 2, [surrounded, clip(4.0, seed=1)], sampling_rate=SAMPLING_RATE)
-    heard = model.get_audio_features(inputs["input_features"], inputs["input_features_mask"])
+    heard = model.get_audio_features(inputs["input_features"], inputs["input_features_mask"], output_token_times=True)
     times = heard.token_times[0, : int(heard.num_speech_tokens[0])]
     # One frame, and what it hears around itself.
     assert times.min() == pytest.approx(0.5, abs=0.11) and times.max() == pytest.approx(1.5, abs=0.11)
@@ -204,7 +204,7 @@ def test_a_word_that_is_spoken_of_gets_its_own_time(processor):
     """Answers that hold other tokens than were said: each lies where the speech is its embedding."""
     model = make_model()
     inputs = spoken_prompts(processor, durations_s=(1.3,))
-    heard = model.get_audio_features(inputs["input_features"], inputs["input_features_mask"])
+    heard = model.get_audio_features(inputs["input_features"], inputs["input_features_mask"], output_token_times=True)
     count = int(heard.num_speech_tokens[0])
     assert count > 6
     said = torch.arange(100, 100 + count)
@@ -311,7 +311,7 @@ def test_what_has_no_timestamps_is_named(processor):
     model = make_model(adapter={"type": "subsampler", "bottleneck_dim": 8})
     with pytest.raises(ValueError, match="which the subsampler adapter does not make"):
         model.generate(**spoken_prompts(processor), **GREEDY, return_timestamps=True)
-    heard = model.get_audio_features(torch.randn(1, 80, 50))
+    heard = model.get_audio_features(torch.randn(1, 80, 50), output_token_times=True)
     assert heard.token_times is None
 
 
