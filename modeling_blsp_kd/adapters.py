@@ -172,9 +172,10 @@ class CFormer(nn.Module):
                 frames_in_step = regroup(frames_in_step, frame_mask, frames_per_clip)
                 num_frames = int(frames_in_step.sum(1).max())
             frame_mask = is_within(frames_per_clip, alphas.shape[1])
-        cif = continuous_integrate_and_fire(hidden_states[..., :-1], alphas, frame_mask, target_lengths)
+        # All channels go in, and the one that alphas came from is dropped after: cut before, all frames would be copied.
+        cif = continuous_integrate_and_fire(hidden_states, alphas, frame_mask, target_lengths)
 
-        tokens = self.cif_proj(cif.speech_tokens)
+        tokens = self.cif_proj(cif.speech_tokens[..., :-1])
         token_mask = is_within(cif.num_speech_tokens, tokens.shape[1])
         if windows_per_clip is not None:
             group_sizes = tokens_per_window(cif.firing_places, token_mask, frames_per_window, windows_per_clip)
