@@ -142,7 +142,7 @@ def test_the_last_token_of_half_a_minute_and_a_bit_ends_with_the_clip(name, proc
     model = make_model(timestamps=RAW) if name == "whisper" else model_of(name, timestamps=RAW)
     processor = processor if name == "whisper" else processor_of(name, processor)
     inputs = processor(AUDIO, clip(32.0), sampling_rate=SAMPLING_RATE)
-    heard = model.get_audio_features(inputs["input_features"], inputs["input_features_mask"])
+    heard = model.get_audio_features(inputs["input_features"], inputs["input_features_mask"], output_token_times=True)
     # Up to one frame less: encoders of waveforms leave the rest of a clip that fills no frame.
     assert heard.token_times.max() == pytest.approx(32.0, abs=1.1 * model.frame_duration_s)
 
@@ -409,7 +409,8 @@ def test_the_delay_that_made_the_times_is_found_and_measured_as_exact(processor,
         ids = processor.tokenizer("the red cat ran")["input_ids"]
         features = processor.extract_features([str(tmp_path / audio)])
         features = {name: torch.as_tensor(values) for name, values in features.items()}
-        heard = model.get_audio_features(**features, num_speech_tokens=torch.tensor([len(ids)]))
+        counts = torch.tensor([len(ids)])
+        heard = model.get_audio_features(**features, num_speech_tokens=counts, output_token_times=True)
         words = processor.word_timestamps(ids, heard.token_times[0])
         train.append({"audio": audio, "text": "the red cat ran", "voice": "a", "words": words})
 
