@@ -172,7 +172,7 @@ class CFormer(nn.Module):
                 frames_in_step = regroup(frames_in_step, frame_mask, frames_per_clip)
                 num_frames = int(frames_in_step.sum(1).max())
             frame_mask = is_within(frames_per_clip, alphas.shape[1])
-        # All channels go in, and the one that alphas came from is dropped after: cut before, all frames would be copied.
+        # All channels go in, and the one that alphas came from is dropped after: cut before, all would be copied.
         cif = continuous_integrate_and_fire(hidden_states, alphas, frame_mask, target_lengths)
 
         tokens = self.cif_proj(cif.speech_tokens[..., :-1])
