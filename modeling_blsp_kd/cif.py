@@ -52,11 +52,10 @@ def _sum_bags(vectors, index, starts, weights):
         for part, *rest in _few_rows_at_a_time(sums, vectors, index, starts, weights):
             part.copy_(_sum_bags(rest[0].to(weights.dtype), *rest[1:]))
         return sums
-    row = torch.arange(vectors.shape[0], device=vectors.device)[:, None]
     return embedding_bag(
-        (index + row * vectors.shape[1]).flatten(),
+        _through_batch(index, vectors.shape[1]),
         vectors.flatten(0, 1),
-        (starts + row * index.shape[1]).flatten(),
+        _through_batch(starts, index.shape[1]),
         mode="sum",
         per_sample_weights=weights.flatten(),
     ).view(*starts.shape, vectors.shape[2])
@@ -69,14 +68,20 @@ def _dot_products(frames, tokens, frame_of, token_of, dtype):
         for part, *rest in _few_rows_at_a_time(products, frames, tokens, frame_of, token_of):
             part.copy_(_dot_products(rest[0].to(dtype), rest[1].to(dtype), *rest[2:], dtype))
         return products
-    row = torch.arange(frames.shape[0], device=frames.device)[:, None]
-    frame_of = (frame_of + row * frames.shape[1]).flatten()
-    token_of = (token_of + row * tokens.shape[1]).flatten()
+    frame, token = _through_batch(frame_of, frames.shape[1]), _through_batch(token_of, tokens.shape[1])
     # What autograd itself calls for `embedding_bag`. All else gathers one side first, which costs several times the
     # frames in time and memory. With the bag of each interval at hand, it takes no bag starts.
     return torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        tokens.flatten(0, 1), frames.flatten(0, 1), frame_of, token_of[:0], token_of, 0
-    ).view(len(row), -1)
+        tokens.flatten(0, 1), frames.flatten(0, 1), frame, token[:0], token, 0
+    ).view_as(frame_of)
+
+
+def _through_batch(index, row_length: int):
+    """(B, E) numbers within rows -> (B * E,) numbers through the batch, in which a row has `row_length` of them."""
+    if index.shape[0] == 1:
+        return index[0]  # the time of a single clip goes into the number of operations
+    first = torch.arange(0, index.shape[0] * row_length, row_length, device=index.device)
+    return (index + first[:, None]).flatten()
 
 
 def _few_rows_at_a_time(*tensors):
@@ -89,13 +94,15 @@ class _Integral(torch.autograd.Function):
 
     The gradient of a frame is the same kind of sum over the tokens that it gave to, and that of a frame's end is how
     much it matters which of two intervals gets more. So either direction reads and writes every frame once, and nothing
-    as large as the frames is made but their gradient.
+    as large as the frames is made but their gradient. Small clips spend their time on the number of operations, which
+    is why the alphas' gradient is written out too.
     """
 
     @staticmethod
-    def forward(ctx, frames, frame_ends, closing_frame, frame_mask, unreadable):
+    def forward(ctx, frames, alphas, frame_ends, closing_frame, alpha_sum, frame_mask, unreadable):
         """
         Args:
+            alphas (B, T), alpha_sum (B,) or None: see `_integrate`; read by backward only.
             frames (B, T, C), frame_ends (B, T + 1), frame_mask (B, T), unreadable (B,): see `_integrate`.
             closing_frame (B, U): the frame that completes each token; T where none does.
 
@@ -120,20 +127,21 @@ class _Integral(torch.autograd.Function):
         tokens = _sum_bags(frames, frame_of, token_starts[:, :-1], weights)
         if unreadable is not None:
             tokens[unreadable] = 0.0
-        ctx.save_for_backward(frames, closing_frame, weights, frame_of, token_of)
+        ctx.save_for_backward(frames, frame_ends, closing_frame, alpha_sum, weights, frame_of, token_of)
+        ctx.alphas_dtype = alphas.dtype
         return tokens
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_tokens):
-        frames, closing_frame, weights, frame_of, token_of = ctx.saved_tensors
+        frames, frame_ends, closing_frame, alpha_sum, weights, frame_of, token_of = ctx.saved_tensors
         (batch_size, num_frames, _), num_tokens = frames.shape, closing_frame.shape[1]
         grad_tokens = grad_tokens.contiguous()
         frame = torch.arange(num_frames + 1, device=frames.device).expand(batch_size, -1).contiguous()
         frame_starts = frame + torch.searchsorted(closing_frame, frame)
         inside = token_of < num_tokens
         token_of = token_of.clamp(max=num_tokens - 1)
-        grad_frames = grad_frame_ends = None
+        grad_frames = grad_alphas = None
         if ctx.needs_input_grad[0]:
             grad_frames = _sum_bags(grad_tokens, token_of, frame_starts[:, :-1], weights)
         if ctx.needs_input_grad[1]:
@@ -142,18 +150,30 @@ class _Integral(torch.autograd.Function):
             inside &= torch.arange(token_of.shape[1], device=frames.device) < frame_starts[:, -1:]
             grad_weights = pad(torch.where(inside, grad_weights, 0.0), (1, 1))
             # A frame's end lengthens the interval before it and shortens the one that it starts.
-            grad_frame_ends = torch.diff(grad_weights).neg_().gather(1, frame_starts)
-        return grad_frames, grad_frame_ends, None, None, None
+            grad_frame_ends = torch.diff(grad_weights).neg_().gather(1, frame_starts)[:, 1:]
+            # An alpha moves its own frame's end and all later ones.
+            grad_alphas = grad_frame_ends.flip(1).cumsum(1).flip(1)
+            if alpha_sum is not None:
+                # And the scale of all.
+                ends = frame_ends[:, 1:]
+                grad_scale = (grad_frame_ends * ends).sum(1, keepdim=True)
+                grad_alphas = (grad_alphas * ends[:, -1:] - grad_scale) / alpha_sum[:, None]
+            grad_alphas = grad_alphas.to(ctx.alphas_dtype)
+        return grad_frames, grad_alphas, *[None] * 5
 
 
-def _integrate(hidden_states, frame_ends, num_tokens: int, frame_mask=None, unreadable=None):
+def _integrate(
+    hidden_states, alphas, integral, num_tokens, start=0.0, alpha_sum=None, frame_mask=None, unreadable=None
+):
     """Integrate frames between whole numbers.
 
     Args:
-        hidden_states (B, T, C): frames.
-        frame_ends (B, T + 1), float64: the integral before the first frame and after every frame. It does not fall,
-            and ends at `num_tokens` at most.
+        hidden_states (B, T, C), alphas (B, T): what gradients are given to.
+        integral (B, T), float64: the integral after every frame. It does not fall, and ends at `num_tokens` at most.
         num_tokens: U, how many whole-number bins to fill.
+        start: the integral before the first frame.
+        alpha_sum (B,), optional: what was scaled to a whole number in the integral; infinite for nothing. Omitted, the
+            integral is not scaled.
         frame_mask (B, T) bool, optional: frames that may be read. The others add nothing to the integral.
         unreadable (B,) bool, optional: rows with no such frame, if there are any. Their tokens are zero.
 
@@ -161,15 +181,15 @@ def _integrate(hidden_states, frame_ends, num_tokens: int, frame_mask=None, unre
         tokens (B, U, C) in the dtype of the frames, summed in float32 (float64 if they are); firing places (B, U),
         float64, which mean nothing where a token stays open.
     """
-    bin_ends = torch.arange(1, num_tokens + 1, dtype=frame_ends.dtype, device=frame_ends.device)
+    bin_ends = torch.arange(1, num_tokens + 1, dtype=integral.dtype, device=integral.device)
     bin_ends = bin_ends.expand(hidden_states.shape[0], -1).contiguous()
-    ends = frame_ends.detach()
-    closing_frame = torch.searchsorted(ends[:, 1:].contiguous(), bin_ends)
-    tokens = _Integral.apply(hidden_states, frame_ends, closing_frame, frame_mask, unreadable)
+    closing_frame = torch.searchsorted(integral, bin_ends)
+    frame_ends = pad(integral, (1, 0), value=start)
+    tokens = _Integral.apply(hidden_states, alphas, frame_ends, closing_frame, alpha_sum, frame_mask, unreadable)
 
     frame = closing_frame.clamp(max=hidden_states.shape[1] - 1)
-    start, stop = ends.gather(1, frame), ends.gather(1, frame + 1)
-    return tokens, frame + (bin_ends - start) / (stop - start)
+    before, after = frame_ends.gather(1, frame), integral.gather(1, frame)
+    return tokens, frame + (bin_ends - before) / (after - before)
 
 
 def continuous_integrate_and_fire(hidden_states, alphas, frame_mask=None, target_lengths=None) -> CifOutput:
@@ -205,8 +225,8 @@ def continuous_integrate_and_fire(hidden_states, alphas, frame_mask=None, target
         frame_mask = frame_mask.bool()
         alphas = torch.where(frame_mask, alphas, 0.0)
     # float64 costs nothing on (B, T) scalars and keeps a boundary exact after thousands of frames.
-    integral = alphas.double().cumsum(1)
-    alpha_sum = integral[:, -1]
+    exact_alphas = alphas.double()
+    alpha_sum = exact_alphas.sum(1)
     if target_lengths is None:
         num_speech_tokens = alpha_sum.detach().round().clamp(min=1).long()
     else:
@@ -224,11 +244,20 @@ def continuous_integrate_and_fire(hidden_states, alphas, frame_mask=None, target
             raise ValueError(f"Expected finite alphas, but their sums are {alpha_sum.tolist()}.")
         raise ValueError(f"Target lengths must be at least 1, but got {target_lengths.tolist()}.")
 
+    integral = exact_alphas.detach().cumsum(1)
+    unscaled_sum = integral[:, -1].masked_fill(is_empty, torch.inf)
     # Divided first: x / x is exactly 1, so rounding neither leaves the last token open nor opens one more. An empty row
     # stays empty.
-    integral = integral / alpha_sum.masked_fill(is_empty, torch.inf)[:, None] * num_speech_tokens[:, None]
-    unreadable = is_empty if some_empty and frame_mask is not None else None
-    speech_tokens, firing_places = _integrate(hidden_states, pad(integral, (1, 0)), max_tokens, frame_mask, unreadable)
+    integral = integral / unscaled_sum[:, None] * num_speech_tokens[:, None]
+    speech_tokens, firing_places = _integrate(
+        hidden_states,
+        alphas,
+        integral,
+        max_tokens,
+        alpha_sum=unscaled_sum,
+        frame_mask=frame_mask,
+        unreadable=is_empty if some_empty and frame_mask is not None else None,
+    )
     is_token = torch.arange(max_tokens, device=alphas.device) < num_speech_tokens[:, None]
     return CifOutput(
         speech_tokens=speech_tokens,
@@ -274,11 +303,13 @@ def stream_integrate_and_fire(hidden_states, alphas, state: CifStreamState | Non
         state = CifStreamState(partial_token=hidden_states.new_zeros(hidden_states.shape[1], dtype=sum_dtype))
     if alphas.shape[0] == 0:
         return hidden_states[:0], alphas[:0].float(), state
-    frame_ends = pad(alphas[None].double().cumsum(1), (1, 0)) + state.partial_weight
-    total = float(frame_ends[0, -1])
+    integral = alphas[None].detach().double().cumsum(1) + state.partial_weight
+    total = float(integral[0, -1])
     num_fired = int(total)
     # One bin more than fired holds the token that stays open.
-    tokens, firing_places = _integrate(hidden_states[None].to(sum_dtype), frame_ends, num_fired + 1)
+    tokens, firing_places = _integrate(
+        hidden_states[None].to(sum_dtype), alphas[None], integral, num_fired + 1, start=state.partial_weight
+    )
     tokens = torch.cat([tokens[0, :1] + state.partial_token, tokens[0, 1:]])
     next_state = CifStreamState(
         partial_token=tokens[num_fired],

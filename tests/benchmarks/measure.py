@@ -61,8 +61,9 @@ def measure(case: Case, device: torch.device, clock: str, min_block_s: float) ->
     """
     calls, memory = {}, {}
     for name, function in case.candidates.items():
-        memory[name] = _peak_bytes(function, device)
+        function()  # whatever is only done once
         calls[name] = max(1, round(min_block_s / _time(function, 1, device, clock)))
+        memory[name] = _peak_bytes(function, device)
     times = {name: [] for name in case.candidates}
     for _ in range(case.repeats):
         for name, function in case.candidates.items():
@@ -104,12 +105,10 @@ def _processor_time() -> float:
 def _peak_bytes(function, device: torch.device) -> int:
     """Most bytes that live tensors hold at one time, beyond those from before the call. Result included."""
     if device.type == "cuda":
-        function()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         function()
         return torch.cuda.max_memory_allocated() - before
-    function()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         function()
     # Every allocation and release in order stands in the exported trace alone.
