@@ -8,10 +8,19 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 
 from .configuration_blsp_kd import BlspKdConfig
 from .modeling_blsp_kd import BlspKdForCausalLM, BlspKdPreTrainedModel
-from .trainer import BlspKdTrainer
 
 AutoConfig.register(BlspKdConfig.model_type, BlspKdConfig)
 for auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForMultimodalLM):
     auto_class.register(BlspKdConfig, BlspKdForCausalLM)
+
+
+def __getattr__(name: str):
+    # Training takes `datasets` and `accelerate` along, which nobody else waits for.
+    if name == "BlspKdTrainer":
+        from .trainer import BlspKdTrainer
+
+        return BlspKdTrainer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = ["BlspKdConfig", "BlspKdForCausalLM", "BlspKdPreTrainedModel", "BlspKdTrainer"]

@@ -13,9 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, load_peft_weights
 from safetensors.torch import save_file
 from torch import nn
 from transformers import initialization as init
@@ -35,7 +32,7 @@ def _refuse_merge(*args, **kwargs):
     )
 
 
-def _set_other_adapters(layer: LoraLayer, names, *args, **kwargs):
+def _set_other_adapters(layer: nn.Module, names, *args, **kwargs):
     # PEFT activates whatever is left when an adapter is deleted. Only `PartialLora.at` switches partial LoRA.
     others = [name for name in ([names] if isinstance(names, str) else names) if name != ADAPTER_NAME]
     type(layer).set_adapter(layer, others, *args, **kwargs)
@@ -95,6 +92,10 @@ class PartialLora:
     """
 
     def __init__(self, language_model: nn.Module, r: int, lora_alpha: int, lora_dropout: float, target_modules):
+        # PEFT takes a second to import, which a model without partial LoRA need not wait for.
+        from peft import LoraConfig, inject_adapter_in_model
+        from peft.tuners.lora import LoraLayer
+
         lora_config = LoraConfig(
             r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, target_modules=target_modules, bias="none"
         )
@@ -151,6 +152,8 @@ class PartialLora:
             folder (`str` or `os.PathLike`): made if missing.
             base_model_name_or_path (`str`, *optional*): the LLM that the adapter belongs to, for its config.
         """
+        from peft.utils import SAFETENSORS_WEIGHTS_NAME
+
         lora_config = copy.copy(self.lora_config)
         lora_config.base_model_name_or_path, lora_config.task_type = base_model_name_or_path, "CAUSAL_LM"
         lora_config.inference_mode = True
@@ -165,6 +168,9 @@ class PartialLora:
         Raises:
             ValueError: it is not a LoRA of the same rank, scale and layers.
         """
+        from peft import LoraConfig
+        from peft.utils import load_peft_weights
+
         lora_config = LoraConfig.from_pretrained(folder)
         weights = load_peft_weights(folder, device="cpu")
         parameters = self.named_parameters
@@ -228,13 +234,13 @@ class PartialLora:
                 )
                 return
 
-    def _forward(self, layer: LoraLayer, x, *args, **kwargs):
+    def _forward(self, layer: nn.Module, x, *args, **kwargs):
         # PEFT's own bookkeeping around the base layer takes as long as a small matrix product.
         run = layer.base_layer if len(layer.lora_A) == 1 else functools.partial(type(layer).forward, layer)
         result = run(x, *args, **kwargs)
         return result if self.is_speech is None else self._add_update(layer, x, result)
 
-    def _add_update(self, layer: LoraLayer, x, result) -> torch.Tensor:
+    def _add_update(self, layer: nn.Module, x, result) -> torch.Tensor:
         """Add the update at the speech positions, which alone are read and computed.
 
         Args:
@@ -264,6 +270,6 @@ class PartialLora:
         add = flat.index_add if has_gradient else flat.index_add_
         return add(0, index, update, alpha=scale).view_as(result)
 
-    def _update(self, layer: LoraLayer, x) -> torch.Tensor:
+    def _update(self, layer: nn.Module, x) -> torch.Tensor:
         lora_a, lora_b = layer.lora_A[ADAPTER_NAME], layer.lora_B[ADAPTER_NAME]
         return lora_b(lora_a(layer.lora_dropout[ADAPTER_NAME](x.to(lora_a.weight.dtype))))

@@ -139,10 +139,10 @@ def load_thin(
         assign=True,
     )
     model.tie_weights()
-    for name in weights:
+    for name, parameter in model.named_parameters():
         # What its user had unfrozen stays so, or the next checkpoint would lose it.
-        if name in dict(model.named_parameters()):
-            model.get_parameter(name).requires_grad_(True)
+        if name in weights:
+            parameter.requires_grad_(True)
     try:
         model.generation_config = GenerationConfig.from_pretrained(name_or_path, **hub)
     except OSError:

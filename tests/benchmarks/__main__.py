@@ -18,7 +18,7 @@ import torch
 from . import report
 from .measure import measure
 
-BENCHMARKS = ("cif", "linear_kl", "plora", "encoder", "requests")
+BENCHMARKS = ("cif", "linear_kl", "plora", "encoder", "requests", "loading")
 
 
 def main():
