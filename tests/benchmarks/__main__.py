@@ -18,7 +18,7 @@ import torch
 from . import report
 from .measure import measure
 
-BENCHMARKS = ("cif", "linear_kl", "plora", "encoder", "requests", "loading")
+BENCHMARKS = ("cif", "linear_kl", "plora", "encoder", "requests", "training_step", "loading")
 
 
 def main():

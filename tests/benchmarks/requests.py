@@ -77,7 +77,7 @@ def cases(small: bool, device, dtype):
                             for system, answer in systems.items()
                         },
                         memory_unit=("MiB", 2**20),
-                        repeats=5,
+                        repeats=2 if small else 5,
                     )
 
 
