@@ -113,6 +113,7 @@ def test_raw_times_are_the_firing_places():
     features = torch.randn(2, 80, 170)
     mask = torch.ones(2, 170)
     mask[1, 90:] = 0
+    assert model.get_audio_features(features, mask).token_times is None, "only where they are asked for"
     heard = model.get_audio_features(features, mask, output_token_times=True)
     for row, count in enumerate(heard.num_speech_tokens.tolist()):
         starts, ends = heard.token_times[row, :count].unbind(-1)

@@ -28,9 +28,10 @@ IMPORTS = {
 
 
 def cases(small: bool, device, dtype):
+    names = (OURS, "torch") if small else IMPORTS
     yield Case(
         name="import",
-        candidates={name: lambda code=code: _run(code) for name, code in IMPORTS.items()},
+        candidates={name: lambda name=name: _run(IMPORTS[name]) for name in names},
         memory_unit=("MiB", 2**20),
         repeats=1 if small else 5,
     )
