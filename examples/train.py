@@ -110,26 +110,8 @@ def main():
         # `accelerate launch` allows one thread per process, and would leave the other cores idle.
         torch.set_num_threads(max(1, os.cpu_count() // args.world_size))
     start = time.time()
-
-    processor = BlspKdProcessor.from_backbones(model_options.speech_model, model_options.text_model)
-    model = build_model(model_options, processor)
-    with args.main_process_first(desc="making the data"):
-        train_rows, eval_rows = load_rows(data_options)
-    # As in the method, the LLM's own answers are what it learns to give after speech.
-    answer_options = {"max_new_tokens": data_options.max_response_tokens}
-    for rows in (train_rows, eval_rows):
-        unanswered = [row for row in rows if not row.get("response")]
-        for row, response in zip(unanswered, answer_rows(model, processor, unanswered, "text", **answer_options)):
-            row["response"] = response
-
-    trainer = BlspKdTrainer(
-        model=model,
-        args=args,
-        train_dataset=make_dataset(train_rows, processor, keep_features=data_options.train_manifest is None),
-        data_collator=BlspKdDataCollator(processor),
-        processing_class=processor,
-        optimizers=(make_optimizer(model, model_options, args), None),
-    )
+    trainer, train_rows, eval_rows = make_trainer(model_options, data_options, args)
+    model, processor = trainer.model, trainer.processing_class
     training_start = time.time()
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     results = {"train_seconds": round(time.time() - training_start, 1)}
@@ -143,7 +125,7 @@ def main():
     alignment = trainer.evaluate(make_dataset(eval_rows, processor, keep_features=False))
     results |= {name: alignment[f"eval_{name}"] for name in REPORTED if f"eval_{name}" in alignment}
     if trainer.is_world_process_zero():
-        spoken = answer_rows(model, processor, eval_rows, "audio", **answer_options)
+        spoken = answer_rows(model, processor, eval_rows, "audio", max_new_tokens=data_options.max_response_tokens)
         seen_voices = {row.get("voice") for row in train_rows}
         results |= score(eval_rows, spoken, seen_voices)
         results["total_seconds"] = round(time.time() - start, 1)
@@ -153,6 +135,33 @@ def main():
         for row, heard in list(zip(eval_rows, spoken))[:NUM_SAMPLES]:
             print(f"\n{row['audio']}\n  says    {row['text']!r}")
             print(f"  asked   {row.get('instruction')!r}\n  answers {heard!r}")
+
+
+def make_trainer(model_options: ModelOptions, data_options: DataOptions, args: Arguments):
+    """Model, data and what trains the one on the other.
+
+    Returns:
+        `tuple`: the trainer, training rows and evaluation rows, all with the LLM's own answers.
+    """
+    processor = BlspKdProcessor.from_backbones(model_options.speech_model, model_options.text_model)
+    model = build_model(model_options, processor)
+    with args.main_process_first(desc="making the data"):
+        train_rows, eval_rows = load_rows(data_options)
+    # As in the method, the LLM's own answers are what it learns to give after speech.
+    for rows in (train_rows, eval_rows):
+        unanswered = [row for row in rows if not row.get("response")]
+        answers = answer_rows(model, processor, unanswered, "text", max_new_tokens=data_options.max_response_tokens)
+        for row, answer in zip(unanswered, answers):
+            row["response"] = answer
+    trainer = BlspKdTrainer(
+        model=model,
+        args=args,
+        train_dataset=make_dataset(train_rows, processor, keep_features=data_options.train_manifest is None),
+        data_collator=BlspKdDataCollator(processor),
+        processing_class=processor,
+        optimizers=(make_optimizer(model, model_options, args), None),
+    )
+    return trainer, train_rows, eval_rows
 
 
 def build_model(options: ModelOptions, processor) -> BlspKdForCausalLM:

@@ -1,0 +1,121 @@
+"""Where the time of the default training run goes, part by part.
+
+    python -m tests.benchmarks.training_profile --steps 60
+
+Runs steps of `examples/train.py` as they are, on two parts of the default data. Marks stand where one part hands over
+to the next, forward and backward, and the time between two marks belongs to the part that just ended. Leaves out: what
+a step costs beside its floor (`training_step.py`).
+"""
+
+# ruff: noqa: T201 (a command talks to the terminal)
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from transformers import TrainerCallback, set_seed
+
+from .report import machine
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+
+import train
+
+NUM_WARMUP_STEPS = 5
+
+
+class Marks(TrainerCallback):
+    """Seconds of each part, for each step.
+
+    Args:
+        trainer: what trains; its model gets hooks that stay.
+    """
+
+    def __init__(self, trainer):
+        self.steps, self.last = [], None
+        model = trainer.model
+        model.audio_tower.register_forward_hook(
+            lambda module, inputs, output: self._ended("speech encoder", "adapter", output.last_hidden_state, "forward")
+        )
+        model.adapter.register_forward_hook(
+            lambda module, inputs, output: self._ended("adapter", "LLM as student", output.speech_embeds, "forward")
+        )
+        model.language_model.base_model.register_forward_hook(self._llm_ended)
+        model.register_forward_hook(lambda *_: self.mark("losses, forward (the KL's gradient included)"))
+        trainer.add_callback(self)
+
+    def mark(self, part: str):
+        now = time.perf_counter()
+        if self.steps:
+            self.steps[-1][part] += now - self.last
+        self.last = now
+
+    def _ended(self, part: str, next_part: str, output, direction: str):
+        """`part` has made `output`; when the gradient of that arrives, `next_part` has finished its backward."""
+        self.mark(f"{part}, {direction}")
+        if output.requires_grad:
+            output.register_hook(lambda gradient: self.mark(f"{next_part}, backward"))
+
+    def _llm_ended(self, module, inputs, output):
+        if torch.is_grad_enabled():
+            self._ended("LLM as student", "losses", output.last_hidden_state, "forward")
+        else:
+            self.mark("LLM as teacher")
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.mark("waiting for the next batch")
+        self.steps.append(defaultdict(float))
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.mark("speech encoder, backward (and clipping)")
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self.mark("optimiser")
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.benchmarks.training_profile",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--num_utterances", type=int, default=1500, help="of the tiny world")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--output", type=Path, default=Path("outputs/benchmarks"), help="folder for the results")
+    options = parser.parse_args()
+    if options.steps <= NUM_WARMUP_STEPS:
+        parser.error(f"--steps must be above {NUM_WARMUP_STEPS}, which are not counted")
+
+    torch.set_num_threads(options.threads)
+    args = train.Arguments(
+        output_dir=str(options.output / "profiled_run"), max_steps=options.steps, save_strategy="no", report_to="none"
+    )
+    set_seed(args.seed)
+    data = train.DataOptions(num_utterances=options.num_utterances, num_eval_utterances=1)
+    trainer, _, _ = train.make_trainer(train.ModelOptions(), data, args)
+    marks = Marks(trainer)
+    where = machine(args.device, torch.float32, "wall")
+    trainer.train()
+
+    steps = marks.steps[NUM_WARMUP_STEPS:]
+    total = statistics.median(sum(step.values()) for step in steps)
+    parts = {part: statistics.median(step[part] for step in steps) for part in steps[-2]}
+    rows = sorted(parts.items(), key=lambda item: -item[1])
+    lines = [f"| median of {len(steps)} steps | ms | share |", "|---|---|---|"]
+    lines += [f"| {part} | {1000 * seconds:.1f} | {seconds / total:.0%} |" for part, seconds in rows]
+    text = "\n".join([*lines, f"| whole step | {1000 * total:.1f} | |"]) + "\n"
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / "training_profile.md").write_text(text)
+    data = {"machine": where, "steps": [dict(step) for step in marks.steps]}
+    (options.output / "training_profile.json").write_text(json.dumps(data, indent=1))
+    print(f"{where['date']}, {where['processor']}, {where['threads']} thread(s)\n\n{text}")
+
+
+if __name__ == "__main__":
+    main()
