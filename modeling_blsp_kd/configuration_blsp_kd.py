@@ -4,6 +4,7 @@ Defaults follow arXiv 2405.19041 and the authors' public code. Everything is che
 the parts themselves take plain numbers. Leaves out: training arguments, which belong to the Trainer.
 """
 
+import copy
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
@@ -207,6 +208,10 @@ class BlspKdConfig(PreTrainedConfig):
         if unknown:
             known = [name for name in self.__annotations__ if name != "sub_configs_defaults"]
             raise ValueError(f"Unknown option(s) {unknown} in BlspKdConfig. Known: {known}.")
+        # Copies, because building a model sets the attention of the config's parts: an LLM that is passed to the model
+        # with its own config would lose its attention.
+        for name in self.sub_configs_defaults:
+            setattr(self, name, copy.deepcopy(getattr(self, name)))
         super().__post_init__(**kwargs)
         _require(
             self.speech_config.model_type in SPEECH_ENCODERS,

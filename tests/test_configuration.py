@@ -5,7 +5,7 @@ import json
 
 import pytest
 from conftest import FAMILIES, make_config, speech_config, text_config
-from transformers import AutoConfig, LlamaConfig, WhisperConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, WhisperConfig
 
 from modeling_blsp_kd import BlspKdConfig, BlspKdForCausalLM
 
@@ -271,3 +271,12 @@ def test_an_unknown_option_in_a_saved_config_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**saved, "adaptor": "cformer"}))
     with pytest.raises(ValueError, match=r"Unknown option\(s\) \['adaptor'\]"):
         BlspKdConfig.from_pretrained(tmp_path)
+
+
+def test_an_llm_that_is_passed_in_keeps_its_attention():
+    """A model built around an LLM and its config object set that config's attention to None, which runs as eager."""
+    llm = AutoModelForCausalLM.from_config(text_config())
+    before = llm.config._attn_implementation
+    config = BlspKdConfig(speech_config=speech_config(), text_config=llm.config, audio_token_id=300)
+    BlspKdForCausalLM(config, language_model=llm)
+    assert llm.config._attn_implementation == before == "sdpa"
