@@ -82,30 +82,36 @@ def _markdown(where, results, slopes) -> str:
         f"{where['threads']} thread(s), {where['clock']} time, Python {where['python']}, {versions}. "
         f"Load average {where['load_average_before']:.1f} before and {where['load_average_after']:.1f} after.",
         "",
-        f"Medians over interleaved repeats, spread in brackets. Ratio: time over that of {OURS} in the same repeat.",
+        f"One table per part. {OURS}: milliseconds; others: their time over that of {OURS} in the same repeat. Medians "
+        "over interleaved repeats, spread in brackets; after the comma, peak memory.",
     ]
     for benchmark in dict.fromkeys(result["benchmark"] for result in results):
-        lines += ["", f"### {benchmark}", "", "| | | ms | ratio | peak memory |", "|---|---|---|---|---|"]
-        for result in results:
-            if result["benchmark"] == benchmark and not result["sweep"]:
-                lines += _rows(result)
+        lines += _table(benchmark, [r for r in results if r["benchmark"] == benchmark and not r["sweep"]])
     if slopes:
         lines += ["", "### Scaling", "", "| | against | slope |", "|---|---|---|"]
         lines += [f"| {each['benchmark']} | {each['size']} | {each['slope']:.2f} |" for each in slopes]
     return "\n".join(lines) + "\n"
 
 
-def _rows(result) -> list[str]:
-    unit, unit_bytes = result["memory_unit"]
-    rows = []
-    for name, measured in result["candidates"].items():
-        times = [1000 * time for time in measured["times_s"]]
-        rows.append(
-            f"| {result['case']} | {name} | {_spread(times)} | {_spread(measured['ratios'])} | "
-            f"{measured['peak_bytes'] / unit_bytes:.2f} {unit} |"
-        )
-    rows += [f"| {result['case']} | {name} | not run: {reason} | | |" for name, reason in result["missing"].items()]
-    return rows
+def _table(benchmark: str, results: list[dict]) -> list[str]:
+    """A row for each case, a column for each candidate."""
+    units = {result["memory_unit"][0] for result in results}
+    names = list(dict.fromkeys(name for result in results for name in result["candidates"]))
+    missing = {name: reason for result in results for name, reason in result["missing"].items()}
+    lines = ["", f"### {benchmark} (memory: {', '.join(sorted(units))})", ""]
+    lines += [f"| case | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    for result in results:
+        cells = [_cell(name, result) for name in names]
+        lines.append(f"| {result['case']} | {' | '.join(cells)} |")
+    return lines + [f"\nNot run: {name} ({reason})." for name, reason in missing.items()]
+
+
+def _cell(name: str, result: dict) -> str:
+    if name not in result["candidates"]:
+        return ""
+    measured = result["candidates"][name]
+    values = [1000 * time for time in measured["times_s"]] if name == OURS else measured["ratios"]
+    return f"{_spread(values)}, {measured['peak_bytes'] / result['memory_unit'][1]:.2f}"
 
 
 def _spread(values) -> str:
