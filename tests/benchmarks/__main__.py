@@ -18,7 +18,7 @@ import torch
 from . import report
 from .measure import measure
 
-BENCHMARKS = ("cif", "linear_kl", "plora", "encoder", "requests", "training_step", "loading")
+BENCHMARKS = ("cif", "linear_kl", "plora", "encoder", "training_step", "loading", "requests")
 
 
 def main():
@@ -55,8 +55,10 @@ def main():
                     "candidates": measure(case, device, options.clock, 0.0 if options.small else 0.05),
                 }
             )
-    where["load_average_after"] = os.getloadavg()[0]
-    print(report.write(options.output, where, results))
+        # After each part, so that a run that is stopped keeps the others.
+        where["load_average_after"] = os.getloadavg()[0]
+        text = report.write(options.output, where, results)
+    print(text)
     print(f"Written to {options.output}")
 
 

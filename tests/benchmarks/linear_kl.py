@@ -73,7 +73,6 @@ def _case(size, peers, device, dtype, sweep=None) -> Case:
         name=f"forward + backward {size}",
         candidates={**candidates, "three products": three_products},
         memory_unit=("full float32 logits", 4 * num_tokens * vocab_size),
-        repeats=3 if num_tokens * width * vocab_size > 10**10 else 7,
         sweep=sweep,
         missing={name: reason for name, reason in missing.items() if reason is not None},
     )

@@ -18,6 +18,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 OURS = "BLSP-KD"
+MAX_CASE_S = 120
 
 
 @dataclass
@@ -28,7 +29,7 @@ class Case:
         name (`str`): the work and its size.
         candidates (`dict[str, Callable]`): by name; [`OURS`] is what the others are compared with.
         memory_unit (`tuple[str, int]`): name and bytes of what peak memory is reported in.
-        repeats (`int`): how often each is timed.
+        repeats (`int`): how often each is timed; less often where that would take minutes, but twice at least.
         sweep (`tuple[str, float]`, *optional*): for scaling plots, which size this case is one point of.
         missing (`dict[str, str]`): peers that cannot run here, and why.
     """
@@ -59,15 +60,18 @@ def measure(case: Case, device: torch.device, clock: str, min_block_s: float) ->
     Returns:
         `dict`: per candidate its times in seconds per call, their ratios to ours, and its peak memory in bytes.
     """
-    calls, memory = {}, {}
+    calls, memory, round_s = {}, {}, 0.0
     for name, function in case.candidates.items():
-        first_s = _time(function, 1, device, clock)  # with whatever is only done once
-        if first_s < min_block_s:
-            first_s = _time(function, 1, device, clock)
-        calls[name] = max(1, round(min_block_s / first_s))
-        memory[name] = _peak_bytes(function, device)
+        start = time.perf_counter()
+        memory[name] = _peak_bytes(function, device)  # a first call, with whatever is only done once
+        call_s = time.perf_counter() - start
+        if call_s < 1:
+            call_s = _time(function, 1, device, clock)
+        calls[name] = max(1, round(min_block_s / call_s))
+        round_s += calls[name] * call_s
+    repeats = min(case.repeats, max(2, round(MAX_CASE_S / round_s)))
     times = {name: [] for name in case.candidates}
-    for _ in range(case.repeats):
+    for _ in range(repeats):
         for name, function in case.candidates.items():
             times[name].append(_time(function, calls[name], device, clock))
     return {
