@@ -42,9 +42,8 @@ class TranslationQuality(evaluate.Metric):
                 # The two steps of corpus_score. Its own n_bootstrap fails where some resamples score 0 and others do
                 # not (it mixes float and float32), and takes memory for rows times resamples.
                 counts = np.array(metric._extract_corpus_statistics(predictions, [references]))
-                repeats = np.random.default_rng(seed).multinomial(
-                    len(counts), np.full(len(counts), 1 / len(counts)), num_resamples
-                )
-                scores = [metric._compute_score_from_stats(list(sums)).score for sums in repeats @ counts]
+                rng = np.random.default_rng(seed)
+                drawn = (counts[rng.integers(len(counts), size=len(counts))] for _ in range(num_resamples))
+                scores = [metric._compute_score_from_stats(rows.sum(0).tolist()).score for rows in drawn]
                 results[f"{name}_interval"] = np.percentile(scores, [2.5, 97.5]).tolist()
         return results
