@@ -1,18 +1,19 @@
 """Compare a model on speech with its LLM on the text, with a cascade, and with not hearing at all.
 
-    python examples/evaluate.py --model outputs/default
-    python examples/evaluate.py --model outputs/mine --manifest test.jsonl --train_manifest train.jsonl
-    python examples/evaluate.py --model outputs/mine --dataset fixie-ai/covost2 --config en_de --split test --streaming \\
-        --systems text,speech,cascade --asr_model openai/whisper-small --tasks transcripts,translation \\
-        --translation_instruction "Translate into German." --limit 1000
+    python examples/evaluate.py --model outputs/default --output outputs/default_evaluation
+    python examples/evaluate.py --model outputs/mine --output outputs/mine_evaluation --manifest test.jsonl
+    python examples/evaluate.py --model outputs/mine --output outputs/mine_german --limit 1000 \\
+        --dataset fixie-ai/covost2 --config en_de --split test --streaming --systems text,speech,cascade \\
+        --asr_model openai/whisper-small --tasks transcripts,translation \\
+        --translation_instruction "Translate into German."
 
 Without data it takes the tiny world's test sentences. A manifest has the fields of `examples/train.py`, and where known
 `id`, `translation`, `words` and `voice_group`. Data sets of the Hub are known by their columns (CoVoST-2, MuST-C,
 LibriSpeech, Common Voice, VoiceBench). Metrics are the `evaluate` modules in `examples/metrics`, whose descriptions say
 how texts are normalised.
 
-Leaves in the output folder: `results.json`, `results.md`, plots (with matplotlib), and `predictions/`, where a rerun goes
-on if it was stopped, if the limit was raised or a system was added.
+Leaves in the output folder: `results.json`, `results.md`, plots (with matplotlib), and `predictions/`, one JSON line per
+row. A rerun goes on there: after a stop, with a higher limit, with more systems.
 """
 
 import argparse

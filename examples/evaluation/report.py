@@ -71,6 +71,7 @@ def plot(results: dict, folder: Path) -> list[Path]:
     from matplotlib.figure import Figure
 
     systems, written = results["systems"], []
+    colours = {system: f"C{number}" for number, system in enumerate(systems)}
     shown = [column for column in COLUMNS if any(column[2] in of.get(column[1], {}) for of in systems.values())]
     if shown:
         num_columns = min(4, len(shown))
@@ -79,9 +80,10 @@ def plot(results: dict, folder: Path) -> list[Path]:
         for number, (heading, task, name, factor, _) in enumerate(shown, start=1):
             axes = figure.add_subplot(num_lines, num_columns, number)
             scores = {system: of[task][name] for system, of in systems.items() if name in of.get(task, {})}
-            for place, score in enumerate(scores.values()):
+            for place, (system, score) in enumerate(scores.items()):
                 value, low, high = (factor * score[bound] for bound in ("value", "low", "high"))
-                axes.errorbar(place, value, yerr=[[max(0, value - low)], [max(0, high - value)]], fmt="o", capsize=4)
+                spread = [[max(0, value - low)], [max(0, high - value)]]
+                axes.errorbar(place, value, yerr=spread, fmt="o", capsize=4, color=colours[system], clip_on=False)
             axes.set_xticks(range(len(scores)), scores)
             axes.set_xlim(-0.5, len(scores) - 0.5)
             axes.set_ylim(bottom=0)
@@ -103,7 +105,9 @@ def plot(results: dict, folder: Path) -> list[Path]:
                 [max(0, score["high"] - score["value"]) for score in scores],
             ]
             places = [index + (place - (len(by_kind) - 1) / 2) * width for index in range(len(kinds))]
-            axes.bar(places, values, width, yerr=spread, label=system, error_kw={"linewidth": 0.8})
+            axes.bar(
+                places, values, width, yerr=spread, label=system, color=colours[system], error_kw={"linewidth": 0.8}
+            )
         axes.set_xticks(range(len(kinds)), kinds, rotation=45, ha="right")
         axes.set_ylabel("exact match")
         figure.legend(loc="outside upper center", ncols=len(by_kind))

@@ -35,6 +35,10 @@ def open_rows(options) -> tuple[str, int | None, Iterator[dict]]:
     """The data's name (that changes when the data does), the number of its rows where known, and the rows."""
     if options.manifest and options.dataset:
         raise ValueError("Give --manifest or --dataset, not both.")
+    if options.train_manifest and not options.manifest:
+        raise ValueError("--train_manifest tells which voices of a --manifest were seen, but there is none.")
+    if not options.dataset and (options.config or options.streaming):
+        raise ValueError("--config and --streaming are of a --dataset, but there is none.")
     if options.manifest:
         with open(options.manifest, "rb") as file:
             name = f"{Path(options.manifest).name} sha256:{hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"

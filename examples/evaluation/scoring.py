@@ -1,7 +1,8 @@
 """Scores of what systems predicted, each with its interval.
 
-Intervals hold 95 % of what a percentile bootstrap over rows gives (Efron 1979); scores of a whole corpus (WER, BLEU) are
-made anew of each sample's rows. Leaves out: the spread over seeds of training, which one model cannot tell.
+Intervals hold 95 % of what a percentile bootstrap over rows gives (Efron 1979); scores of a whole corpus (WER, BLEU)
+are made anew of each sample's rows. Where no row errs, or where there are few, they are too narrow. Leaves out: the
+spread over seeds of training, which one model cannot tell.
 """
 
 import importlib

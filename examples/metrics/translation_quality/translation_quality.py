@@ -10,8 +10,9 @@ import numpy as np
 from sacrebleu.metrics import BLEU, CHRF
 
 DESCRIPTION = """
-Corpus BLEU and chrF2 of sacrebleu, 0 to 100. Texts are not normalised: case and punctuation count, and BLEU's tokenizer
-is sacrebleu's ("13a" unless told otherwise; "zh" for Chinese, "ja-mecab" for Japanese, "char" for scripts without spaces).
+Corpus BLEU and chrF2 of sacrebleu, 0 to 100. Texts are not normalised: case and punctuation count. BLEU's tokenizer is
+sacrebleu's "13a" unless told otherwise ("zh" for Chinese, "ja-mecab" for Japanese, "char" for scripts without spaces).
+BLEU counts n-grams up to 4, or up to the length of the longest translation where all are shorter.
 """
 KWARGS_DESCRIPTION = """
 Args:
@@ -36,7 +37,8 @@ class TranslationQuality(evaluate.Metric):
 
     def _compute(self, predictions, references, tokenize="13a", num_resamples=0, seed=0):
         results = {}
-        for name, metric in (("bleu", BLEU(tokenize=tokenize)), ("chrf", CHRF())):
+        # Without effective_order, BLEU is 0 where no translation has four words. It changes nothing else.
+        for name, metric in (("bleu", BLEU(tokenize=tokenize, effective_order=True)), ("chrf", CHRF())):
             results[name] = metric.corpus_score(predictions, [references]).score
             if num_resamples:
                 # The two steps of corpus_score. Its own n_bootstrap fails where some resamples score 0 and others do
