@@ -12,8 +12,8 @@ Without data it takes the tiny world's test sentences. A manifest has the fields
 LibriSpeech, Common Voice, VoiceBench). Metrics are the `evaluate` modules in `examples/metrics`, whose descriptions say
 how texts are normalised.
 
-Leaves in the output folder: `results.json`, `results.md`, plots (with matplotlib), and `predictions/`, one JSON line per
-row. A rerun goes on there: after a stop, with a higher limit, with more systems.
+Leaves in the output folder: `results.json`, `results.md`, plots (with matplotlib), and `predictions/`, one JSON line
+per row. A rerun goes on there: after a stop, with a higher limit, with more systems.
 """
 
 import argparse

@@ -31,11 +31,14 @@ def load_recognizer(name: str):
 
     def run_pipeline(clips: list) -> list[str]:
         waveforms = [load_audio(clip, rate) for clip in clips]
-        is_long = max(len(waveform) for waveform in waveforms) > WHISPER_WINDOW_S * rate
-        # Whisper transcribes beyond its window only when it also tells times.
-        options = {"return_timestamps": True} if is_long and recognize.type == "seq2seq_whisper" else {}
         given = [{"raw": waveform, "sampling_rate": rate} for waveform in waveforms]
-        return [made["text"].strip() for made in recognize(given, batch_size=len(given), **options)]
+        options = {}
+        if recognize.type == "seq2seq_whisper":
+            # Others would read letters off the padding of shorter clips; Whisper pads every clip alike.
+            options["batch_size"] = len(given)
+            # It transcribes beyond its window only when it also tells times.
+            options["return_timestamps"] = max(map(len, waveforms)) > WHISPER_WINDOW_S * rate
+        return [made["text"].strip() for made in recognize(given, **options)]
 
     return run_pipeline
 
