@@ -1,6 +1,7 @@
 """The evaluation harness: rows of many data sets, four systems, predictions that go on, scores with intervals."""
 
 import argparse
+import importlib.util
 import io
 import json
 import subprocess
@@ -358,48 +359,76 @@ def test_report_shows_what_there_is(scorer, tmp_path):
 # -- the command ------------------------------------------------------------------------------------------------------
 
 
-def test_the_command_goes_on_and_gives_what_one_run_gives(tmp_path, processor):
-    """The script's own folder is on its path, where it has the name of the package that its metrics are made with."""
-    model = make_model(plora={"lora_dropout": 0.0})
-    model.save_pretrained(tmp_path / "model")
-    processor.save_pretrained(tmp_path / "model")
+def load_script():
+    spec = importlib.util.spec_from_file_location("example_evaluate", EXAMPLES / "evaluate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, processor):
+    """A model and a manifest of three rows."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    make_model(plora={"lora_dropout": 0.0}).save_pretrained(folder / "model")
+    processor.save_pretrained(folder / "model")
     rows = []
     for index, text in enumerate(TEXTS):
-        (tmp_path / f"{index}.flac").write_bytes(flac(index, 0.5 + 0.3 * index))
+        (folder / f"{index}.flac").write_bytes(flac(index, 0.5 + 0.3 * index))
         rows.append({"audio": f"{index}.flac", "text": text, "instruction": "repeat", "answer": text, "kind": "k"})
-    manifest = write_manifest(tmp_path / "rows.jsonl", rows)
+    write_manifest(folder / "rows.jsonl", rows)
+    return folder
 
-    def run(output, *options):
-        command = [EXAMPLES / "evaluate.py", "--model", tmp_path / "model", "--manifest", manifest]
-        command += ["--output", tmp_path / output, "--max_new_tokens", 5, "--num_resamples", 50, *options]
-        return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, timeout=300)
 
-    stopped = run("stopped", "--limit", 1, "--systems", "text,speech")
-    assert stopped.returncode == 0, stopped.stderr[-3000:]
-    first = (tmp_path / "stopped" / "predictions" / "speech.jsonl").read_text()
-    went_on = run("stopped", "--systems", "text,speech,blind,cascade", "--batch_size", 2)
-    assert went_on.returncode == 0, went_on.stderr[-3000:]
-    assert (tmp_path / "stopped" / "predictions" / "speech.jsonl").read_text().startswith(first)
-    at_once = run("at_once", "--systems", "text,speech,blind,cascade")
-    assert at_once.returncode == 0, at_once.stderr[-3000:]
+def arguments(folder, output, *options):
+    given = ["--model", folder / "model", "--manifest", folder / "rows.jsonl", "--output", folder / output]
+    return [str(argument) for argument in (*given, "--max_new_tokens", 5, "--num_resamples", 50, *options)]
 
-    results = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("stopped", "at_once")]
-    assert results[0]["settings"]["num_rows"] == 3 and list(results[0]["systems"]) == [
-        "text",
-        "speech",
-        "blind",
-        "cascade",
-    ]
-    for system, scores in results[1]["systems"].items():
-        again = results[0]["systems"][system]
+
+def test_a_run_that_goes_on_gives_what_one_run_gives(folder, monkeypatch, capsys):
+    def run(*given):
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments(folder, *given)])
+        load_script().main()
+
+    run("stopped", "--limit", 1, "--systems", "text,speech")
+    first = (folder / "stopped" / "predictions" / "speech.jsonl").read_text()
+    run("stopped", "--systems", "text,speech,blind,cascade", "--batch_size", 2)
+    assert (folder / "stopped" / "predictions" / "speech.jsonl").read_text().startswith(first)
+    run("at_once", "--systems", "cascade,blind,speech,text")
+    assert (folder / "at_once" / "results.md").read_text() in capsys.readouterr().out
+
+    results, expected = (json.loads((folder / name / "results.json").read_text()) for name in ("stopped", "at_once"))
+    assert results["settings"]["num_rows"] == 3
+    assert list(results["systems"]) == ["text", "speech", "blind", "cascade"]
+    for system, scores in expected["systems"].items():
+        again = results["systems"][system]
         assert again["transcripts"] == scores["transcripts"] and again["answers"] == scores["answers"]
-    for name, score in results[1]["systems"]["speech"]["alignment"].items():
-        assert results[0]["systems"]["speech"]["alignment"][name]["value"] == pytest.approx(score["value"], rel=1e-3)
-    assert (tmp_path / "at_once" / "results.md").read_text() in at_once.stdout
-    assert (tmp_path / "at_once" / "scores.png").exists()
+    for name, score in expected["systems"]["speech"]["alignment"].items():
+        assert results["systems"]["speech"]["alignment"][name]["value"] == pytest.approx(score["value"], rel=1e-3)
 
-    refused = run("stopped", "--tasks", "answers")
-    assert refused.returncode != 0 and "other settings (tasks: " in refused.stderr
-    (tmp_path / "1.flac").write_bytes(b"no sound")
-    broken = run("broken", "--systems", "speech", "--batch_size", 1)
-    assert broken.returncode != 0 and "Row 2: " in broken.stderr and "cannot be decoded" in broken.stderr
+    with pytest.raises(ValueError, match=r"other settings \(tasks: "):
+        run("stopped", "--tasks", "answers")
+    with pytest.raises(SystemExit):
+        run("stopped", "--systems", "speech,telepathy")
+    assert "expected some of text,speech,blind,cascade, got 'speech,telepathy'" in capsys.readouterr().err
+
+
+def test_a_clip_that_cannot_be_heard_is_named(folder, monkeypatch, tmp_path):
+    rows = [{"audio": str(folder / f"{index}.flac"), "text": text} for index, text in enumerate(TEXTS)]
+    (tmp_path / "bad.flac").write_bytes(b"no sound")
+    manifest = write_manifest(tmp_path / "rows.jsonl", [rows[0], {**rows[1], "id": "x7", "audio": "bad.flac"}])
+    options = ("--manifest", manifest, "--systems", "speech", "--batch_size", 1)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments(folder, tmp_path / "output", *options)])
+    with pytest.raises(ValueError, match=r"Row x7: .*bad\.flac cannot be decoded"):
+        load_script().main()
+    assert len((tmp_path / "output" / "predictions" / "speech.jsonl").read_text().splitlines()) == 1
+
+
+def test_the_command_leaves_tables_and_pictures(folder):
+    """The script's folder is on its path, so `import evaluate` in its metrics gave the script, not the package."""
+    command = [sys.executable, EXAMPLES / "evaluate.py", *arguments(folder, "command", "--systems", "text,blind")]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert "| exact match" in finished.stdout and "3 rows, 95 % intervals" in finished.stdout
+    written = {path.name for path in (folder / "command").iterdir()}
+    assert written == {"predictions", "results.json", "results.md", "scores.png", "by_kind.png"}
