@@ -12,14 +12,19 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import SAMPLING_RATE, VOCAB_SIZE, clip, make_model
+from conftest import SAMPLING_RATE, VOCAB_SIZE, clip, make_model, speech_config
 from datasets import Dataset
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     Wav2Vec2Config,
     Wav2Vec2CTCTokenizer,
     Wav2Vec2FeatureExtractor,
     Wav2Vec2ForCTC,
     Wav2Vec2Processor,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
+    WhisperProcessor,
+    WhisperTokenizer,
 )
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
@@ -291,6 +296,33 @@ def test_a_recogniser_of_transformers_hears_each_clip_alone(tmp_path):
     clips = [{"array": clip(0.5), "sampling_rate": SAMPLING_RATE}, {"bytes": flac(seed=1, duration_s=0.9)}]
     together = recognise(clips)
     assert together == [recognise([each])[0] for each in clips] and all(isinstance(text, str) for text in together)
+
+
+def test_whisper_hears_short_clips_together_and_long_ones_whole(tmp_path):
+    letters = {letter: index for index, letter in enumerate(sorted(ByteLevel.alphabet()))}
+    end = "<|endoftext|>"
+    tokenizer = WhisperTokenizer(letters, [], unk_token=end, bos_token=end, eos_token=end, pad_token=end)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|startoftranscript|>", "<|notimestamps|>"]})
+    tokenizer.add_tokens([f"<|{0.02 * step:.2f}|>" for step in range(1501)])
+    WhisperProcessor(WhisperFeatureExtractor(), tokenizer).save_pretrained(tmp_path)
+    ids = tokenizer.get_vocab()
+    special = {f"{name}_token_id": ids[end] for name in ("pad", "bos", "eos")}
+    torch.manual_seed(0)
+    config = speech_config(
+        vocab_size=len(tokenizer), **special, decoder_start_token_id=ids["<|startoftranscript|>"], init_std=0.5
+    )
+    whisper = WhisperForConditionalGeneration(config)
+    options = {"is_multilingual": False, "max_length": 20, "max_initial_timestamp_index": 50}
+    options |= {"no_timestamps_token_id": ids["<|notimestamps|>"], "begin_suppress_tokens": [ids[end]]}
+    for name, value in {**options, "_from_model_config": False}.items():
+        setattr(whisper.generation_config, name, value)
+    whisper.save_pretrained(tmp_path)
+    recognise = load_recognizer(str(tmp_path))
+    clips = [{"array": clip(duration_s), "sampling_rate": SAMPLING_RATE} for duration_s in (0.5, 2.0)]
+    together = recognise(clips)
+    assert together == [recognise([each])[0] for each in clips] and all(together)
+    long = {"array": clip(31.0), "sampling_rate": SAMPLING_RATE}
+    assert len(recognise([clips[0], long])) == 2
 
 
 # -- scores -----------------------------------------------------------------------------------------------------------

@@ -34,10 +34,11 @@ def load_recognizer(name: str):
         given = [{"raw": waveform, "sampling_rate": rate} for waveform in waveforms]
         options = {}
         if recognize.type == "seq2seq_whisper":
-            # Others would read letters off the padding of shorter clips; Whisper pads every clip alike.
-            options["batch_size"] = len(given)
-            # It transcribes beyond its window only when it also tells times.
-            options["return_timestamps"] = max(map(len, waveforms)) > WHISPER_WINDOW_S * rate
+            if max(map(len, waveforms)) > WHISPER_WINDOW_S * rate:
+                options["return_timestamps"] = True  # or it would not go beyond its window
+            else:
+                # Whisper pads every clip alike. Others would read letters off the padding of the shorter ones.
+                options["batch_size"] = len(given)
         return [made["text"].strip() for made in recognize(given, **options)]
 
     return run_pipeline
