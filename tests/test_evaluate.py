@@ -86,7 +86,7 @@ DATA_SETS = {
     "covost2": (COVOST, dict(id="cv_1", text="The cat.", translation="Die Katze.", voice="f00", instruction=CONTINUE)),
     "common_voice": (
         COMMON_VOICE,
-        dict(id="en/a.mp3", text="The cat.", voice="f00", kind="Scottish English", instruction=CONTINUE),
+        dict(id="en/a.mp3", text="The cat.", voice="f00", instruction=CONTINUE),
     ),
     "librispeech": (LIBRISPEECH, dict(id="84-121123-0000", text="the cat", voice="84", instruction=CONTINUE)),
     "voicebench_sd_qa": (
@@ -382,7 +382,9 @@ def test_report_shows_what_there_is(scorer, tmp_path):
     results = {"settings": settings, "systems": scorer({"text": text, "speech": speech})}
     table = as_markdown(results)
     assert "m on rows.jsonl: 4 rows" in table
-    assert "0.750 [0.250, 1.000]" in table and "colour" in table and "WER" not in table
+    assert "0.750 [0.250, 1.000]" in table and "colour" in table and "WER" not in table and "(4 rows)" not in table
+    results["settings"]["num_rows"] = 5
+    assert "exact match (4 rows)" in as_markdown(results)
     for picture in plot(results, tmp_path):
         assert picture.stat().st_size > 5000
     assert len(plot(results, tmp_path)) == 2

@@ -28,27 +28,36 @@ def as_markdown(results: dict) -> str:
     """Tables of all systems: scores with their 95 % intervals, and exact matches by kind and by group of voices."""
     systems, settings = results["systems"], results["settings"]
     lines = [f"{settings['model']} on {settings['data']}: {settings['num_rows']} rows, 95 % intervals over rows", ""]
-    lines += _table(["", *systems], _overall(systems))
+    lines += _table(["", *systems], _overall(systems, settings["num_rows"]))
     for field, heading in (("by_voice_group", "exact match by voices"), ("by_kind", "exact match by kind")):
         groups = {name: scores["answers"].get(field, {}) for name, scores in systems.items() if "answers" in scores}
         names = dict.fromkeys(name for group in groups.values() for name in group)
         if names:
             body = [
-                [name, *(_shown(of_system[name]["exact_match"], 1, 3) for of_system in groups.values())]
+                _line(name, [of_system[name]["exact_match"] for of_system in groups.values()], settings["num_rows"])
                 for name in names
             ]
             lines += ["", *_table([heading, *groups], body)]
     return "\n".join(lines) + "\n"
 
 
-def _overall(systems: dict) -> list[list[str]]:
+def _overall(systems: dict, num_rows: int) -> list[list[str]]:
     rows = []
     for heading, task, name, factor, decimals in COLUMNS:
-        rows.append([heading, *(_shown(of.get(task, {}).get(name), factor, decimals) for of in systems.values())])
+        scores = [of.get(task, {}).get(name) for of in systems.values()]
+        rows.append(_line(heading, scores, num_rows, factor, decimals))
     for heading, name, factor, decimals in WORD_TIMES:
-        times = [of.get("alignment", {}).get("word_times", {}).get(name) for of in systems.values()]
-        rows.append([heading, *(_shown(score, factor, decimals) for score in times)])
+        scores = [of.get("alignment", {}).get("word_times", {}).get(name) for of in systems.values()]
+        rows.append(_line(heading, scores, num_rows, factor, decimals))
     return [row for row in rows if any(row[1:])]
+
+
+def _line(heading: str, scores: list[dict | None], num_rows: int, factor: float = 1, decimals: int = 3) -> list[str]:
+    """One score of all systems, and of how many rows it is, if not of all."""
+    counts = {score["n"] for score in scores if score is not None}
+    if counts and counts != {num_rows}:
+        heading += f" ({max(counts)} rows)"
+    return [heading, *(_shown(score, factor, decimals) for score in scores)]
 
 
 def _shown(score: dict | None, factor: float, decimals: int) -> str:

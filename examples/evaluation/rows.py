@@ -22,7 +22,7 @@ SCHEMAS = {
         "translation": "translation",
         "voice": "client_id",
     },
-    "Common Voice": {"id": "path", "text": "sentence", "voice": "client_id", "kind": "accent"},
+    "Common Voice": {"id": "path", "text": "sentence", "voice": "client_id"},
     "LibriSpeech": {"id": "id", "text": "text", "voice": "speaker_id"},
     # The clip is the whole question, so there is no instruction.
     "VoiceBench with references": {"text": "prompt", "answer": "reference"},

@@ -60,9 +60,9 @@ class Systems:
         """
         if system == "cascade":
             transcripts = self.recognizer([row["audio"] for row in rows])
-            chats = [{"type": "text", "text": transcript} for transcript in transcripts]
+            contents = [{"type": "text", "text": transcript} for transcript in transcripts]
         else:
-            chats = [self._content(system, row) for row in rows]
+            contents = [self._content(system, row) for row in rows]
         # A row whose question asks for the transcript or the translation is asked once.
         asked = [self._instructions(row) for row in rows]
         if system == "cascade":
@@ -71,8 +71,8 @@ class Systems:
         distinct = list(dict.fromkeys((index, text) for index, of_row in enumerate(asked) for text in of_row.values()))
         turns = [
             user_turn(None, {"type": "text", "text": instruction or ""})
-            if chats[index] is None
-            else user_turn(instruction, chats[index])
+            if contents[index] is None
+            else user_turn(instruction, contents[index])
             for index, instruction in distinct
         ]
         answers = answer(self.model, self.processor, turns, self.max_new_tokens, batch_size=len(rows))
