@@ -1,7 +1,7 @@
 """Answers from text and from speech, and how many of them are right.
 
 Both sides get the same instruction; the text side reads the gold transcript, which is the upper bound for the speech
-side. Leaves out: other metrics than exact match.
+side. Leaves out: other metrics than exact match (see `evaluate.py`).
 """
 
 from collections import defaultdict
@@ -17,11 +17,12 @@ def user_turn(instruction: str | None, content: dict) -> list[dict]:
 
 
 @torch.inference_mode()
-def answer(model, processor, conversations, max_new_tokens=32, batch_size=64, description="answering") -> list[str]:
-    """Greedy answers to conversations (lists of chat messages), in their order."""
+def answer(model, processor, conversations, max_new_tokens=32, batch_size=64, description=None) -> list[str]:
+    """Greedy answers to conversations (lists of chat messages), in their order; a description shows progress."""
     model.eval()
     answers = []
-    for start in tqdm(range(0, len(conversations), batch_size), desc=description, mininterval=1):
+    starts = range(0, len(conversations), batch_size)
+    for start in tqdm(starts, desc=description, mininterval=1, disable=description is None):
         inputs = processor.apply_chat_template(
             conversations[start : start + batch_size], add_generation_prompt=True, tokenize=True, return_dict=True
         ).to(model.device)
@@ -38,7 +39,7 @@ def answer_rows(model, processor, rows, source: str, **options) -> list[str]:
         "audio": lambda row: {"type": "audio", "audio": row["audio"]},
     }[source]
     conversations = [user_turn(row.get("instruction"), content(row)) for row in rows]
-    return answer(model, processor, conversations, description=f"answering from {source}", **options)
+    return answer(model, processor, conversations, **{"description": f"answering from {source}", **options})
 
 
 def accuracy(rows, answers) -> dict:

@@ -1,0 +1,171 @@
+"""Compare a model on speech with its LLM on the text, with a cascade, and with not hearing at all.
+
+    python examples/evaluate.py --model outputs/default --output outputs/default_evaluation
+    python examples/evaluate.py --model outputs/mine --output outputs/mine_evaluation --manifest test.jsonl
+    python examples/evaluate.py --model outputs/mine --output outputs/mine_german --limit 1000 \\
+        --dataset fixie-ai/covost2 --config en_de --split test --streaming --systems text,speech,cascade \\
+        --asr_model openai/whisper-small --tasks transcripts,translation \\
+        --translation_instruction "Translate into German."
+
+Without data it takes the tiny world's test sentences. A manifest has the fields of `examples/train.py`, and where known
+`id`, `translation`, `words` and `voice_group`. Data sets of the Hub are known by their columns (CoVoST-2, MuST-C,
+LibriSpeech, Common Voice, VoiceBench). Metrics are the `evaluate` modules in `examples/metrics`, whose descriptions say
+how texts are normalised.
+
+Leaves in the output folder: `results.json`, `results.md`, plots (with matplotlib), and `predictions/`, one JSON line
+per row. A rerun goes on there: after a stop, with a higher limit, with more systems.
+"""
+
+import argparse
+import json
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+
+from evaluation.predictions import Predictions
+from evaluation.recognition import load_recognizer
+from evaluation.report import as_markdown, plot
+from evaluation.rows import open_rows
+from evaluation.scoring import Scorer
+from evaluation.systems import SYSTEMS, TASKS, Systems
+from tqdm import tqdm
+
+from modeling_blsp_kd import BlspKdForCausalLM
+from modeling_blsp_kd.thin_checkpoints import identify
+from processing import BlspKdProcessor
+from processing.audio_loading import load_audio
+
+HEARING = ("speech", "cascade")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder or Hub id of a BLSP-KD model")
+    parser.add_argument("--output", required=True, help="folder for results and predictions")
+    parser.add_argument("--systems", type=names_of(SYSTEMS), help="some of text,speech,blind,cascade (all but cascade)")
+    parser.add_argument("--asr_model", help="of the cascade: Hub id or folder; omitted, the model itself transcribes")
+    parser.add_argument("--tasks", type=names_of(TASKS), default=TASKS, help=f"some of {','.join(TASKS)} (all)")
+    parser.add_argument("--manifest", help="JSONL manifest of the rows")
+    parser.add_argument("--train_manifest", help="with --manifest: voices in it count as seen")
+    parser.add_argument("--dataset", help="data set of the Hub, or folder of one")
+    parser.add_argument("--config", help="configuration of the data set")
+    parser.add_argument("--split", help="split of the data set, or of the tiny world (test)")
+    parser.add_argument("--streaming", action="store_true", help="read the data set as it downloads")
+    parser.add_argument("--num_utterances", type=int, default=480, help="tiny world: clips per kind of voice")
+    parser.add_argument("--cache_dir", default="outputs/tiny_world_speech", help="tiny world: where clips are kept")
+    parser.add_argument("--limit", type=int, help="use the first rows only")
+    parser.add_argument("--batch_size", type=int, default=32, help="rows at once")
+    parser.add_argument("--max_new_tokens", type=int, default=64, help="longest answer")
+    parser.add_argument("--translation_instruction", help="what to ask where rows have a translation")
+    parser.add_argument("--bleu_tokenizer", default="13a", help="sacrebleu's: 13a, intl, zh, ja-mecab, ko-mecab, char")
+    parser.add_argument("--num_resamples", type=int, default=1000, help="bootstrap samples of an interval")
+    options = parser.parse_args()
+    if options.systems is None:
+        options.systems = SYSTEMS if options.asr_model else SYSTEMS[:3]
+    if options.asr_model and "cascade" not in options.systems:
+        parser.error("--asr_model is of the cascade, which is not among --systems.")
+    if not (options.manifest or options.dataset or options.translation_instruction):
+        from tiny_world.world import INSTRUCTIONS
+
+        options.translation_instruction = INSTRUCTIONS["spanish"][0]
+    evaluate(options)
+
+
+def names_of(known: tuple[str, ...]):
+    """Reads a list of names that are separated by commas, into the order in which they are known."""
+
+    def read(text: str) -> tuple[str, ...]:
+        given = text.split(",")
+        if not set(given) <= set(known):
+            raise argparse.ArgumentTypeError(f"expected some of {','.join(known)}, got {text!r}")
+        return tuple(name for name in known if name in given)
+
+    return read
+
+
+def evaluate(options):
+    scorer = Scorer(options.tasks, options.num_resamples, bleu_tokenizer=options.bleu_tokenizer)
+    data, total, rows = open_rows(options)
+    output = Path(options.output)
+    files = {
+        system: Predictions(output / "predictions", system, settings_of(system, options, data))
+        for system in options.systems
+    }
+    systems = load_systems(options)
+    ids = []
+    with tqdm(total=total, unit="row", desc="predicting", mininterval=1) as progress:
+        while batch := list(islice(rows, options.batch_size)):
+            predict_batch(systems, files, batch)
+            ids += [row["id"] for row in batch]
+            progress.update(len(batch))
+    if not ids:
+        raise ValueError(f"There is no row to evaluate on in {data}.")
+
+    results = {
+        "settings": {
+            **vars(options),
+            "data": data,
+            "num_rows": len(ids),
+            "versions": {name: version(name) for name in ("torch", "transformers", "jiwer", "sacrebleu")},
+        },
+        "systems": scorer({system: [file.by_id[row_id] for row_id in ids] for system, file in files.items()}),
+    }
+    (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    (output / "results.md").write_text(as_markdown(results))
+    plot(results, output)
+    print("\n" + as_markdown(results))
+
+
+def settings_of(system: str, options, data: str) -> dict:
+    """What the predictions of a system depend on."""
+    settings = {"model": identify(options.model, {})["revision"], "data": data, "tasks": list(options.tasks)}
+    settings |= {name: getattr(options, name) for name in ("max_new_tokens", "translation_instruction")}
+    if options.train_manifest:
+        settings["train_manifest"] = Path(options.train_manifest).name
+    if system == "cascade":
+        settings["asr_model"] = identify(options.asr_model or options.model, {})["revision"]
+    return settings
+
+
+def load_systems(options) -> Systems:
+    return Systems(
+        BlspKdForCausalLM.from_pretrained(options.model, device_map="auto"),
+        BlspKdProcessor.from_pretrained(options.model),
+        tasks=options.tasks,
+        recognizer=load_recognizer(options.asr_model) if options.asr_model else None,
+        translation_instruction=options.translation_instruction,
+        max_new_tokens=options.max_new_tokens,
+    )
+
+
+def predict_batch(systems: Systems, files: dict[str, Predictions], batch: list[dict]):
+    """Have each system predict what its file lacks.
+
+    Raises:
+        ValueError, TypeError, FileNotFoundError: a clip cannot be heard, or a row does not suit the model.
+    """
+    missing = {system: [row for row in batch if row["id"] not in file.by_id] for system, file in files.items()}
+    # Decoded once, for all that hear.
+    heard = {row["id"]: row for system in HEARING for row in missing.get(system, [])}
+    rate = systems.processor.feature_extractor.sampling_rate
+    for row in heard.values():
+        try:
+            row["audio"] = {"array": load_audio(row["audio"], rate), "sampling_rate": rate}
+        except (FileNotFoundError, TypeError, ValueError) as error:
+            raise type(error)(f"Row {row['id']}: {error}") from error
+    for system, rows in missing.items():
+        if not rows:
+            continue
+        try:
+            lines = systems.predict(system, rows)
+        except ValueError as error:
+            raise ValueError(f"{system}, rows {rows[0]['id']} to {rows[-1]['id']}: {error}") from error
+        files[system].append(lines)
+        if system == "text":
+            for row, line in zip(rows, lines):
+                # What alignment takes as the response, unless the data has one.
+                row.setdefault("response", line["predicted"].get("answers"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""What systems predicted, on disk: one JSON line per row, written batch by batch, so that a rerun goes on.
+
+Leaves out: writing by several processes at once.
+"""
+
+import json
+from pathlib import Path
+
+
+class Predictions:
+    """The file of one system.
+
+    Args:
+        folder: of the files.
+        system: its name; the file is `SYSTEM.jsonl`, and `SYSTEM.settings.json` beside it.
+        settings: what predictions depend on (the model and its weights, the data, ...), of JSON's types.
+
+    Raises:
+        ValueError: the file was made with other settings.
+    """
+
+    def __init__(self, folder: Path, system: str, settings: dict):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path, settings_path = folder / f"{system}.jsonl", folder / f"{system}.settings.json"
+        if self.path.exists():
+            before = json.loads(settings_path.read_text()) if settings_path.exists() else {}
+            differing = {
+                name: (before.get(name), settings.get(name))
+                for name in sorted(before.keys() | settings.keys())
+                if before.get(name) != settings.get(name)
+            }
+            if differing:
+                told = "; ".join(f"{name}: {old!r} then, {new!r} now" for name, (old, new) in differing.items())
+                raise ValueError(
+                    f"{self.path} was predicted with other settings ({told}). Give another --output, or remove the "
+                    "file to predict again."
+                )
+        else:
+            settings_path.write_text(json.dumps(settings, indent=2) + "\n")
+            self.path.touch()
+        self.by_id = {line["id"]: line for line in self._read()}
+
+    def _read(self) -> list[dict]:
+        """All whole lines; what a killed process left of another is cut off."""
+        contents = self.path.read_bytes()
+        whole = contents[: contents.rfind(b"\n") + 1]
+        if len(whole) < len(contents):
+            self.path.write_bytes(whole)
+        return [json.loads(line) for line in whole.splitlines()]
+
+    def append(self, lines: list[dict]):
+        with self.path.open("a") as file:
+            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        self.by_id.update((line["id"], line) for line in lines)

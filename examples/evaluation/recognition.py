@@ -1,0 +1,68 @@
+"""Speech recognition for cascades: by a BLSP-KD model, or by any speech recognition model of transformers.
+
+Follows the reading that the transcript cross-entropy of `distillation_step.py` trains. Leaves out: beam search and
+external language models.
+"""
+
+import torch
+from answering import answer, user_turn
+from transformers import PretrainedConfig, pipeline
+
+from modeling_blsp_kd import BlspKdConfig, BlspKdForCausalLM
+from processing import BlspKdProcessor
+from processing.audio_loading import load_audio
+
+WHISPER_WINDOW_S = 30
+
+
+def load_recognizer(name: str):
+    """What turns a list of clips (each as in `load_audio`) into transcripts.
+
+    Args:
+        name: folder or Hub id of a BLSP-KD model, or of a model for transformers' "automatic-speech-recognition".
+    """
+    config, _ = PretrainedConfig.get_config_dict(name)
+    if config.get("model_type") == BlspKdConfig.model_type:
+        processor = BlspKdProcessor.from_pretrained(name)
+        model = BlspKdForCausalLM.from_pretrained(name, device_map="auto").eval()
+        return lambda clips: transcribe(model, processor, clips)
+    recognize = pipeline("automatic-speech-recognition", model=name, device_map="auto")
+    rate = recognize.feature_extractor.sampling_rate
+
+    def run_pipeline(clips: list) -> list[str]:
+        waveforms = [load_audio(clip, rate) for clip in clips]
+        given = [{"raw": waveform, "sampling_rate": rate} for waveform in waveforms]
+        options = {}
+        if recognize.type == "seq2seq_whisper":
+            if max(map(len, waveforms)) > WHISPER_WINDOW_S * rate:
+                options["return_timestamps"] = True  # or it would not go beyond its window
+            else:
+                # Whisper pads every clip alike. Others would read letters off the padding of the shorter ones.
+                options["batch_size"] = len(given)
+        return [made["text"].strip() for made in recognize(given, **options)]
+
+    return run_pipeline
+
+
+@torch.inference_mode()
+def transcribe(model, processor, clips: list, max_new_tokens: int = 256) -> list[str]:
+    """Transcripts of clips by a BLSP-KD model.
+
+    A model that was trained with transcript cross-entropy is a recogniser: the tokens are read off its speech vectors,
+    with the LLM's embeddings as output matrix, and the LLM does not run. Any other is asked to repeat the words.
+
+    Args:
+        clips: each as in `load_audio`; bare arrays are of the processor's rate.
+        max_new_tokens: longest transcript of a model that is asked.
+    """
+    if not model.config.distillation["transcript_ce"]:
+        chats = [user_turn(processor.transcription_instruction, {"type": "audio", "audio": clip}) for clip in clips]
+        return answer(model, processor, chats, max_new_tokens, batch_size=len(chats))
+    features = processor.extract_features(clips)
+    audio = model.get_audio_features(
+        **{name: torch.as_tensor(values, device=model.device) for name, values in features.items()}
+    )
+    vectors, embeddings = audio.pooler_output, model.get_input_embeddings().weight
+    token_ids = (vectors.to(embeddings.dtype) @ embeddings.T).argmax(-1)
+    said = [ids[:count] for ids, count in zip(token_ids.tolist(), audio.num_speech_tokens.tolist())]
+    return [processor.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in said]

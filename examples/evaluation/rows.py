@@ -1,0 +1,147 @@
+"""Rows to evaluate on: from a manifest, a data set of the Hub, or the tiny world, one at a time.
+
+A row has `id`, `audio` and `text` (what is said), and where known `instruction`, `answer` (gold), `translation` (gold),
+`response` (the LLM's own answer), `words` (when each was said), `kind`, `voice` and `voice_group`. Leaves out: decoding
+by `datasets`, which would need torchcodec; clips stay bytes or paths until they are heard.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+from datasets import Audio, load_dataset
+from train import DEFAULT_INSTRUCTION, read_manifest
+
+# Data sets are told by their columns, since the same one lives on the Hub under several names. The first that fits
+# counts. Each maps our fields to its columns.
+SCHEMAS = {
+    "CoVoST-2 or MuST-C": {
+        "id": "id",
+        "text": "sentence",
+        "translation": "translation",
+        "voice": "client_id",
+    },
+    "Common Voice": {"id": "path", "text": "sentence", "voice": "client_id"},
+    "LibriSpeech": {"id": "id", "text": "text", "voice": "speaker_id"},
+    # The clip is the whole question, so there is no instruction.
+    "VoiceBench with references": {"text": "prompt", "answer": "reference"},
+    "VoiceBench": {"text": "prompt"},
+}
+FIELDS = ("instruction", "answer", "translation", "response", "words", "kind", "voice", "voice_group")
+
+
+def open_rows(options) -> tuple[str, int | None, Iterator[dict]]:
+    """The data's name (that changes when the data does), the number of its rows where known, and the rows."""
+    if options.manifest and options.dataset:
+        raise ValueError("Give --manifest or --dataset, not both.")
+    if options.train_manifest and not options.manifest:
+        raise ValueError("--train_manifest tells which voices of a --manifest were seen, but there is none.")
+    if not options.dataset and (options.config or options.streaming):
+        raise ValueError("--config and --streaming are of a --dataset, but there is none.")
+    if options.manifest:
+        with open(options.manifest, "rb") as file:
+            name = f"{Path(options.manifest).name} sha256:{hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
+        rows = manifest_rows(options.manifest, options.train_manifest)
+    elif options.dataset:
+        name = " ".join(filter(None, (options.dataset, options.config, options.split)))
+        rows = hub_rows(options.dataset, options.config, options.split, options.streaming)
+    else:
+        name = f"tiny world, {options.split or 'test'}, {options.num_utterances} per kind of voice"
+        rows = tiny_world_rows(options.split or "test", options.num_utterances, options.cache_dir)
+    total = min(len(rows), options.limit or len(rows)) if isinstance(rows, list) else options.limit
+    return name, total, check_rows(islice(rows, options.limit))
+
+
+def check_rows(rows) -> Iterator[dict]:
+    """Rows with an id each, and the fields that are known.
+
+    Raises:
+        ValueError: a row has no audio or no text, or two rows have the same id.
+    """
+    seen = set()
+    for number, row in enumerate(rows, start=1):
+        row_id = str(number if row.get("id") is None else row["id"])
+        if row.get("audio") is None or not isinstance(row.get("text"), str) or not row["text"].strip():
+            told = {name: value for name, value in row.items() if name != "audio"}
+            raise ValueError(
+                f"Row {number} (id {row_id}) needs 'audio' and a non-empty 'text', got "
+                f"{'no audio' if row.get('audio') is None else 'audio'} and {told}. Mend it, or take it out."
+            )
+        if row_id in seen:
+            raise ValueError(f"Row {number} has the id {row_id!r} of an earlier row. Ids must differ.")
+        seen.add(row_id)
+        known = {name: row[name] for name in FIELDS if row.get(name) not in (None, "", [])}
+        yield {"id": row_id, "audio": row["audio"], "text": row["text"].strip(), **known}
+
+
+def manifest_rows(path: str, train_manifest: str | None = None) -> list[dict]:
+    """Rows of a JSONL manifest; a training manifest tells which voices were seen."""
+    rows = read_manifest(path)
+    if train_manifest:
+        seen = {row.get("voice") for row in read_manifest(train_manifest)}
+        rows = [{**row, "voice_group": voice_group(row.get("voice") in seen)} for row in rows]
+    return rows
+
+
+def voice_group(is_seen: bool) -> str:
+    return "seen voices" if is_seen else "held out voices"
+
+
+def tiny_world_rows(split: str, num_utterances: int, cache_dir: str) -> list[dict]:
+    """Those that `examples/train.py` scores on; seen and held-out voices take turns, so that any first part has both.
+
+    Questions for the Spanish of a sentence count as translations, too.
+    """
+    # Imported here: synthesis needs espeakng-loader, which other data does not.
+    from tiny_world.dataset import make_rows
+    from tiny_world.speech import HELD_OUT_VOICES, TRAIN_VOICES
+
+    groups = []
+    for seed, voices in enumerate((TRAIN_VOICES, HELD_OUT_VOICES), start=1):
+        rows = make_rows(split, num_utterances, voices, seed, cache_dir)
+        for row in rows:
+            row["voice_group"] = voice_group(voices is TRAIN_VOICES)
+            if row["kind"] == "spanish":
+                row["translation"] = row["answer"]
+        groups.append(rows)
+    return [row for pair in zip(*groups) for row in pair]
+
+
+def hub_rows(name: str, config: str | None, split: str | None, streaming: bool) -> Iterator[dict]:
+    """Rows of a data set of the Hub (or of a folder of parquet files), by one of `SCHEMAS`."""
+    if not split:
+        raise ValueError(f"--dataset {name} needs a --split, such as test.")
+    dataset = load_dataset(name, config, split=split, streaming=streaming)
+    columns = dataset.column_names
+    if columns is None:  # a stream that declares none: what they hold comes as it is
+        columns = list(next(iter(dataset)))
+    elif "audio" in columns:
+        dataset = dataset.cast_column("audio", Audio(decode=False))
+    schema = schema_of(columns)
+    return (map_row(row, schema) for row in dataset)
+
+
+def schema_of(columns) -> str:
+    """The name of the first schema whose columns are all there."""
+    for name, columns_of in SCHEMAS.items():
+        if {"audio", *columns_of.values()} <= set(columns):
+            return name
+    known = "; ".join(f"{name}: {', '.join(['audio', *columns_of.values()])}" for name, columns_of in SCHEMAS.items())
+    raise ValueError(
+        f"The data set's columns {sorted(columns)} fit none that are known ({known}). Rename its columns, or write its "
+        "rows to a manifest."
+    )
+
+
+def map_row(row: dict, schema: str) -> dict:
+    """One of its rows as one of ours."""
+    mapped = {field: row[column] for field, column in SCHEMAS[schema].items()}
+    mapped["audio"] = row["audio"]
+    if mapped.get("voice") is not None:
+        mapped["voice"] = str(mapped["voice"])
+    if isinstance(mapped["text"], str) and mapped["text"].isupper():
+        mapped["text"] = mapped["text"].lower()  # LibriSpeech; capitals are no text that an LLM knows
+    if not schema.startswith("VoiceBench"):
+        mapped["instruction"] = DEFAULT_INSTRUCTION
+    return mapped

@@ -1,0 +1,168 @@
+"""Scores of what systems predicted, each with its interval.
+
+Intervals hold 95 % of what a percentile bootstrap over rows gives (Efron 1979); scores of a whole corpus (WER, BLEU)
+are made anew of each sample's rows. Where no row errs, or where there are few, they are too narrow. Leaves out: the
+spread over seeds of training, which one model cannot tell.
+"""
+
+import importlib
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+
+EXAMPLES = Path(__file__).resolve().parents[1]
+INTERVAL = (2.5, 97.5)
+ALIGNMENT = ("response_kl", "input_kl", "token_count_error", "token_count_accuracy")
+
+
+def load_metric(name: str):
+    """One of the `evaluate` modules in `examples/metrics`."""
+    # examples/evaluate.py hides the package of its name from the scripts beside it, and from the metrics.
+    path = sys.path[:]
+    sys.path[:] = [entry for entry in path if Path(entry or ".").resolve() != EXAMPLES]
+    try:
+        package = importlib.import_module("evaluate")
+    finally:
+        sys.path[:] = path
+    return package.load(str(EXAMPLES / "metrics" / name), keep_in_memory=True)
+
+
+class Scorer:
+    """Scores predictions.
+
+    Args:
+        tasks: what to score.
+        num_resamples: bootstrap samples of an interval.
+        seed: of the samples.
+        bleu_tokenizer: sacrebleu's, which depends on the language of the translations.
+    """
+
+    def __init__(self, tasks, num_resamples: int = 1000, seed: int = 0, bleu_tokenizer: str = "13a"):
+        self.tasks, self.num_resamples, self.seed, self.bleu_tokenizer = tasks, num_resamples, seed, bleu_tokenizer
+        metrics = {"answers": "answer_match", "transcripts": "transcript_errors", "translation": "translation_quality"}
+        self.metrics = {task: load_metric(name) for task, name in metrics.items() if task in tasks}
+
+    def __call__(self, predictions: dict[str, list[dict]]) -> dict[str, dict]:
+        """Scores of the lines of each system (`Systems.predict`), of the same rows in the same order.
+
+        Returns:
+            by system and task, each score as `{"value", "low", "high", "n"}`, n the number of rows. A task that no row
+            takes part in is left out.
+        """
+        scores = {}
+        for system, lines in predictions.items():
+            scores[system] = {}
+            for task in self.tasks:
+                scored = getattr(self, f"_{task}")(lines)
+                if scored:
+                    scores[system][task] = scored
+        self._compare_with_text(predictions, scores)
+        return scores
+
+    def bootstrap(self, statistic, num_rows: int) -> dict:
+        """A statistic of all rows, and of samples of them; it takes an array of row numbers."""
+        rng = np.random.default_rng(self.seed)
+        samples = [statistic(rng.integers(num_rows, size=num_rows)) for _ in range(self.num_resamples)]
+        low, high = np.nanpercentile(samples, INTERVAL)
+        return {"value": float(statistic(np.arange(num_rows))), "low": float(low), "high": float(high), "n": num_rows}
+
+    def ratio(self, numerators, denominators) -> dict:
+        """The sum of the ones over the sum of the others, both by row."""
+        numerators, denominators = np.asarray(numerators, float), np.asarray(denominators, float)
+
+        def statistic(rows):
+            total = denominators[rows].sum()
+            return numerators[rows].sum() / total if total else np.nan
+
+        return self.bootstrap(statistic, len(numerators))
+
+    def _compute(self, task: str, lines: list[dict], gold: str, **options):
+        pairs = [(line["predicted"][task], line[gold]) for line in lines]
+        predictions, references = zip(*pairs)
+        return self.metrics[task].compute(predictions=list(predictions), references=list(references), **options)
+
+    def _answers(self, lines) -> dict:
+        lines = [line for line in lines if "answers" in line["predicted"]]
+        if not lines:
+            return {}
+        matches = self._compute("answers", lines, "answer", per_row=True)
+
+        def score(rows) -> dict:
+            return {
+                name: self.ratio([matches[f"{name}_rows"][row] for row in rows], np.ones(len(rows)))
+                for name in ("exact_match", "contained")
+            }
+
+        scores = score(range(len(lines)))
+        for field, name in (("kind", "by_kind"), ("voice_group", "by_voice_group")):
+            groups = defaultdict(list)
+            for row, line in enumerate(lines):
+                if line.get(field):
+                    groups[line[field]].append(row)
+            if groups:
+                scores[name] = {group: score(rows) for group, rows in sorted(groups.items())}
+        return scores
+
+    def _transcripts(self, lines) -> dict:
+        lines = [line for line in lines if "transcripts" in line["predicted"]]
+        if not lines:
+            return {}
+        counts = self._compute("transcripts", lines, "text", per_row=True)
+        return {
+            "wer": self.ratio(counts["word_errors"], counts["words"]),
+            "cer": self.ratio(counts["char_errors"], counts["chars"]),
+        }
+
+    def _translation(self, lines) -> dict:
+        lines = [line for line in lines if "translation" in line["predicted"]]
+        if not lines:
+            return {}
+        options = {"tokenize": self.bleu_tokenizer, "num_resamples": self.num_resamples, "seed": self.seed}
+        made = self._compute("translation", lines, "translation", **options)
+        return {
+            name: dict(zip(("value", "low", "high", "n"), (made[name], *made[f"{name}_interval"], len(lines))))
+            for name in ("bleu", "chrf")
+        }
+
+    def _alignment(self, lines) -> dict:
+        aligned = [line["alignment"] for line in lines if "alignment" in line]
+        scores = {
+            name: self.ratio(*zip(*(line[name] for line in aligned)))
+            for name in ALIGNMENT
+            if aligned and name in aligned[0]
+        }
+        timed = [line for line in lines if "word_errors_s" in line]
+        if timed:
+            scores["word_times"] = self._word_times(timed)
+        return scores
+
+    def _word_times(self, lines) -> dict:
+        """Absolute errors of starts and ends of the words that were heard right, milliseconds."""
+        errors = [1000 * np.abs(np.array(line["word_errors_s"], float).ravel()) for line in lines]
+
+        def percentile(percent):
+            def statistic(rows):
+                drawn = np.concatenate([errors[row] for row in rows])
+                return np.percentile(drawn, percent) if len(drawn) else np.nan
+
+            return statistic
+
+        num_right = [len(line["word_errors_s"]) for line in lines]
+        scores = {"words_right": self.ratio(num_right, [line["num_words"] for line in lines])}
+        if any(num_right):
+            scores["median_ms"] = self.bootstrap(percentile(50), len(lines))
+            scores["percentile_90_ms"] = self.bootstrap(percentile(90), len(lines))
+        return scores
+
+    def _compare_with_text(self, predictions, scores):
+        """Add to each system's answers its exact matches over those of `text`, of the same samples of rows."""
+        if "answers" not in scores.get("text", {}) or not scores["text"]["answers"]["exact_match"]["value"]:
+            return
+        matches = {}
+        for system, lines in predictions.items():
+            lines = [line for line in lines if "answers" in line["predicted"]]
+            matches[system] = self._compute("answers", lines, "answer", per_row=True)["exact_match_rows"]
+        for system in set(predictions) - {"text"}:
+            scores[system]["answers"]["share_of_text"] = self.ratio(matches[system], matches["text"])
