@@ -35,6 +35,8 @@ TINY_TEXT_MODEL = str(Path(__file__).parent / "tiny_world" / "llm")
 TINY_SPEECH_MODEL = str(Path(__file__).parent / "tiny_world" / "speech_encoder")
 REPORTED = ("token_count_accuracy", "token_count_error", "response_kl", "input_kl")
 SPEC_AUGMENT = {"apply_spec_augment": True, "mask_time_prob": 0.05, "mask_time_length": 5, "mask_feature_prob": 0.05}
+# For its 25 frames a second: less depth than the defaults, and 6.25 tokens a second from the subsampler.
+TINY_ADAPTERS = {"cformer": {"num_pre_layers": 1, "num_post_layers": 2}, "subsampler": {"num_layers": 2}}
 DEFAULT_INSTRUCTION = "Continue the following text."
 NUM_SAMPLES = 3
 
@@ -48,7 +50,7 @@ class ModelOptions:
         default=None,
         metadata={
             "help": "JSON options of the adapter, for example '{\"num_pre_layers\": 2}'. If omitted: the defaults of "
-            "BlspKdConfig (4 + 4 layers), or 1 + 2 layers for the tiny world's encoder."
+            "BlspKdConfig, or for the tiny world's encoder fewer layers (1 + 2, or 2 of the subsampler)."
         },
     )
     plora: bool = field(default=False, metadata={"help": "Adapt the LLM at speech positions (partial LoRA)."})
@@ -173,8 +175,8 @@ def build_model(options: ModelOptions, processor, model_class=BlspKdForCausalLM)
     if options.spec_augment and hasattr(speech_config, "apply_spec_augment"):
         speech_config.update(SPEC_AUGMENT)
     adapter_options = json.loads(options.adapter_options) if options.adapter_options else {}
-    if options.adapter_options is None and options.adapter == "cformer" and options.speech_model == TINY_SPEECH_MODEL:
-        adapter_options = {"num_pre_layers": 1, "num_post_layers": 2}
+    if options.adapter_options is None and options.speech_model == TINY_SPEECH_MODEL:
+        adapter_options = TINY_ADAPTERS.get(options.adapter, {})
     return model_class.from_backbones(
         options.speech_model,
         options.text_model,

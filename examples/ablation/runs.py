@@ -1,0 +1,280 @@
+"""Runs: one configuration with one seed, trained and evaluated in a folder of its own, and the small file it leaves.
+
+A result is a JSON file that is named by configuration, seed and a fingerprint of all settings, so that results of
+several machines lie together in one folder, and nothing is run twice. Leaves out: what follows from results
+(`statistics.py`).
+"""
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+import evaluate
+
+from .matrix import TRAIN, Configuration
+
+EXAMPLES = Path(__file__).parent.parent
+ANSWER_MATCH = EXAMPLES / "metrics" / "answer_match"
+ALIGNMENT = ("response_kl", "input_kl", "token_count_error", "token_count_accuracy")
+PACKAGES = ("torch", "transformers", "peft", "accelerate")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What all runs share.
+
+    Args:
+        steps: of the optimiser.
+        num_utterances: training clips of the tiny world.
+        rows_manifest: the rows that everything is evaluated on.
+        output_dir: for the folder of each run.
+        results_dir: for the result of each run.
+        cache_dir: the tiny world's clips.
+        train_options: further options of `train.py`, the same for all.
+        threads: of one run.
+    """
+
+    steps: int
+    num_utterances: int
+    rows_manifest: Path
+    output_dir: Path
+    results_dir: Path
+    cache_dir: Path
+    train_options: list[str] = field(default_factory=list)
+    threads: int = 1
+
+    def settings(self, configuration: Configuration) -> dict:
+        """All that a result depends on, but the seed."""
+        return {
+            "name": configuration.name,
+            "script": configuration.script,
+            "options": configuration.options,
+            "systems": list(configuration.systems),
+            "steps": self.steps,
+            "num_utterances": self.num_utterances,
+            "train_options": [_portable(option) for option in self.train_options],
+            "rows": _fingerprint_of_rows(self.rows_manifest),
+        }
+
+    def fingerprint(self, configuration: Configuration) -> str:
+        settings = json.dumps(self.settings(configuration), sort_keys=True)
+        return hashlib.sha256(settings.encode()).hexdigest()[:12]
+
+    def result_path(self, configuration: Configuration, seed: int) -> Path:
+        return self.results_dir / f"{configuration.name}-seed{seed}-{self.fingerprint(configuration)}.json"
+
+    def load(self, configuration: Configuration, seed: int) -> dict | None:
+        """The result of a run, if there is one of these settings."""
+        path = self.result_path(configuration, seed)
+        return json.loads(path.read_text()) if path.exists() else None
+
+
+def _portable(option: str) -> str:
+    """A file by its name and contents and a folder by its name: they lie elsewhere on other machines."""
+    path = Path(option)
+    if path.is_file():
+        return f"{path.name} sha256:{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
+    return path.name if path.is_dir() else option
+
+
+def _fingerprint_of_rows(manifest: Path) -> str:
+    rows = [json.loads(line) for line in manifest.read_text().splitlines()]
+    told = [{name: value for name, value in row.items() if name != "audio"} for row in rows]
+    return f"{len(rows)} sha256:{hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]}"
+
+
+def run(configuration: Configuration, seed: int, plan: Plan) -> dict:
+    """Train and evaluate, and keep the result.
+
+    Raises:
+        RuntimeError: a script failed; its last lines are told.
+    """
+    folder = plan.output_dir / f"{configuration.name}-seed{seed}"
+    # What an interrupted run left is of other weights.
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    model, log, start = folder / "model", folder / "log.txt", time.time()
+    _call(train_command(configuration, seed, plan, model), log, plan.threads)
+    own = json.loads((model / "results.json").read_text())
+
+    is_cascade = configuration.systems == ("cascade",)
+    _call(
+        evaluate_command(
+            model,
+            # A cascade is the LLM on the transcripts of a recogniser.
+            model / "heard.jsonl" if is_cascade else plan.rows_manifest,
+            ("text",) if is_cascade else configuration.systems,
+            # Only where the saved LLM is the teacher can `evaluate.py` tell the alignment.
+            ("answers", "alignment") if configuration.script == TRAIN else ("answers",),
+            folder / "evaluation",
+        ),
+        log,
+        plan.threads,
+    )
+    rows = [json.loads(line) for line in plan.rows_manifest.read_text().splitlines()]
+    systems = {
+        system: score(rows, folder / "evaluation" / "predictions" / f"{'text' if is_cascade else system}.jsonl")
+        for system in configuration.systems
+    }
+    evaluated = json.loads((folder / "evaluation" / "results.json").read_text())
+    alignment = evaluated["systems"].get("speech", {}).get("alignment") or own
+    result = {
+        "name": configuration.name,
+        "seed": seed,
+        "settings": plan.settings(configuration),
+        "machine": machine(plan.threads),
+        "seconds": {"training": own["train_seconds"], "all": round(time.time() - start, 1)},
+        "systems": systems,
+        "alignment": {name: _value(alignment[name]) for name in ALIGNMENT if alignment.get(name) is not None},
+    }
+    if "exact_transcripts" in own:
+        result["exact_transcripts"] = own["exact_transcripts"]
+    path = plan.result_path(configuration, seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(result, indent=1) + "\n")
+    os.replace(unfinished, path)
+    return result
+
+
+def _value(measured):
+    """`evaluate.py` tells a value with its interval, `train.py` the value alone."""
+    return measured["value"] if isinstance(measured, dict) else measured
+
+
+def train_command(configuration: Configuration, seed: int, plan: Plan, model: Path) -> list[str]:
+    options = {
+        "max_steps": plan.steps,
+        "num_utterances": plan.num_utterances,
+        "cache_dir": plan.cache_dir,
+        "seed": seed,
+        "save_strategy": "no",
+        **configuration.options,
+        "output_dir": model,
+    }
+    if configuration.script == TRAIN:
+        options["num_eval_utterances"] = 0  # `evaluate.py` does it
+    else:
+        options["eval_manifest"] = plan.rows_manifest
+    given = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    return [str(EXAMPLES / configuration.script), *given, *plan.train_options]
+
+
+def evaluate_command(model: Path, manifest: Path, systems, tasks, output: Path) -> list[str]:
+    return [
+        str(EXAMPLES / "evaluate.py"),
+        *("--model", str(model), "--manifest", str(manifest)),
+        *("--systems", ",".join(systems), "--tasks", ",".join(tasks), "--output", str(output)),
+    ]
+
+
+def _call(command: list[str], log: Path, threads: int):
+    environment = {
+        **os.environ,
+        # Scripts below examples/ablation import those of examples/.
+        "PYTHONPATH": os.pathsep.join([str(EXAMPLES.parent), str(EXAMPLES), os.environ.get("PYTHONPATH", "")]),
+        "OMP_NUM_THREADS": str(threads),
+        # Threads that spin while they wait take the cores from the other runs.
+        "OMP_WAIT_POLICY": "passive",
+        "GOMP_SPINCOUNT": "0",
+    }
+    with log.open("a") as file:
+        finished = subprocess.run([sys.executable, *command], stdout=file, stderr=subprocess.STDOUT, env=environment)
+    if finished.returncode != 0:
+        tail = log.read_text(errors="replace")[-2000:]
+        raise RuntimeError(f"{' '.join(command)} failed with exit status {finished.returncode}, see {log}:\n{tail}")
+
+
+def score(rows: list[dict], predictions: Path) -> dict:
+    """Share of exact matches, and for each row in the manifest's order a 1 if it matched, else a 0."""
+    predicted = {line["id"]: line["prediction"] for line in map(json.loads, predictions.read_text().splitlines())}
+    missing = [row["id"] for row in rows if row["id"] not in predicted]
+    if missing:
+        raise ValueError(f"{predictions} lacks {len(missing)} of {len(rows)} rows, the first is {missing[0]!r}.")
+    metric = evaluate.load(str(ANSWER_MATCH))
+    matches = metric.compute(
+        predictions=[predicted[row["id"]] for row in rows], references=[row["answer"] for row in rows], per_row=True
+    )
+    return {
+        "exact_match": matches["exact_match"],
+        "contained": matches["contained"],
+        "matched_rows": "".join(map(str, matches["exact_match_rows"])),
+    }
+
+
+def machine(threads: int) -> dict:
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "python": platform.python_version(),
+        **{package: version(package) for package in PACKAGES},
+    }
+
+
+def estimate_s(configuration: Configuration, known: list[dict]) -> float | None:
+    """How long a run will take: as the longest of its configuration, or else of any; None if there is none."""
+    own = [result["seconds"]["all"] for result in known if result["name"] == configuration.name]
+    return max(own or [result["seconds"]["all"] for result in known], default=None)
+
+
+def run_all(
+    wanted: list[tuple[Configuration, int]], plan: Plan, workers: int, time_budget_s: float | None, tell=print
+) -> list[str]:
+    """Run what has no result yet.
+
+    A run that is expected to end after the time budget is not started. While there is no result to expect from, one
+    run is started all the same, unless the budget is 0.
+
+    Args:
+        wanted: (configuration, seed) pairs, in order.
+        workers: runs at a time.
+        time_budget_s: for all of this. None: as long as it takes.
+
+    Returns:
+        list of str: what was left for want of time.
+
+    Raises:
+        RuntimeError: runs failed. The others were done first.
+    """
+    start, lock = time.time(), threading.Lock()
+    known = [result for pair in wanted if (result := plan.load(*pair)) is not None]
+    missing = [pair for pair in wanted if plan.load(*pair) is None]
+    left, failed = [], []
+    tell(f"{len(known)} of {len(wanted)} runs have results, {len(missing)} are missing")
+
+    def run_or_leave(pair):
+        configuration, seed = pair
+        name = f"{configuration.name}, seed {seed}"
+        with lock:
+            expected_s = estimate_s(configuration, known)
+        if time_budget_s is not None and time.time() - start + (expected_s or 0) >= time_budget_s:
+            left.append(name)
+            return
+        tell(f"{name}: begins" + (f", some {expected_s / 60:.1f} minutes" if expected_s is not None else ""))
+        try:
+            result = run(configuration, seed, plan)
+        except (RuntimeError, OSError, ValueError, KeyError) as error:
+            failed.append(f"{name}: {error}")
+            tell(f"{name}: FAILED")
+            return
+        with lock:
+            known.append(result)
+        system, scores = next(iter(result["systems"].items()))
+        tell(f"{name}: {system} {scores['exact_match']:.3f}, {result['seconds']['all'] / 60:.1f} minutes")
+
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(run_or_leave, missing))
+    if failed:
+        raise RuntimeError(f"{len(failed)} of {len(missing)} runs failed.\n" + "\n\n".join(failed))
+    return left
