@@ -1,6 +1,6 @@
 """One table, one figure and one JSON file of an analysis.
 
-Leaves out: what the numbers mean, see `statistics.py`.
+Leaves out: what the numbers mean, see `analysis.py`.
 """
 
 import json

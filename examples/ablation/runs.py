@@ -2,7 +2,7 @@
 
 A result is a JSON file that is named by configuration, seed and a fingerprint of all settings, so that results of
 several machines lie together in one folder, and nothing is run twice. Leaves out: what follows from results
-(`statistics.py`).
+(`analysis.py`).
 """
 
 import hashlib
@@ -19,12 +19,11 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
-import evaluate
+from evaluation.scoring import load_metric
 
 from .matrix import TRAIN, Configuration
 
 EXAMPLES = Path(__file__).parent.parent
-ANSWER_MATCH = EXAMPLES / "metrics" / "answer_match"
 ALIGNMENT = ("response_kl", "input_kl", "token_count_error", "token_count_accuracy")
 PACKAGES = ("torch", "transformers", "peft", "accelerate")
 
@@ -197,12 +196,12 @@ def _call(command: list[str], log: Path, threads: int):
 
 def score(rows: list[dict], predictions: Path) -> dict:
     """Share of exact matches, and for each row in the manifest's order a 1 if it matched, else a 0."""
-    predicted = {line["id"]: line["prediction"] for line in map(json.loads, predictions.read_text().splitlines())}
+    lines = map(json.loads, predictions.read_text().splitlines())
+    predicted = {line["id"]: line["predicted"]["answers"] for line in lines}
     missing = [row["id"] for row in rows if row["id"] not in predicted]
     if missing:
         raise ValueError(f"{predictions} lacks {len(missing)} of {len(rows)} rows, the first is {missing[0]!r}.")
-    metric = evaluate.load(str(ANSWER_MATCH))
-    matches = metric.compute(
+    matches = load_metric("answer_match").compute(
         predictions=[predicted[row["id"]] for row in rows], references=[row["answer"] for row in rows], per_row=True
     )
     return {
