@@ -345,6 +345,7 @@ def test_what_has_no_seeds_pairs_with_each():
     text, speech = {1: rows_right(0.9, 0)}, {seed: rows_right(0.6, seed) for seed in (1, 2, 3)}
     told = analysis.difference(text, speech, seedless={"better"})
     assert told["num_seeds"] == 3 and told["interval"][0] > 0
+    assert analysis.difference(speech, text, {"worse"}, share=0.5)["interval"][0] > 0, "0.6 is more than half of 0.9"
     assert told["effect"] == pytest.approx(text[1].mean() - np.mean([rows.mean() for rows in speech.values()]))
 
 
@@ -378,7 +379,7 @@ def test_rank_correlation_of_kl_and_accuracy():
 
 
 def test_table_figure_and_json_tell_of_all_that_ran(tmp_path):
-    results = [made_result("untrained", 1, {"text": rows_right(0.98, 0), "blind": rows_right(0.1, 0)})]
+    results = [made_result("untrained", 0, {"text": rows_right(0.98, 0), "blind": rows_right(0.1, 0)})]
     for seed in (1, 2, 3):
         results.append(made_result("blsp", seed, {"speech": rows_right(0.3, seed)}, response_kl=1.0 + 0.1 * seed))
         better = {"speech": rows_right(0.7, seed)}
@@ -414,6 +415,7 @@ def test_end_to_end(tmp_path, monkeypatch, capsys):
     def call(command, log, threads):
         scripts.append(Path(command[0]).name)
         with monkeypatch.context() as patch:
+            patch.setenv("OMP_NUM_THREADS", str(threads))
             patch.setattr(sys, "argv", [*command])
             runpy.run_path(command[0], run_name="__main__")
 
@@ -432,6 +434,7 @@ def test_end_to_end(tmp_path, monkeypatch, capsys):
     told = json.loads((tmp_path / "results" / "summary.json").read_text())
     of_system = {(row["name"], row["system"]): row for row in told["systems"]}
     assert of_system["untrained", "text"]["exact_match"] > 0.8, "the embedded LLM answers text"
+    assert set(of_system["cascade_ctc", "cascade"]["by_voice_group"]) == {"seen voices", "held out voices"}
     assert of_system["subsampler_kl", "speech"]["response_kl"] > 0
     assert of_system["global_lora", "speech"]["input_kl"] > 0
     assert of_system["cascade_ctc", "cascade"]["exact_transcripts"] is not None

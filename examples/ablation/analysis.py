@@ -55,8 +55,10 @@ def summarise(by_seed: dict[int, np.ndarray]) -> dict:
     }
 
 
-def difference(better: dict[int, np.ndarray], worse: dict[int, np.ndarray], seedless=frozenset()) -> dict:
-    """Mean difference of two systems, paired over rows and over the seeds that both have.
+def difference(
+    better: dict[int, np.ndarray], worse: dict[int, np.ndarray], seedless=frozenset(), share: float = 1.0
+) -> dict:
+    """Mean of `better - share * worse`, paired over rows and over the seeds that both have.
 
     Args:
         better, worse: seed -> (R,) 0 and 1.
@@ -73,7 +75,7 @@ def difference(better: dict[int, np.ndarray], worse: dict[int, np.ndarray], seed
     seeds = sorted(set(better) & set(worse))
     if not seeds:
         return {"effect": None, "interval": None, "num_seeds": 0}
-    differences = np.stack([better[seed] - worse[seed] for seed in seeds])
+    differences = np.stack([better[seed] - share * worse[seed] for seed in seeds])
     effect = float(differences.mean())
     half_of_rows = stats.norm.ppf((1 + LEVEL) / 2) * bootstrap_over_rows(differences.mean(axis=0)).standard_error
     over_seeds = interval_over_seeds(differences.mean(axis=1))
@@ -97,11 +99,13 @@ def judge(claim: Claim, results: list[dict], by_name: dict[str, Configuration]) 
     told = difference(
         *(matches(results, *side) for side in sides.values()),
         seedless={side for side, (name, _) in sides.items() if not by_name[name].has_seeds},
+        share=claim.share,
     )
     return {
         "claim": claim.text,
         "better": list(claim.better),
         "worse": list(claim.worse),
+        "share": claim.share,
         **told,
         "verdict": verdict(told["interval"], told["num_seeds"]),
     }
@@ -155,6 +159,7 @@ def analyse(results: list[dict], configurations, claims=CLAIMS) -> dict:
                     "system": system,
                     **summarise(matches(own, configuration.name, system)),
                     **{name: _mean(of_speech, name) for name in ("response_kl", "input_kl", "token_count_accuracy")},
+                    **_mean_groups([result["systems"][system] for result in own]),
                     "exact_transcripts": _mean(own, "exact_transcripts"),
                     "minutes": float(np.mean([result["seconds"]["all"] for result in own])) / 60,
                 }
@@ -172,3 +177,12 @@ def analyse(results: list[dict], configurations, claims=CLAIMS) -> dict:
 def _mean(measured: list[dict], name: str) -> float | None:
     values = [measures[name] for measures in measured if name in measures]
     return float(np.mean(values)) if values else None
+
+
+def _mean_groups(of_runs: list[dict]) -> dict[str, dict[str, float]]:
+    """Means over seeds by kind of question and by kind of voice, where rows tell them."""
+    return {
+        grouping: {group: float(np.mean([run[grouping][group] for run in of_runs])) for group in of_runs[0][grouping]}
+        for grouping in ("by_kind", "by_voice_group")
+        if grouping in of_runs[0]
+    }

@@ -34,9 +34,9 @@ def markdown(analysis: dict, settings: dict) -> str:
         f"{settings['steps']} steps on {settings['data']}, evaluated on {settings['rows']}. "
         "Intervals are 95 %: over seeds by Student's t, over rows by bootstrap.",
         "",
-        "| system | exact match | over seeds | over rows | of text | response KL | input KL | token count | minutes "
-        "| seeds |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| system | exact match | over seeds | over rows | of text | held-out voices | response KL | input KL "
+        "| token count | minutes | seeds |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in analysis["systems"]:
         of_text = row["exact_match"] / text if text else None
@@ -46,6 +46,7 @@ def markdown(analysis: dict, settings: dict) -> str:
             _interval(row["over_seeds"]),
             _interval(row["over_rows"]),
             _number(of_text),
+            _number(row.get("by_voice_group", {}).get("held out voices")),
             _number(row["response_kl"]),
             _number(row["input_kl"]),
             _number(row["token_count_accuracy"]),

@@ -121,12 +121,15 @@ def run(configuration: Configuration, seed: int, plan: Plan) -> dict:
         plan.threads,
     )
     rows = [json.loads(line) for line in plan.rows_manifest.read_text().splitlines()]
-    systems = {
-        system: score(rows, folder / "evaluation" / "predictions" / f"{'text' if is_cascade else system}.jsonl")
-        for system in configuration.systems
-    }
-    evaluated = json.loads((folder / "evaluation" / "results.json").read_text())
-    alignment = evaluated["systems"].get("speech", {}).get("alignment") or own
+    evaluated = json.loads((folder / "evaluation" / "results.json").read_text())["systems"]
+    systems = {}
+    for system in configuration.systems:
+        evaluated_as = "text" if is_cascade else system
+        systems[system] = {
+            **score(rows, folder / "evaluation" / "predictions" / f"{evaluated_as}.jsonl"),
+            **_groups(evaluated[evaluated_as]["answers"]),
+        }
+    alignment = evaluated.get("speech", {}).get("alignment") or own
     result = {
         "name": configuration.name,
         "seed": seed,
@@ -144,6 +147,15 @@ def run(configuration: Configuration, seed: int, plan: Plan) -> dict:
     unfinished.write_text(json.dumps(result, indent=1) + "\n")
     os.replace(unfinished, path)
     return result
+
+
+def _groups(answers: dict) -> dict[str, dict[str, float]]:
+    """Exact match by kind of question and by kind of voice, where rows tell them."""
+    return {
+        grouping: {group: scores["exact_match"]["value"] for group, scores in answers[grouping].items()}
+        for grouping in ("by_kind", "by_voice_group")
+        if grouping in answers
+    }
 
 
 def _value(measured):
@@ -272,8 +284,11 @@ def run_all(
         system, scores = next(iter(result["systems"].items()))
         tell(f"{name}: {system} {scores['exact_match']:.3f}, {result['seconds']['all'] / 60:.1f} minutes")
 
-    with ThreadPoolExecutor(workers) as pool:
+    pool = ThreadPoolExecutor(workers)
+    try:
         list(pool.map(run_or_leave, missing))
+    finally:
+        pool.shutdown(cancel_futures=True)  # Ctrl-C should not only end the runs that it finds, but all
     if failed:
         raise RuntimeError(f"{len(failed)} of {len(missing)} runs failed.\n" + "\n\n".join(failed))
     return left
