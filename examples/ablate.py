@@ -21,7 +21,7 @@ from pathlib import Path
 from ablation.analysis import analyse
 from ablation.matrix import BY_NAME, CONFIGURATIONS
 from ablation.report import write
-from ablation.runs import Plan, run_all
+from ablation.runs import Plan, read_rows, run_all
 from tqdm import tqdm
 
 RESULTS = Path(__file__).parent / "ablation" / "results"
@@ -37,7 +37,7 @@ def main():
     parser.add_argument("--steps", type=int, help=f"of each training; {FULL['steps']} if omitted")
     parser.add_argument("--num_utterances", type=int, help="training clips of the tiny world")
     parser.add_argument("--num_rows", type=int, help="tiny world: rows to evaluate on, per kind of voice")
-    parser.add_argument("--rows_manifest", type=Path, help="JSONL manifest to evaluate on, with answers and ids")
+    parser.add_argument("--rows_manifest", type=Path, help="JSONL manifest to evaluate on, with answers")
     parser.add_argument("--time_budget_minutes", type=float, help="start no run that is expected to end later")
     parser.add_argument("--workers", type=int, default=1, help="runs at a time, which share the cores")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/ablation"), help="of models and logs")
@@ -81,7 +81,7 @@ def main():
     settings = {
         "steps": plan.steps,
         "data": "a manifest" if "--train_manifest" in train_options else f"{plan.num_utterances} clips",
-        "rows": f"{len(plan.rows_manifest.read_text().splitlines())} rows of "
+        "rows": f"{len(read_rows(plan.rows_manifest))} rows of "
         + (options.rows_manifest.name if options.rows_manifest else "the tiny world's final sentences"),
     }
     write(analyse(results, CONFIGURATIONS), settings, plan.results_dir)

@@ -282,7 +282,7 @@ def test_threads_that_a_run_is_given_reach_its_script(tmp_path):
 
 
 def test_scores_are_in_the_order_of_the_rows_and_need_them_all(plan, tmp_path):
-    rows = [json.loads(line) for line in plan.rows_manifest.read_text().splitlines()]
+    rows = runs.read_rows(plan.rows_manifest)
     lines = [
         {"id": str(number), "predicted": {"answers": text}}
         for number, text in ((2, "Red."), (0, "blue"), (3, "it is red"), (1, "red"))
@@ -294,6 +294,15 @@ def test_scores_are_in_the_order_of_the_rows_and_need_them_all(plan, tmp_path):
     predictions.write_text("".join(json.dumps(line) + "\n" for line in lines[:3]))
     with pytest.raises(ValueError, match="speech.jsonl lacks 1 of 4 rows, the first is '1'"):
         runs.score(rows, predictions)
+
+
+def test_rows_get_their_number_as_id_and_need_answers(tmp_path):
+    manifest = tmp_path / "rows.jsonl"
+    manifest.write_text('{"answer": "red"}\n{"answer": "blue", "id": "x"}\n')
+    assert [row["id"] for row in runs.read_rows(manifest)] == ["1", "x"]
+    manifest.write_text('{"answer": "red"}\n{"text": "blue"}\n')
+    with pytest.raises(ValueError, match=r"rows.jsonl has 2 rows, of which 1 have no 'answer' \(the first: \['2'\]\)"):
+        runs.read_rows(manifest)
 
 
 # -- what follows -----------------------------------------------------------------------------------------------------

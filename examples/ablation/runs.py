@@ -86,8 +86,25 @@ def _portable(option: str) -> str:
     return path.name if path.is_dir() else option
 
 
+def read_rows(manifest: Path) -> list[dict]:
+    """Rows to evaluate on, each with an `id`: its own, or its number as in `evaluate.py`.
+
+    Raises:
+        ValueError: a row has no answer to compare with.
+    """
+    lines = manifest.read_text().splitlines()
+    rows = [{"id": str(number), **json.loads(line)} for number, line in enumerate(lines, start=1)]
+    unanswered = [row["id"] for row in rows if not row.get("answer")]
+    if unanswered or not rows:
+        raise ValueError(
+            f"{manifest} has {len(rows)} rows, of which {len(unanswered)} have no 'answer' (the first: "
+            f"{unanswered[:1]}). Configurations are compared by answers: give each row its gold one."
+        )
+    return rows
+
+
 def _fingerprint_of_rows(manifest: Path) -> str:
-    rows = [json.loads(line) for line in manifest.read_text().splitlines()]
+    rows = read_rows(manifest)
     told = [{name: value for name, value in row.items() if name != "audio"} for row in rows]
     return f"{len(rows)} sha256:{hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]}"
 
@@ -120,7 +137,7 @@ def run(configuration: Configuration, seed: int, plan: Plan) -> dict:
         log,
         plan.threads,
     )
-    rows = [json.loads(line) for line in plan.rows_manifest.read_text().splitlines()]
+    rows = read_rows(plan.rows_manifest)
     evaluated = json.loads((folder / "evaluation" / "results.json").read_text())["systems"]
     systems = {}
     for system in configuration.systems:

@@ -61,8 +61,9 @@ def main():
     trainer.train()
     results = {"train_seconds": round(time.time() - start, 1)}
     processor = trainer.processing_class
-    alignment = trainer.evaluate(make_dataset(eval_rows, processor, keep_features=False))
-    results |= {name: alignment[f"eval_{name}"] for name in REPORTED if f"eval_{name}" in alignment}
+    if eval_rows:
+        alignment = trainer.evaluate(make_dataset(eval_rows, processor, keep_features=False))
+        results |= {name: alignment[f"eval_{name}"] for name in REPORTED if f"eval_{name}" in alignment}
     merge_lora(trainer.model).save_pretrained(args.output_dir)
     processor.save_pretrained(args.output_dir)
     Path(args.output_dir, "results.json").write_text(json.dumps(results, indent=2) + "\n")
