@@ -298,8 +298,8 @@ def test_scores_are_in_the_order_of_the_rows_and_need_them_all(plan, tmp_path):
 
 def test_rows_get_their_number_as_id_and_need_answers(tmp_path):
     manifest = tmp_path / "rows.jsonl"
-    manifest.write_text('{"answer": "red"}\n{"answer": "blue", "id": "x"}\n')
-    assert [row["id"] for row in runs.read_rows(manifest)] == ["1", "x"]
+    manifest.write_text('{"answer": "red"}\n{"answer": "blue", "id": 7}\n')
+    assert [row["id"] for row in runs.read_rows(manifest)] == ["1", "7"]
     manifest.write_text('{"answer": "red"}\n{"text": "blue"}\n')
     with pytest.raises(ValueError, match=r"rows.jsonl has 2 rows, of which 1 have no 'answer' \(the first: \['2'\]\)"):
         runs.read_rows(manifest)
