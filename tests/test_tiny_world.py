@@ -89,7 +89,7 @@ def test_clips_are_the_same_bytes_when_made_again_and_are_not_made_twice(tmp_pat
 
 
 def test_words_come_in_order_and_fill_the_speech(tmp_path):
-    texts = [sentence.text for sentence in sentences("test", 12, 4)]
+    texts = [sentence.text for sentence in sentences("test", 12, 21)]
     voices = [(*TRAIN_VOICES[:2], *HELD_OUT_VOICES)[index % 5] for index in range(12)]
     clips, words = make_clips(texts, voices, 4, tmp_path), word_times(texts, voices, 4)
     assert word_times(texts, voices, 4, num_workers=1) == words
