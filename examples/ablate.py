@@ -16,12 +16,14 @@ then give the rows to evaluate on with `--rows_manifest`.
 import argparse
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from ablation.analysis import analyse
 from ablation.matrix import BY_NAME, CONFIGURATIONS
+from ablation.plan import Plan, read_rows
 from ablation.report import write
-from ablation.runs import Plan, read_rows, run_all
+from ablation.runs import run_all, train_command
 from tqdm import tqdm
 
 RESULTS = Path(__file__).parent / "ablation" / "results"
@@ -30,7 +32,9 @@ SHORT = {"steps": 300, "num_utterances": 2000, "num_rows": 96, "seeds": "1"}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--only", help=f"names among {','.join(BY_NAME)}; all if omitted")
     parser.add_argument("--seeds", help=f"comma-separated; {FULL['seeds']} if omitted")
     parser.add_argument("--short", action="store_true", help=f"a smaller matrix: {SHORT}, into the output folder")
@@ -53,6 +57,10 @@ def main():
     if unknown:
         parser.error(f"--only names no configuration {unknown}. There are {list(BY_NAME)}.")
 
+    seeds = [int(seed) for seed in options.seeds.split(",")]
+    if min(seeds) < 1:
+        parser.error(f"--seeds are whole numbers from 1, got {options.seeds}. 0 stands for what needs no seed.")
+
     output_dir = options.output_dir / "short" if options.short else options.output_dir
     plan = Plan(
         steps=options.steps,
@@ -64,9 +72,10 @@ def main():
         train_options=train_options,
         threads=max(1, os.cpu_count() // options.workers),
     )
-    seeds = [int(seed) for seed in options.seeds.split(",")]
-    if min(seeds) < 1:
-        parser.error(f"--seeds are whole numbers from 1, got {options.seeds}. 0 stands for what needs no seed.")
+    own = {part for each in CONFIGURATIONS for part in train_command(each, 1, replace(plan, train_options=[]), Path())}
+    taken = sorted(own & {option.partition("=")[0] for option in train_options if option.startswith("--")})
+    if taken:
+        parser.error(f"{taken} differ between the runs, or have options of their own here, so they cannot be given.")
     # By seed first: what a slice leaves is comparable.
     wanted = [
         (configuration, seed)

@@ -19,6 +19,7 @@ import ablate
 import train
 from ablation import analysis, report, runs
 from ablation.matrix import BY_NAME, CLAIMS, CONFIGURATIONS, RECOGNIZER, TRAIN
+from ablation.plan import Plan, read_rows
 from ablation.train_global_lora import GlobalLoraForCausalLM, merge_lora
 from ablation.train_recognizer import CFormerRecognizer, CtcRecognizer, RecognizerOptions
 
@@ -30,7 +31,7 @@ def plan(tmp_path):
     rows = [{"id": str(number), "audio": f"{number}.flac", "text": "red cat", "answer": "red"} for number in range(4)]
     manifest = tmp_path / "rows.jsonl"
     manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return runs.Plan(
+    return Plan(
         steps=3,
         num_utterances=24,
         rows_manifest=manifest,
@@ -282,7 +283,7 @@ def test_threads_that_a_run_is_given_reach_its_script(tmp_path):
 
 
 def test_scores_are_in_the_order_of_the_rows_and_need_them_all(plan, tmp_path):
-    rows = runs.read_rows(plan.rows_manifest)
+    rows = read_rows(plan.rows_manifest)
     lines = [
         {"id": str(number), "predicted": {"answers": text}}
         for number, text in ((2, "Red."), (0, "blue"), (3, "it is red"), (1, "red"))
@@ -299,10 +300,10 @@ def test_scores_are_in_the_order_of_the_rows_and_need_them_all(plan, tmp_path):
 def test_rows_get_their_number_as_id_and_need_answers(tmp_path):
     manifest = tmp_path / "rows.jsonl"
     manifest.write_text('{"answer": "red"}\n{"answer": "blue", "id": 7}\n')
-    assert [row["id"] for row in runs.read_rows(manifest)] == ["1", "7"]
+    assert [row["id"] for row in read_rows(manifest)] == ["1", "7"]
     manifest.write_text('{"answer": "red"}\n{"text": "blue"}\n')
     with pytest.raises(ValueError, match=r"rows.jsonl has 2 rows, of which 1 have no 'answer' \(the first: \['2'\]\)"):
-        runs.read_rows(manifest)
+        read_rows(manifest)
 
 
 # -- what follows -----------------------------------------------------------------------------------------------------
@@ -460,3 +461,13 @@ def test_unknown_configurations_are_named(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         ablate.main()
     assert "--only names no configuration ['decoder']" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--seed", "--plora=true", "--max_steps"])
+def test_options_that_the_matrix_sets_cannot_be_given(option, monkeypatch, capsys, tmp_path):
+    manifest = tmp_path / "rows.jsonl"
+    manifest.write_text('{"answer": "red"}\n')
+    monkeypatch.setattr(sys, "argv", ["ablate.py", "--rows_manifest", str(manifest), option, "7"])
+    with pytest.raises(SystemExit):
+        ablate.main()
+    assert f"['{option.partition('=')[0]}'] differ between the runs" in capsys.readouterr().err
