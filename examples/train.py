@@ -35,6 +35,8 @@ TINY_TEXT_MODEL = str(Path(__file__).parent / "tiny_world" / "llm")
 TINY_SPEECH_MODEL = str(Path(__file__).parent / "tiny_world" / "speech_encoder")
 REPORTED = ("token_count_accuracy", "token_count_error", "response_kl", "input_kl")
 SPEC_AUGMENT = {"apply_spec_augment": True, "mask_time_prob": 0.05, "mask_time_length": 5, "mask_feature_prob": 0.05}
+# For its 25 frames a second: less depth than the defaults, and 6.25 tokens a second from the subsampler.
+TINY_ADAPTERS = {"cformer": {"num_pre_layers": 1, "num_post_layers": 2}, "subsampler": {"num_layers": 2}}
 DEFAULT_INSTRUCTION = "Continue the following text."
 NUM_SAMPLES = 3
 
@@ -48,7 +50,7 @@ class ModelOptions:
         default=None,
         metadata={
             "help": "JSON options of the adapter, for example '{\"num_pre_layers\": 2}'. If omitted: the defaults of "
-            "BlspKdConfig (4 + 4 layers), or 1 + 2 layers for the tiny world's encoder."
+            "BlspKdConfig, or for the tiny world's encoder fewer layers (1 + 2, or 2 of the subsampler)."
         },
     )
     plora: bool = field(default=False, metadata={"help": "Adapt the LLM at speech positions (partial LoRA)."})
@@ -106,8 +108,10 @@ def main():
     model_options, data_options, args = parser.parse_args_into_dataclasses()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     set_seed(args.seed)
-    if args.device.type == "cpu":
-        # `accelerate launch` allows one thread per process, and would leave the other cores idle.
+    is_launched = args.world_size > 1 or "ACCELERATE_MIXED_PRECISION" in os.environ
+    if args.device.type == "cpu" and (is_launched or "OMP_NUM_THREADS" not in os.environ):
+        # `accelerate launch` allows one thread per process, and would leave the other cores idle. What a user sets
+        # for a single process stands.
         torch.set_num_threads(max(1, os.cpu_count() // args.world_size))
     start = time.time()
     trainer, train_rows, eval_rows = make_trainer(model_options, data_options, args)
@@ -137,14 +141,16 @@ def main():
             print(f"  asked   {row.get('instruction')!r}\n  answers {heard!r}")
 
 
-def make_trainer(model_options: ModelOptions, data_options: DataOptions, args: Arguments):
-    """Model, data and what trains the one on the other.
+def make_trainer(
+    model_options: ModelOptions, data_options: DataOptions, args: Arguments, model_class=BlspKdForCausalLM
+):
+    """Model (of `model_class`), data and what trains the one on the other.
 
     Returns:
         `tuple`: the trainer, training rows and evaluation rows, all with the LLM's own answers.
     """
     processor = BlspKdProcessor.from_backbones(model_options.speech_model, model_options.text_model)
-    model = build_model(model_options, processor)
+    model = build_model(model_options, processor, model_class)
     with args.main_process_first(desc="making the data"):
         train_rows, eval_rows = load_rows(data_options)
     # As in the method, the LLM's own answers are what it learns to give after speech.
@@ -164,14 +170,14 @@ def make_trainer(model_options: ModelOptions, data_options: DataOptions, args: A
     return trainer, train_rows, eval_rows
 
 
-def build_model(options: ModelOptions, processor) -> BlspKdForCausalLM:
+def build_model(options: ModelOptions, processor, model_class=BlspKdForCausalLM) -> BlspKdForCausalLM:
     speech_config = AutoConfig.from_pretrained(options.speech_model)
     if options.spec_augment and hasattr(speech_config, "apply_spec_augment"):
         speech_config.update(SPEC_AUGMENT)
     adapter_options = json.loads(options.adapter_options) if options.adapter_options else {}
-    if options.adapter_options is None and options.adapter == "cformer" and options.speech_model == TINY_SPEECH_MODEL:
-        adapter_options = {"num_pre_layers": 1, "num_post_layers": 2}
-    return BlspKdForCausalLM.from_backbones(
+    if options.adapter_options is None and options.speech_model == TINY_SPEECH_MODEL:
+        adapter_options = TINY_ADAPTERS.get(options.adapter, {})
+    return model_class.from_backbones(
         options.speech_model,
         options.text_model,
         audio_token_id=processor.audio_token_id,
@@ -187,20 +193,21 @@ def build_model(options: ModelOptions, processor) -> BlspKdForCausalLM:
 
 
 def load_rows(options: DataOptions) -> tuple[list[dict], list[dict]]:
-    """Training and evaluation rows, from manifests or from the tiny world."""
+    """Training and evaluation rows, each from a manifest or from the tiny world."""
+    eval_rows = read_manifest(options.eval_manifest) if options.eval_manifest else []
     if options.train_manifest:
-        eval_rows = read_manifest(options.eval_manifest) if options.eval_manifest else []
         return read_manifest(options.train_manifest), eval_rows
     # Imported here: synthesis needs espeakng-loader, which a manifest does not.
     from tiny_world.dataset import make_rows
     from tiny_world.speech import HELD_OUT_VOICES, TRAIN_VOICES
 
     train_rows = make_rows("train", options.num_utterances, TRAIN_VOICES, 0, options.cache_dir, repeat_share=0.5)
-    eval_rows = [
-        row
-        for seed, voices in enumerate((TRAIN_VOICES, HELD_OUT_VOICES), start=1)
-        for row in make_rows("test", options.num_eval_utterances, voices, seed, options.cache_dir)
-    ]
+    if not options.eval_manifest:
+        eval_rows = [
+            row
+            for seed, voices in enumerate((TRAIN_VOICES, HELD_OUT_VOICES), start=1)
+            for row in make_rows("test", options.num_eval_utterances, voices, seed, options.cache_dir)
+        ]
     return train_rows, eval_rows
 
 

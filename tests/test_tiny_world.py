@@ -1,5 +1,6 @@
 """The tiny world: what its sentences promise, and that its speech is deterministic and complete."""
 
+import hashlib
 import sys
 from pathlib import Path
 
@@ -19,8 +20,20 @@ LLM = Path(__file__).parent.parent / "examples" / "tiny_world" / "llm"
 
 def test_splits_never_share_a_text():
     train, test = ({sentence.text for sentence in sentences(split, 3000, 0)} for split in ("train", "test"))
-    assert not train & test
+    final = {sentence.text for sentence in sentences("final", 600, 0)}
+    assert not train & test and not train & final and not test & final
     assert all(split_of(text) == "train" for text in train)
+
+
+def test_final_sentences_were_never_among_those_that_models_were_compared_on():
+    final = {sentence.text for seed in range(3) for sentence in sentences("final", 400, seed)}
+    assert len(final) > 600
+    for seed in (1, 2, 21, 22):
+        compared_on = {sentence.text for sentence in sentences("test", 700 if seed < 3 else 300, seed)}
+        assert not final & compared_on
+    # The same sentences as before there was a final split, or scores could not be compared with earlier ones.
+    digest = hashlib.sha256("\n".join(sentence.text for sentence in sentences("test", 700, 1)).encode()).hexdigest()
+    assert digest.startswith("4644aa93f1d64f08")
 
 
 def test_sentences_are_the_same_for_the_same_seed_and_differ_otherwise():
@@ -76,7 +89,7 @@ def test_clips_are_the_same_bytes_when_made_again_and_are_not_made_twice(tmp_pat
 
 
 def test_words_come_in_order_and_fill_the_speech(tmp_path):
-    texts = [sentence.text for sentence in sentences("test", 12, 4)]
+    texts = [sentence.text for sentence in sentences("test", 12, 21)]
     voices = [(*TRAIN_VOICES[:2], *HELD_OUT_VOICES)[index % 5] for index in range(12)]
     clips, words = make_clips(texts, voices, 4, tmp_path), word_times(texts, voices, 4)
     assert word_times(texts, voices, 4, num_workers=1) == words
@@ -108,5 +121,5 @@ def test_unknown_voices_and_splits_are_named():
         synthesize("words", "en-us+nobody")
     with pytest.raises(ValueError, match="2 texts and 1 voices"):
         word_times(["a", "b"], [TRAIN_VOICES[0]], 0)
-    with pytest.raises(ValueError, match="splits 'train' and 'test', but got 'dev'"):
+    with pytest.raises(ValueError, match="splits \\('train', 'test', 'final'\\), but got 'dev'"):
         sentences("dev", 1, 0)

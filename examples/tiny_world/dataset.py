@@ -23,7 +23,8 @@ def make_rows(
     """Draw sentences, have them spoken, and ask one question about each.
 
     Args:
-        split: "train" or "test"; no sentence is in both.
+        split: "train", "test" or "final"; no sentence is in two of them. Choices may look at "test"; "final" is for
+            what is reported at the end.
         num_utterances: number of rows.
         voices: who speaks, in turn, for instance `speech.TRAIN_VOICES`.
         seed: the same seed gives the same rows.

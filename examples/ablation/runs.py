@@ -1,0 +1,230 @@
+"""Runs: one configuration with one seed, trained and evaluated in a folder of its own, and the small file it leaves.
+
+Leaves out: what runs share and what their files are called (`plan.py`), and what follows from results (`analysis.py`).
+"""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+
+from evaluation.scoring import load_metric
+
+from .matrix import TRAIN, Configuration
+from .plan import Plan, read_rows
+
+EXAMPLES = Path(__file__).parent.parent
+ALIGNMENT = ("response_kl", "input_kl", "token_count_error", "token_count_accuracy")
+PACKAGES = ("torch", "transformers", "peft", "accelerate")
+# Metrics keep what they are given, and loading one changes the path of the whole process for a moment.
+SCORING = threading.Lock()
+
+
+def run(configuration: Configuration, seed: int, plan: Plan) -> dict:
+    """Train and evaluate, and keep the result.
+
+    Raises:
+        RuntimeError: a script failed; its last lines are told.
+    """
+    folder = plan.output_dir / f"{configuration.name}-seed{seed}"
+    # What an interrupted run left is of other weights.
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    model, log, start = folder / "model", folder / "log.txt", time.time()
+    _call(train_command(configuration, seed, plan, model), log, plan.threads)
+    own = json.loads((model / "results.json").read_text())
+
+    is_cascade = configuration.systems == ("cascade",)
+    _call(
+        evaluate_command(
+            model,
+            # A cascade is the LLM on the transcripts of a recogniser.
+            model / "heard.jsonl" if is_cascade else plan.rows_manifest,
+            ("text",) if is_cascade else configuration.systems,
+            # Only where the saved LLM is the teacher can `evaluate.py` tell the alignment.
+            ("answers", "alignment") if configuration.script == TRAIN else ("answers",),
+            folder / "evaluation",
+        ),
+        log,
+        plan.threads,
+    )
+    rows = read_rows(plan.rows_manifest)
+    evaluated = json.loads((folder / "evaluation" / "results.json").read_text())["systems"]
+    systems = {}
+    for system in configuration.systems:
+        evaluated_as = "text" if is_cascade else system
+        systems[system] = {
+            **score(rows, folder / "evaluation" / "predictions" / f"{evaluated_as}.jsonl"),
+            **_groups(evaluated[evaluated_as]["answers"]),
+        }
+    alignment = evaluated.get("speech", {}).get("alignment") or own
+    result = {
+        "name": configuration.name,
+        "seed": seed,
+        "settings": plan.settings(configuration),
+        "machine": machine(plan.threads),
+        "seconds": {"training": own["train_seconds"], "all": round(time.time() - start, 1)},
+        "systems": systems,
+        "alignment": {name: _value(alignment[name]) for name in ALIGNMENT if alignment.get(name) is not None},
+    }
+    if "exact_transcripts" in own:
+        result["exact_transcripts"] = own["exact_transcripts"]
+    path = plan.result_path(configuration, seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(result, indent=1) + "\n")
+    os.replace(unfinished, path)
+    return result
+
+
+def _groups(answers: dict) -> dict[str, dict[str, float]]:
+    """Exact match by kind of question and by kind of voice, where rows tell them."""
+    return {
+        grouping: {group: scores["exact_match"]["value"] for group, scores in answers[grouping].items()}
+        for grouping in ("by_kind", "by_voice_group")
+        if grouping in answers
+    }
+
+
+def _value(measured):
+    """`evaluate.py` tells a value with its interval, `train.py` the value alone."""
+    return measured["value"] if isinstance(measured, dict) else measured
+
+
+def train_command(configuration: Configuration, seed: int, plan: Plan, model: Path) -> list[str]:
+    options = {
+        "max_steps": plan.steps,
+        "num_utterances": plan.num_utterances,
+        "cache_dir": plan.cache_dir,
+        "seed": seed,
+        "save_strategy": "no",
+        **configuration.options,
+        "output_dir": model,
+    }
+    if configuration.script == TRAIN:
+        options["num_eval_utterances"] = 0  # `evaluate.py` does it
+    else:
+        options["eval_manifest"] = plan.rows_manifest
+    given = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    return [str(EXAMPLES / configuration.script), *given, *plan.train_options]
+
+
+def evaluate_command(model: Path, manifest: Path, systems, tasks, output: Path) -> list[str]:
+    return [
+        str(EXAMPLES / "evaluate.py"),
+        *("--model", str(model), "--manifest", str(manifest)),
+        *("--systems", ",".join(systems), "--tasks", ",".join(tasks), "--output", str(output)),
+    ]
+
+
+def _call(command: list[str], log: Path, threads: int):
+    environment = {
+        **os.environ,
+        # Scripts below examples/ablation import those of examples/.
+        "PYTHONPATH": os.pathsep.join([str(EXAMPLES.parent), str(EXAMPLES), os.environ.get("PYTHONPATH", "")]),
+        "OMP_NUM_THREADS": str(threads),
+        # Threads that spin while they wait take the cores from the other runs.
+        "OMP_WAIT_POLICY": "passive",
+        "GOMP_SPINCOUNT": "0",
+    }
+    with log.open("a") as file:
+        finished = subprocess.run([sys.executable, *command], stdout=file, stderr=subprocess.STDOUT, env=environment)
+    if finished.returncode != 0:
+        tail = log.read_text(errors="replace")[-2000:]
+        raise RuntimeError(f"{' '.join(command)} failed with exit status {finished.returncode}, see {log}:\n{tail}")
+
+
+def score(rows: list[dict], predictions: Path) -> dict:
+    """Share of exact matches, and for each row in the manifest's order a 1 if it matched, else a 0."""
+    lines = map(json.loads, predictions.read_text().splitlines())
+    predicted = {line["id"]: line["predicted"]["answers"] for line in lines}
+    missing = [row["id"] for row in rows if row["id"] not in predicted]
+    if missing:
+        raise ValueError(f"{predictions} lacks {len(missing)} of {len(rows)} rows, the first is {missing[0]!r}.")
+    given = [predicted[row["id"]] for row in rows]
+    with SCORING:
+        metric = load_metric("answer_match")
+        matches = metric.compute(predictions=given, references=[row["answer"] for row in rows], per_row=True)
+    return {
+        "exact_match": matches["exact_match"],
+        "contained": matches["contained"],
+        "matched_rows": "".join(map(str, matches["exact_match_rows"])),
+    }
+
+
+def machine(threads: int) -> dict:
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "python": platform.python_version(),
+        **{package: version(package) for package in PACKAGES},
+    }
+
+
+def estimate_s(configuration: Configuration, known: list[dict]) -> float | None:
+    """How long a run will take: as the longest of its configuration, or else of any; None if there is none."""
+    own = [result["seconds"]["all"] for result in known if result["name"] == configuration.name]
+    return max(own or [result["seconds"]["all"] for result in known], default=None)
+
+
+def run_all(
+    wanted: list[tuple[Configuration, int]], plan: Plan, workers: int, time_budget_s: float | None, tell=print
+) -> list[str]:
+    """Run what has no result yet.
+
+    A run that is expected to end after the time budget is not started. While there is no result to expect from, one
+    run is started all the same, unless the budget is 0.
+
+    Args:
+        wanted: (configuration, seed) pairs, in order.
+        workers: runs at a time.
+        time_budget_s: for all of this. None: as long as it takes.
+
+    Returns:
+        list of str: what was left for want of time.
+
+    Raises:
+        RuntimeError: runs failed. The others were done first.
+    """
+    start, lock = time.time(), threading.Lock()
+    known = [result for pair in wanted if (result := plan.load(*pair)) is not None]
+    missing = [pair for pair in wanted if plan.load(*pair) is None]
+    left, failed = [], []
+    tell(f"{len(known)} of {len(wanted)} runs have results, {len(missing)} are missing")
+
+    def run_or_leave(pair):
+        configuration, seed = pair
+        name = f"{configuration.name}, seed {seed}"
+        with lock:
+            expected_s = estimate_s(configuration, known)
+        if time_budget_s is not None and time.time() - start + (expected_s or 0) >= time_budget_s:
+            left.append(name)
+            return
+        tell(f"{name}: begins" + (f", some {expected_s / 60:.1f} minutes" if expected_s is not None else ""))
+        try:
+            result = run(configuration, seed, plan)
+        except (RuntimeError, OSError, ValueError, KeyError) as error:
+            failed.append(f"{name}: {error}")
+            tell(f"{name}: FAILED")
+            return
+        with lock:
+            known.append(result)
+        system, scores = next(iter(result["systems"].items()))
+        tell(f"{name}: {system} {scores['exact_match']:.3f}, {result['seconds']['all'] / 60:.1f} minutes")
+
+    pool = ThreadPoolExecutor(workers)
+    try:
+        list(pool.map(run_or_leave, missing))
+    finally:
+        pool.shutdown(cancel_futures=True)  # Ctrl-C should not only end the runs that it finds, but all
+    if failed:
+        raise RuntimeError(f"{len(failed)} of {len(missing)} runs failed.\n" + "\n\n".join(failed))
+    return left

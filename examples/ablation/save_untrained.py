@@ -1,0 +1,26 @@
+"""Save the model as it is before training: its LLM is the original, to answer from text, and without any audio.
+
+Takes the options of `examples/train.py`. Leaves out: training.
+"""
+
+import json
+from pathlib import Path
+
+from train import Arguments, DataOptions, ModelOptions, build_model
+from transformers import HfArgumentParser, set_seed
+
+from processing import BlspKdProcessor
+
+
+def main():
+    parser = HfArgumentParser((ModelOptions, DataOptions, Arguments), description=__doc__)
+    model_options, _, args = parser.parse_args_into_dataclasses()
+    set_seed(args.seed)
+    processor = BlspKdProcessor.from_backbones(model_options.speech_model, model_options.text_model)
+    build_model(model_options, processor).save_pretrained(args.output_dir)
+    processor.save_pretrained(args.output_dir)
+    Path(args.output_dir, "results.json").write_text(json.dumps({"train_seconds": 0.0}) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""Train a speech recogniser of the same size as the end-to-end model, and write down what it hears, for a cascade.
+
+"cformer" reads the transcript off the speech tokens (`transcript_ce` and `quantity`), "ctc" is a linear layer on the
+encoder (Graves et al. 2006); both spell in the LLM's tokens. Leaves out: language models and beams.
+
+Takes the options of `examples/train.py`, and `--recognizer`. Leaves a model whose LLM is the original, and
+`heard.jsonl`: the rows of `--eval_manifest` with what was heard in the place of their transcripts.
+"""
+
+import json
+import logging
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+from train import Arguments, DataOptions, ModelOptions, make_optimizer, make_trainer
+from transformers import HfArgumentParser, Trainer, set_seed
+
+from modeling_blsp_kd.speech_encoder import encode_speech
+
+# What a row says of which nothing was heard: manifests have no empty transcripts.
+NOTHING = "..."
+
+
+@dataclass
+class RecognizerOptions:
+    recognizer: str = field(metadata={"help": "cformer or ctc.", "choices": ["cformer", "ctc"]})
+
+
+class CtcRecognizer(nn.Module):
+    """A speech encoder with a linear CTC head over the LLM's tokens; the blank is the class after the last token.
+
+    Args:
+        audio_tower (`PreTrainedModel`): trained in place. Clips of up to 30 seconds.
+        num_tokens (`int`): of the tokeniser.
+    """
+
+    def __init__(self, audio_tower, num_tokens: int):
+        super().__init__()
+        self.audio_tower = audio_tower
+        self.head = nn.Linear(audio_tower.config.hidden_size, num_tokens + 1)
+
+    @property
+    def blank(self) -> int:
+        return self.head.out_features - 1
+
+    def forward(self, input_features, input_features_mask, token_ids, num_tokens) -> dict[str, torch.Tensor]:
+        """
+        Args:
+            input_features, input_features_mask: A clips, as the encoder takes them.
+            token_ids (sum of num_tokens,): the transcripts' tokens, one after another.
+            num_tokens (A,): of each transcript.
+        """
+        frames = encode_speech(self.audio_tower, input_features, input_features_mask)
+        log_probs = self.head(frames.last_hidden_state).float().log_softmax(-1).transpose(0, 1)
+        num_frames = frames.frame_mask.sum(1)
+        loss = nn.functional.ctc_loss(
+            log_probs, token_ids, num_frames, num_tokens, blank=self.blank, zero_infinity=True
+        )
+        return {"loss": loss}
+
+    def read_off(self, input_features, input_features_mask) -> list[list[int]]:
+        """Token ids of the likeliest path of each clip."""
+        frames = encode_speech(self.audio_tower, input_features, input_features_mask)
+        paths = self.head(frames.last_hidden_state).argmax(-1)
+        merged = [path[is_frame].unique_consecutive() for path, is_frame in zip(paths, frames.frame_mask)]
+        return [path[path != self.blank].tolist() for path in merged]
+
+
+class CFormerRecognizer:
+    """Reads transcripts off the speech tokens, with the LLM's embeddings as the output matrix, as `transcript_ce` does.
+
+    Args:
+        model ([`BlspKdForCausalLM`]): trained with `transcript_ce`.
+    """
+
+    def __init__(self, model):
+        self.model = model
+
+    def read_off(self, input_features, input_features_mask) -> list[list[int]]:
+        heard = self.model.get_audio_features(input_features, input_features_mask)
+        best = (heard.pooler_output @ self.model.get_input_embeddings().weight.T).argmax(-1)
+        return [path[:count].tolist() for path, count in zip(best, heard.num_speech_tokens.tolist())]
+
+
+def train_ctc(distillation_trainer, model_options: ModelOptions, args: Arguments) -> CtcRecognizer:
+    """CTC on the encoder, clips, batches, steps and learning rates of a distillation."""
+    model, processor = distillation_trainer.model, distillation_trainer.processing_class
+    recognizer = CtcRecognizer(model.audio_tower, len(processor.tokenizer)).to(args.device)
+
+    def collate(rows):
+        batch = distillation_trainer.data_collator(rows)
+        return {
+            "input_features": batch["input_features"],
+            "input_features_mask": batch["input_features_mask"],
+            "token_ids": batch["teacher_input_ids"][batch["teacher_is_content"]],
+            "num_tokens": batch["num_speech_tokens"],
+        }
+
+    trainer = Trainer(
+        model=recognizer,
+        args=args,
+        train_dataset=distillation_trainer.train_dataset,
+        data_collator=collate,
+        optimizers=(make_optimizer(recognizer, model_options, args), None),
+    )
+    trainer.train()
+    return recognizer.eval()
+
+
+@torch.inference_mode()
+def transcribe(recognizer, processor, rows: list[dict], device, batch_size: int = 64) -> list[str]:
+    """What a recogniser hears in the rows' clips."""
+    transcripts = []
+    for start in tqdm(range(0, len(rows), batch_size), desc="recognising", mininterval=1):
+        features = processor.extract_features([row["audio"] for row in rows[start : start + batch_size]])
+        tensors = [torch.as_tensor(features[name]).to(device) for name in ("input_features", "input_features_mask")]
+        transcripts += processor.tokenizer.batch_decode(recognizer.read_off(*tensors), skip_special_tokens=True)
+    return [" ".join(text.split()) for text in transcripts]
+
+
+def main():
+    parser = HfArgumentParser((RecognizerOptions, ModelOptions, DataOptions, Arguments), description=__doc__)
+    options, model_options, data_options, args = parser.parse_args_into_dataclasses()
+    if not data_options.eval_manifest:
+        raise ValueError("A cascade needs --eval_manifest: the rows whose clips are recognised.")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    set_seed(args.seed)
+    trainer, _, eval_rows = make_trainer(model_options, data_options, args)
+    start = time.time()
+    if options.recognizer == "ctc":
+        recognizer = train_ctc(trainer, model_options, args)
+    else:
+        trainer.train()
+        recognizer = CFormerRecognizer(trainer.model.eval())
+    results = {"train_seconds": round(time.time() - start, 1)}
+    trainer.save_model()
+    heard = transcribe(recognizer, trainer.processing_class, eval_rows, args.device)
+    folder = Path(args.output_dir)
+    with (folder / "heard.jsonl").open("w") as file:
+        for row, text in zip(eval_rows, heard):
+            audio = os.path.relpath(row["audio"], folder.absolute())
+            own = {name: value for name, value in row.items() if name != "response" and value is not None}
+            file.write(json.dumps({**own, "audio": audio, "said": row["text"], "text": text or NOTHING}) + "\n")
+    results["exact_transcripts"] = sum(text == row["text"] for row, text in zip(eval_rows, heard)) / len(eval_rows)
+    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
