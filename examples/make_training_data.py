@@ -26,6 +26,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from accelerate import PartialState
 from answering import user_turn
 from tqdm import tqdm
@@ -104,8 +105,15 @@ def main(arguments: list[str] | None = None):
     parser = HfArgumentParser((SourceOptions, RowOptions, AnswerOptions), description=__doc__)
     source_options, row_options, answer_options = parser.parse_args_into_dataclasses(arguments)
     check_options(source_options, row_options, answer_options)
-    # A process that is done waits for the slowest, and must not give up on it.
-    state = PartialState(cpu=answer_options.use_cpu, timeout=timedelta(days=7))
+    # Unless it is told, accelerate does not see that processes without a GPU belong together. The timeout is long since
+    # a process that is done waits for the slowest, and must not give up on it.
+    use_cpu = answer_options.use_cpu or not torch.accelerator.is_available()
+    state = PartialState(cpu=use_cpu, timeout=timedelta(days=7))
+    if state.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
+        raise RuntimeError(
+            f"{os.environ['WORLD_SIZE']} processes were launched, but accelerate joined {state.num_processes}: all "
+            "would do the same. Launch one process."
+        )
     if answer_options.engine == "vllm" and state.num_processes > 1:
         raise ValueError(
             f"vLLM uses several GPUs by itself, but {state.num_processes} processes were launched: use python instead "
@@ -154,7 +162,7 @@ def answer_all(state, source, templates, unfinished, source_options, row_options
         if number in done:
             continue
         num_left += 1
-        if num_left % state.num_processes != state.process_index:
+        if (num_left - 1) % state.num_processes != state.process_index:
             continue
         rows, rejects = maker.make(number * size, block)
         unfinished.append(number, rows, rejects)
@@ -241,7 +249,7 @@ def make_engine(options: AnswerOptions, processor, device) -> TransformersEngine
         "top_p": options.top_p,
     }
     if options.engine == "vllm":
-        return VllmEngine(options.text_model, processor, num_gpus=options.num_gpus, **common)
+        return VllmEngine(options.text_model, num_gpus=options.num_gpus, **common)
     return TransformersEngine(options.text_model, processor, device, batch_size=options.batch_size, **common)
 
 

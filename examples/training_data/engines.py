@@ -110,9 +110,7 @@ class VllmEngine:
         ImportError: vLLM is not installed.
     """
 
-    def __init__(
-        self, model: str, processor, dtype: str, num_gpus: int, max_new_tokens: int, temperature: float, top_p: float
-    ):
+    def __init__(self, model: str, dtype: str, num_gpus: int, max_new_tokens: int, temperature: float, top_p: float):
         if importlib.util.find_spec("vllm") is None:
             raise ImportError("--engine vllm needs vLLM, which is not installed. Install it, or leave --engine out.")
         from vllm import LLM, SamplingParams
