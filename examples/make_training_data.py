@@ -21,6 +21,7 @@ Every process reads all rows and answers its share; a streamed data set is thus 
 import hashlib
 import json
 import os
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -152,25 +153,28 @@ def answer_all(state, source, templates, unfinished, source_options, row_options
         row_options=row_options,
         answer_options=answer_options,
     )
-    unfinished.open_part(state.process_index)
     size, num_blocks, num_left, num_rejects = answer_options.batch_size, 0, 0, 0
     total = None if source.num_rows is None else max(0, source.num_rows - len(done) * size) // state.num_processes
     share = f", process 1 of {state.num_processes}" if state.num_processes > 1 else ""
-    bar = tqdm(total=total, desc=f"answering{share}", unit=" rows", mininterval=1, disable=not state.is_main_process)
-    for number, block in source.blocks(size):
-        num_blocks += 1
-        if number in done:
-            continue
-        num_left += 1
-        if (num_left - 1) % state.num_processes != state.process_index:
-            continue
-        rows, rejects = maker.make(number * size, block)
-        unfinished.append(number, rows, rejects)
-        num_rejects += len(rejects)
-        bar.set_postfix(rejects=num_rejects, refresh=False)
-        bar.update(len(block))
-    bar.close()
-    unfinished.close()
+    with (
+        closing(unfinished),
+        tqdm(
+            total=total, desc=f"answering{share}", unit=" rows", mininterval=1, disable=not state.is_main_process
+        ) as bar,
+    ):
+        unfinished.open_part(state.process_index)
+        for number, block in source.blocks(size):
+            num_blocks += 1
+            if number in done:
+                continue
+            num_left += 1
+            if (num_left - 1) % state.num_processes != state.process_index:
+                continue
+            rows, rejects = maker.make(number * size, block)
+            unfinished.append(number, rows, rejects)
+            num_rejects += len(rejects)
+            bar.set_postfix(rejects=num_rejects, refresh=False)
+            bar.update(len(block))
     state.wait_for_everyone()
     if state.is_main_process:
         num_rows, num_rejects = unfinished.finish(num_blocks)
@@ -232,12 +236,13 @@ def describe(source, templates, source_options, row_options, answer_options) -> 
         files = sorted({path for pattern in WEIGHTS for path in Path(model).glob(pattern)})
         model = {"folder": Path(model).name, "files": [file_identity(path) for path in files]}
     options = asdict(source_options) | asdict(row_options) | asdict(answer_options)
-    apart = "manifest parquet dataset config split revision output templates instructions text_model num_gpus use_cpu"
+    described = "manifest parquet dataset config split revision templates instructions text_model"
+    indifferent = "output allow_outside_paths num_gpus use_cpu"
     return {
         "source": source.identity(),
         "model": model,
         "templates": {template.name: template.text for template in templates},
-        **{name: value for name, value in options.items() if name not in apart.split()},
+        **{name: value for name, value in options.items() if name not in f"{described} {indifferent}".split()},
     }
 
 
@@ -367,7 +372,11 @@ class RowMaker:
         path = one.audio
         if isinstance(path, bytes):
             path = self.unfinished.keep_audio(one.index, one.audio, one.kind)
-        return Path(os.path.relpath(path, self.unfinished.output.parent)).as_posix()
+        folder = self.unfinished.output.parent
+        place = os.path.relpath(path, folder)
+        if os.path.realpath(folder / place) != os.path.realpath(path):  # ".." after a symbolic link leads elsewhere
+            place = os.path.relpath(os.path.realpath(path), os.path.realpath(folder))
+        return Path(place).as_posix()
 
     def _reject(self, index: int, source_row: dict, error: BadRow) -> dict:
         audio = source_row.get(self.source_options.audio_column)

@@ -418,17 +418,17 @@ def parquet(asr, tmp_path):
 
 def test_embedded_audio_of_a_streamed_data_set_becomes_files(script, asr, parquet, backbones):
     common = {"text_column": "sentence", "manifest": None}
-    rows, rejects = make(
-        script, parquet, parquet / "out" / "hub.jsonl", backbones[1], **common, parquet=None, dataset=parquet
-    )
+    rows, rejects = make(script, parquet, asr / "hub.jsonl", backbones[1], **common, parquet=None, dataset=parquet)
     expected, _ = make(script, asr / "asr.jsonl", asr / "plain.jsonl", backbones[1])
     assert [row["response"] for row in rows] == [row["response"] for row in expected]
     assert rows[0]["audio"] == "hub.audio/000000/000000000.flac" and rows[5]["audio"].endswith("/000000005.wav")
     for index, row in enumerate(rows):
         if index != 5:
-            assert (parquet / "out" / row["audio"]).read_bytes() == (asr / f"clips/{index}.flac").read_bytes()
-    assert len([path for path in (parquet / "out" / "hub.audio").rglob("*") if path.is_file()]) == 8
+            assert (asr / row["audio"]).read_bytes() == (asr / f"clips/{index}.flac").read_bytes()
+    assert len([path for path in (asr / "hub.audio").rglob("*") if path.is_file()]) == 8
     assert [reject["index"] for reject in rejects] == [8, 9]
+    settings = json.loads((asr / "hub.settings.json").read_text())
+    assert settings["source"]["split"] == "train" and len(settings["source"]["files"]) == 2
     assert "cannot be decoded" in rejects[0]["reason"]
     assert "column 'audio' holds no audio: expected embedded bytes" in rejects[1]["reason"]
 
@@ -469,6 +469,14 @@ def test_audio_outside_the_folder_of_the_data_needs_permission(script, asr, back
     assert not (asr / "out.settings.json").exists(), "it is refused before anything is made"
     rows, _ = make(script, asr / "asr.jsonl", asr / "out.jsonl", backbones[1], allow_outside_paths=True)
     assert (asr / rows[-1]["audio"]).samefile(tmp_path / "outside.flac")
+
+
+def test_audio_is_found_from_an_output_folder_that_is_a_symbolic_link(script, asr, backbones, tmp_path):
+    """Paths were relative by name: "../asr/clips" from a linked folder led to the parent of the link's target."""
+    (tmp_path / "far/away").mkdir(parents=True)
+    (tmp_path / "near").symlink_to(tmp_path / "far/away")
+    rows, _ = make(script, asr / "asr.jsonl", tmp_path / "near/train.jsonl", backbones[1], limit=1)
+    assert (tmp_path / "near" / rows[0]["audio"]).samefile(asr / "clips/0.flac")
 
 
 def test_a_row_of_a_parquet_file_cannot_leave_its_folder_either(script, asr, backbones):

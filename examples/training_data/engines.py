@@ -1,7 +1,9 @@
 """Who answers: the LLM in transformers, or in vLLM.
 
 Both get the same prompts, as token ids, and the same seeds. With sampling every row draws its own random numbers, so an
-answer does not depend on what else is in the batch, other than by rounding. Leaves out: beams and other search.
+answer does not depend on what else is in the batch, other than by rounding. Of the LLM's own generation settings
+transformers keeps those that also hold for greedy search (a repetition penalty, say), vLLM only the ends of answers.
+Leaves out: beams and other search.
 """
 
 import importlib.util

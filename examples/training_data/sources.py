@@ -109,6 +109,9 @@ class DatasetSource:
     def identity(self) -> dict:
         if self.files:
             return {"parquet": [file_identity(file) for file in self.files]}
+        if os.path.isdir(self.name):
+            files = sorted(Path(self.name).rglob("*.parquet"))
+            return {"dataset": Path(self.name).name, **self.options, "files": [file_identity(file) for file in files]}
         return {"dataset": self.name, **self.options}
 
     def blocks(self, size: int) -> Iterator[tuple[int, list[dict]]]:
