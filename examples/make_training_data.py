@@ -143,11 +143,13 @@ def answer_all(state, source, templates, unfinished, source_options, row_options
     done = set(unfinished.done())
     state.wait_for_everyone()  # before anybody writes
     processor = BlspKdProcessor.from_backbones(ANY_SPEECH_MODEL, answer_options.text_model)
+    max_prompt_tokens = longest_prompt(row_options, answer_options)
     maker = RowMaker(
         source=source,
         templates=templates,
         processor=processor,
-        engine=make_engine(answer_options, processor, state.device),
+        engine=make_engine(answer_options, processor, state.device, max_prompt_tokens),
+        max_prompt_tokens=max_prompt_tokens,
         unfinished=unfinished,
         source_options=source_options,
         row_options=row_options,
@@ -246,7 +248,25 @@ def describe(source, templates, source_options, row_options, answer_options) -> 
     }
 
 
-def make_engine(options: AnswerOptions, processor, device) -> TransformersEngine | VllmEngine:
+def longest_prompt(row_options: RowOptions, answer_options: AnswerOptions) -> int:
+    """Tokens that a prompt may have, so that the longest answer still fits in the LLM's positions.
+
+    Raises:
+        ValueError: none.
+    """
+    config = AutoConfig.from_pretrained(answer_options.text_model).get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is None:
+        return row_options.max_prompt_tokens
+    if positions <= answer_options.max_new_tokens:
+        raise ValueError(
+            f"The LLM has {positions} positions, and --max_new_tokens {answer_options.max_new_tokens} leaves none for "
+            "prompts. Lower it."
+        )
+    return min(row_options.max_prompt_tokens, positions - answer_options.max_new_tokens)
+
+
+def make_engine(options: AnswerOptions, processor, device, max_prompt_tokens: int) -> TransformersEngine | VllmEngine:
     common = {
         "dtype": options.dtype,
         "max_new_tokens": options.max_new_tokens,
@@ -254,7 +274,7 @@ def make_engine(options: AnswerOptions, processor, device) -> TransformersEngine
         "top_p": options.top_p,
     }
     if options.engine == "vllm":
-        return VllmEngine(options.text_model, num_gpus=options.num_gpus, **common)
+        return VllmEngine(options.text_model, num_gpus=options.num_gpus, max_prompt_tokens=max_prompt_tokens, **common)
     return TransformersEngine(options.text_model, processor, device, batch_size=options.batch_size, **common)
 
 
@@ -281,18 +301,7 @@ class RowMaker:
     source_options: SourceOptions
     row_options: RowOptions
     answer_options: AnswerOptions
-
-    def __post_init__(self):
-        config = AutoConfig.from_pretrained(self.answer_options.text_model).get_text_config()
-        positions = getattr(config, "max_position_embeddings", None)
-        self.max_prompt_tokens = self.row_options.max_prompt_tokens
-        if positions is not None:
-            self.max_prompt_tokens = min(self.max_prompt_tokens, positions - self.answer_options.max_new_tokens)
-        if self.max_prompt_tokens < 1:
-            raise ValueError(
-                f"The LLM has {positions} positions, and --max_new_tokens {self.answer_options.max_new_tokens} leaves "
-                "none for prompts. Lower it."
-            )
+    max_prompt_tokens: int
 
     def make(self, first_index: int, block: list) -> tuple[list[dict], list[dict]]:
         """Training rows and rejects of a block, both in the order of its rows."""

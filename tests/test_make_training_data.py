@@ -353,8 +353,8 @@ def test_vllm_gets_the_same_prompts_and_seeds_and_gives_the_same_rows(script, as
     asked = {}
 
     class LLM:
-        def __init__(self, model, dtype, tensor_parallel_size):
-            asked["model"] = (model, dtype, tensor_parallel_size)
+        def __init__(self, model, dtype, tensor_parallel_size, max_model_len):
+            asked["model"] = (model, dtype, tensor_parallel_size, max_model_len)
 
         def generate(self, prompts, sampling_params, use_tqdm):
             for prompt, sampling in zip(prompts, sampling_params):
@@ -377,7 +377,7 @@ def test_vllm_gets_the_same_prompts_and_seeds_and_gives_the_same_rows(script, as
     vllm.LLM, vllm.SamplingParams = LLM, dict
     monkeypatch.setitem(sys.modules, "vllm", vllm)
     rows, _ = make(script, asr / "asr.jsonl", asr / "vllm.jsonl", backbones[1], temperature=0.7, engine="vllm")
-    assert asked.pop("model") == (str(backbones[1]), "float32", 1)
+    assert asked.pop("model") == (str(backbones[1]), "float32", 1, 256)
     assert {seed: prompt for seed, (prompt, _) in asked.items()} == prompts
     assert all((one["max_tokens"], one["temperature"], one["top_p"]) == (6, 0.7, 1.0) for _, one in asked.values())
     assert [(row["response"], row["finished"]) for row in rows[:2]] == [("yes", True), ("no", False)]
@@ -546,11 +546,7 @@ def answers_tell_their_batch(script, monkeypatch):
 
 
 def everything_in(folder):
-    return {
-        path.relative_to(folder): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file() and path.suffix != ".tmp"
-    }
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.usefixtures("answers_tell_their_batch")

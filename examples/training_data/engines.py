@@ -106,18 +106,30 @@ class RowSampler(LogitsProcessor):
 
 
 class VllmEngine:
-    """The LLM through vLLM, which batches by itself. Arguments as [`TransformersEngine`].
+    """The LLM through vLLM, which batches by itself. Arguments as [`TransformersEngine`], and how long prompts may be,
+    since vLLM keeps memory for the longest.
 
     Raises:
         ImportError: vLLM is not installed.
     """
 
-    def __init__(self, model: str, dtype: str, num_gpus: int, max_new_tokens: int, temperature: float, top_p: float):
+    def __init__(
+        self,
+        model: str,
+        dtype: str,
+        num_gpus: int,
+        max_prompt_tokens: int,
+        max_new_tokens: int,
+        temperature: float,
+        top_p: float,
+    ):
         if importlib.util.find_spec("vllm") is None:
             raise ImportError("--engine vllm needs vLLM, which is not installed. Install it, or leave --engine out.")
         from vllm import LLM, SamplingParams
 
-        self.llm = LLM(model=model, dtype=dtype, tensor_parallel_size=num_gpus)
+        self.llm = LLM(
+            model=model, dtype=dtype, tensor_parallel_size=num_gpus, max_model_len=max_prompt_tokens + max_new_tokens
+        )
         self.sampling_params = SamplingParams
         self.options = {"max_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
 
