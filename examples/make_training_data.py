@@ -252,7 +252,7 @@ def longest_prompt(row_options: RowOptions, answer_options: AnswerOptions) -> in
     """Tokens that a prompt may have, so that the longest answer still fits in the LLM's positions.
 
     Raises:
-        ValueError: none.
+        ValueError: the answer alone takes them all.
     """
     config = AutoConfig.from_pretrained(answer_options.text_model).get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
@@ -322,10 +322,11 @@ class RowMaker:
                 else:
                     asked.append(Asked(index, source_row, audio, kind, row, prompt))
         rows = []
-        answers = self.engine.answer([one.prompt for one in asked], [one.row["seed"] for one in asked])
+        answers = self.engine.answer([one.prompt for one in asked], [one.row["seed"] for one in asked]) if asked else []
         for one, answer in zip(asked, answers):
-            if not answer.text:
-                error = BadRow(f"the LLM's answer to template {one.row['template']!r} is empty")
+            if not answer.text or self.processor.audio_token in answer.text:
+                fault = "holds the audio placeholder" if answer.text else "is empty"
+                error = BadRow(f"answer: that of the LLM to template {one.row['template']!r} {fault}")
                 rejects.append(self._reject(one.index, one.source_row, error))
                 continue
             if one.index not in places:

@@ -182,15 +182,18 @@ def test_bad_rows_are_rejected_with_their_line_and_reason(script, asr, backbones
         assert re.search(expected[reject["line"]], reject["reason"], re.DOTALL), reject
 
 
-def test_an_empty_answer_is_a_reject_since_nothing_can_be_learned_from_it(script, asr, backbones, monkeypatch):
-    def answer(self, prompts, seeds):
-        return [script_answer("" if index == 1 else "yes", True) for index in range(len(prompts))]
+@pytest.mark.parametrize("text, fault", [("", "is empty"), ("I hear <|audio|>", "holds the audio placeholder")])
+def test_an_answer_that_cannot_be_trained_on_is_a_reject(script, asr, backbones, monkeypatch, text, fault):
+    answer = sys.modules["training_data.engines"].Answer
 
-    script_answer = sys.modules["training_data.engines"].Answer
-    monkeypatch.setattr(script.TransformersEngine, "answer", answer)
+    def answer_one_badly(self, prompts, seeds):
+        return [answer(text if index == 1 else "yes", True) for index in range(len(prompts))]
+
+    monkeypatch.setattr(script.TransformersEngine, "answer", answer_one_badly)
     rows, rejects = make(script, asr / "asr.jsonl", asr / "out.jsonl", backbones[1], limit=2)
     assert [row["id"] for row in rows] == ["84-0-continue"]
-    assert rejects[0]["line"] == 2 and "answer to template 'continue' is empty" in rejects[0]["reason"]
+    assert rejects[0]["line"] == 2
+    assert rejects[0]["reason"] == f"answer: that of the LLM to template 'continue' {fault}"
 
 
 # Transcripts
