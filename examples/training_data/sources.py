@@ -1,0 +1,186 @@
+"""Rows of ASR data, in blocks of consecutive rows: JSONL manifests, parquet with embedded audio, Hub data sets.
+
+Audio stays undecoded until it is checked with the package's own `load_audio` (libsndfile), so torchcodec is not needed.
+Leaves out: data sets on the Hub whose audio is not embedded in them.
+"""
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import pyarrow.parquet
+import soundfile
+from datasets import Audio, load_dataset
+
+from processing.audio_loading import load_audio
+from processing.processing_blsp_kd import ANALYSIS_WINDOW_S
+from training_data import BadRow
+
+SAMPLING_RATE = 16_000
+IDENTITY_BYTES = 16 * 2**20
+
+
+class ManifestSource:
+    """One JSON object per line; audio is a path, relative to the manifest.
+
+    Raises:
+        ValueError: a path leaves the manifest's folder and `allow_outside` is not set. All lines are looked at when the
+            source is made, so that this does not come after hours.
+    """
+
+    place_name, first_place = "line", 1
+
+    def __init__(self, path: str, audio_column="audio", allow_outside=False, limit: int | None = None):
+        self.path, self.audio_column, self.allow_outside, self.limit = Path(path), audio_column, allow_outside, limit
+        self.folder = self.path.parent.absolute()
+        self.num_rows = 0
+        for index, line in enumerate(self._lines()):
+            self.num_rows += 1
+            try:
+                audio_path(self.folder, self.parse(line).get(audio_column), allow_outside)
+            except BadRow:
+                continue  # it is rejected when its turn comes
+            except OutsideFolderError as error:
+                raise ValueError(f"{path}, line {index + 1}: {error}") from None
+
+    def identity(self) -> dict:
+        return {"manifest": file_identity(self.path)}
+
+    def blocks(self, size: int) -> Iterator[tuple[int, list[bytes]]]:
+        """(number, lines) of blocks; a line is parsed by `parse`."""
+        return enumerate(_in_blocks(self._lines(), size))
+
+    def parse(self, line: bytes) -> dict:
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise BadRow(f"not a line of JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise BadRow(f"expected a JSON object, got {str(row)[:80]!r}")
+        return row
+
+    def audio(self, row: dict) -> Path:
+        return audio_path(self.folder, row.get(self.audio_column), self.allow_outside)
+
+    def _lines(self):
+        with self.path.open("rb") as file:
+            yield from islice(file, self.limit)
+
+
+class DatasetSource:
+    """Rows of parquet files or of a data set on the Hub, streamed; audio is embedded bytes, as the Hub keeps it.
+
+    In parquet files of this machine it may also be a path, relative to the first of them.
+
+    Args:
+        name: a Hub id or folder, or "parquet".
+        options: for `load_dataset`.
+    """
+
+    place_name, first_place = "index", 0
+
+    def __init__(self, name: str, audio_column="audio", allow_outside=False, limit: int | None = None, **options):
+        self.name, self.audio_column, self.allow_outside, self.limit = name, audio_column, allow_outside, limit
+        self.files = [Path(file) for file in options.get("data_files") or []]
+        self.folder = self.files[0].parent.absolute() if self.files else None
+        self.options = {key: value for key, value in options.items() if value is not None}
+        rows = load_dataset(name, streaming=True, **self.options)
+        if rows.features is not None and audio_column not in rows.features:
+            raise ValueError(
+                f"{name} has no column {audio_column!r}, only {sorted(rows.features)}: see --audio_column."
+            )
+        self.rows = rows.cast_column(audio_column, Audio(decode=False))
+        self.num_rows = self._count()
+
+    def _count(self) -> int | None:
+        """How many rows, where that is known without reading them."""
+        if self.files:
+            count = sum(pyarrow.parquet.read_metadata(file).num_rows for file in self.files)
+        else:
+            split = (self.rows.info.splits or {}).get(self.options["split"])
+            count = (split.num_examples or None) if split else None
+        known = [number for number in (count, self.limit) if number is not None]
+        return min(known, default=None)
+
+    def identity(self) -> dict:
+        if self.files:
+            return {"parquet": [file_identity(file) for file in self.files]}
+        if os.path.isdir(self.name):
+            files = sorted(Path(self.name).rglob("*.parquet"))
+            return {"dataset": Path(self.name).name, **self.options, "files": [file_identity(file) for file in files]}
+        return {"dataset": self.name, **self.options}
+
+    def blocks(self, size: int) -> Iterator[tuple[int, list[dict]]]:
+        return enumerate(_in_blocks(islice(self.rows, self.limit), size))
+
+    def parse(self, row: dict) -> dict:
+        return row
+
+    def audio(self, row: dict) -> Path | bytes:
+        audio = row.get(self.audio_column) or {}
+        if audio.get("bytes"):
+            return audio["bytes"]
+        if self.folder is None:
+            raise BadRow(f"column {self.audio_column!r} holds no audio: expected embedded bytes")
+        return audio_path(self.folder, audio.get("path"), self.allow_outside)
+
+
+class OutsideFolderError(ValueError):
+    """A path leaves the folder of the data."""
+
+
+def audio_path(folder: Path, name, allow_outside: bool) -> Path:
+    """Where the audio of a row lies.
+
+    Raises:
+        BadRow: `name` is no path.
+        OutsideFolderError: it leaves `folder`, by itself or through a symbolic link, and `allow_outside` is not set.
+    """
+    if not isinstance(name, str) or not name.strip() or "\0" in name:
+        raise BadRow(f"expected the path of an audio file, got {name!r}")
+    path = folder / name
+    if not allow_outside and not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
+        raise OutsideFolderError(
+            f"the audio path {name!r} leaves the folder of the data. Move the audio into it, or, if you trust the "
+            "data, pass --allow_outside_paths."
+        )
+    return path
+
+
+def check_audio(audio: Path | bytes, max_duration_s: float) -> tuple[float, str]:
+    """Decode a clip wholly, as training will.
+
+    Returns:
+        `tuple[float, str]`: its duration in seconds and its format (`flac`, `wav`, ...).
+
+    Raises:
+        BadRow: missing, damaged, empty, silent, too short or too long.
+    """
+    try:
+        num_samples = len(load_audio(audio, SAMPLING_RATE, max_duration_s=max_duration_s))
+        kind = soundfile.info(io.BytesIO(audio) if isinstance(audio, bytes) else audio).format.lower()
+    except (OSError, ValueError, TypeError) as error:
+        raise BadRow(f"audio: {error}") from error
+    if num_samples < ANALYSIS_WINDOW_S * SAMPLING_RATE:
+        raise BadRow(f"audio: too short, {num_samples / SAMPLING_RATE:.4f} s, expected {ANALYSIS_WINDOW_S} s or more")
+    return round(num_samples / SAMPLING_RATE, 3), kind
+
+
+def file_identity(path: Path) -> dict:
+    """Tells a changed file: its name, size, and a checksum of its first and last 16 MiB (often all of it)."""
+    with path.open("rb") as file:
+        checksum = hashlib.sha256(file.read(IDENTITY_BYTES))
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(IDENTITY_BYTES, size - IDENTITY_BYTES))
+        checksum.update(file.read())
+    return {"name": path.name, "bytes": size, "sha256": checksum.hexdigest()}
+
+
+def _in_blocks(rows, size: int):
+    rows = iter(rows)
+    while block := list(islice(rows, size)):
+        yield block
