@@ -8,8 +8,8 @@ alive at each moment and counts the operations: torch's `FakeTensorMode` and `Fl
 arithmetic on top. `python -m tests.benchmarks.memory_estimate` compares the memory with that of real steps. Leaves out:
 speech encoders other than Whisper; time to load data, evaluate and save; what a GPU's kernels need inside.
 
-A recipe is what `examples/train.py` takes. Its section `estimate` holds the [`Assumptions`] about machines and data, and
-the configs of its models are looked up in `examples/recipes/configs` first, so that no download is needed.
+A recipe is what `examples/train.py` takes. Its section `estimate` holds [`Assumptions`] about machines and data. The
+configs of its models are looked up in `examples/recipes/configs` first, so that no download is needed.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from transformers import AutoConfig
 
 from modeling_blsp_kd import BlspKdConfig, BlspKdForCausalLM
+from modeling_blsp_kd.speech_encoder import encode_speech
 
 CONFIGS = Path(__file__).parent / "recipes" / "configs"
 GB = 1e9
@@ -36,7 +37,9 @@ aten = torch.ops.aten
 # The counter knows the attention of GPUs only; the simulation runs that of CPUs, which saves the same tensors.
 CPU_ATTENTION = {
     aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *shapes, **_: sdpa_backward_flop_count(*shapes[:4]),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *shapes, **_: sdpa_backward_flop_count(
+        *shapes[:4]
+    ),
 }
 
 
@@ -155,11 +158,6 @@ def without_contents(build: Callable[[], BlspKdForCausalLM]) -> BlspKdForCausalL
     return model
 
 
-def forward(model, batch: dict, bf16: bool) -> torch.Tensor:
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-        return model(**batch).loss
-
-
 def training_step(model, batch: dict, bf16: bool, accumulates: bool) -> torch.optim.Optimizer:
     """Forward, backward and AdamW as in any step but the first: its moments exist.
 
@@ -172,7 +170,9 @@ def training_step(model, batch: dict, bf16: bool, accumulates: bool) -> torch.op
     optimizer.step()
     if not accumulates:
         optimizer.zero_grad()
-    forward(model, batch, bf16).backward()
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+        loss = model(**batch).loss
+    loss.backward()
     optimizer.step()
     optimizer.zero_grad()
     return optimizer
@@ -219,36 +219,50 @@ def peak_memory(model, batch: dict, bf16: bool, accumulates: bool = False) -> Me
 def count_operations(model, batch: dict, bf16: bool) -> dict[str, int]:
     """Operations (2 per multiplication and addition) of forward and backward by part; arguments as `peak_memory`.
 
-    Frozen weights get no gradient, but it flows through them; what checkpointing repeats is counted again.
+    Frozen weights get no gradient, but it flows through them; what checkpointing repeats is counted again. torch's
+    counter mistakes which part some of backward belongs to, so the parts run alone, and the adapter is what is left.
     """
-    batch = _with_fake_features(batch)
-    teacher_inputs = {name: batch[f"teacher_{name}"] for name in ("input_ids", "attention_mask")}
-    of_teacher, of_all = (FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) for _ in range(2))
-    parts = ("audio_tower", "adapter", f"language_model.{model.language_model.base_model_prefix}")
+    batch, llm = _with_fake_features(batch), model.language_model.base_model
+    llm_name = f"language_model.{model.language_model.base_model_prefix}"
+    with FAKE:
+        embeds = torch.zeros(*batch["teacher_input_ids"].shape, llm.config.hidden_size, requires_grad=True)
 
-    def counts() -> tuple[int, ...]:
-        by_module = of_all.get_flop_counts()
-        return of_all.get_total_flops(), *(sum(by_module[f"{type(model).__name__}.{part}"].values()) for part in parts)
+    def encoder():
+        frames = encode_speech(model.audio_tower, batch["input_features"], batch["input_features_mask"])
+        return frames.last_hidden_state.sum()
 
-    with FakeNumbers(), of_teacher, torch.no_grad():
-        model.language_model.base_model(**teacher_inputs, use_cache=False)
-    with FakeNumbers(), of_all:
-        loss = forward(model, batch, bf16)
-        total, encoder, adapter, llm = counts()
-        # The KL takes all its products in forward, outside of these parts.
-        vocabulary = total - encoder - adapter - llm
-        loss.backward()
+    def student():
+        inputs = {"inputs_embeds": embeds, "attention_mask": batch["teacher_attention_mask"], "use_cache": False}
+        return llm(**inputs).last_hidden_state.sum()
+
+    total, in_forward = _count(lambda: model(**batch).loss, bf16)
+    with model._partial_lora_at(batch["teacher_is_content"]):
+        of_student, student_forward = _count(student, bf16)
+    of_encoder, _ = _count(encoder, bf16)
     model.zero_grad()
-    # In backward, the counter takes what comes before the LLM for the LLM's too.
-    total, encoder, adapter, _ = counts()
-    teacher = of_teacher.get_total_flops()
+    name = type(model).__name__
+    # The KL takes all its products in forward, outside of these parts.
+    vocabulary = in_forward[name] - sum(in_forward[f"{name}.{part}"] for part in ("audio_tower", "adapter", llm_name))
+    teacher = in_forward[f"{name}.{llm_name}"] - student_forward["Global"]
     return {
-        "speech encoder": encoder,
-        "adapter": adapter,
-        "LLM as student": total - encoder - adapter - teacher - vocabulary,
+        "speech encoder": of_encoder,
+        "adapter": total - of_encoder - of_student - teacher - vocabulary,
+        "LLM as student": of_student,
         "LLM as teacher": teacher,
         "vocabulary": vocabulary,
     }
+
+
+def _count(function: Callable[[], torch.Tensor], bf16: bool) -> tuple[int, dict[str, int]]:
+    """Operations of a function with the backward of what it returns, and those of forward alone by module."""
+    counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
+    with FakeNumbers(), counter:
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            output = function()
+        in_forward = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
+        if output.requires_grad:
+            output.backward()
+    return counter.get_total_flops(), in_forward
 
 
 def _with_fake_features(batch: dict) -> dict:
@@ -410,14 +424,17 @@ def estimate(recipe: dict, assume: Assumptions) -> dict:
 
 
 def print_estimate(figures: dict, recipe: dict, assume: Assumptions):
-    print(f"{recipe['speech_model']} + {recipe['text_model']}\n\n{'parameters, millions':32} {'trained':>9} {'frozen':>9}")
+    print(
+        f"{recipe['speech_model']} + {recipe['text_model']}\n\n{'parameters, millions':32} {'trained':>9} {'frozen':>9}"
+    )
     for part, (trained, frozen) in figures["parameters"].items():
         print(f"  {part:30} {trained / 1e6:9,.1f} {frozen / 1e6:9,.1f}")
     print(f"\n{f'memory of a GPU, clips of {assume.longest_clip_s:g} s':32} {'GB':>9}")
     for part, size in figures["memory"].items():
         print(f"  {part:30} {size / GB:9.2f}")
     total = sum(figures["memory"].values()) / GB
-    print(f"  {'together':30} {total:9.2f} of {assume.gpu_memory_gb:g}{'' if total <= assume.gpu_memory_gb else ': too much'}")
+    verdict = "" if total <= assume.gpu_memory_gb else ": too much"
+    print(f"  {'together':30} {total:9.2f} of {assume.gpu_memory_gb:g}{verdict}")
     print(f"\n{f'a batch, clips of {assume.clip_s:g} s':32} {'TFLOP':>9}")
     for part, operations in figures["operations"].items():
         print(f"  {part:30} {operations / 1e12:9.2f}")

@@ -8,8 +8,8 @@
 Without arguments it uses the two tiny backbones of `examples/tiny_world` and speech that it synthesises on first use.
 A manifest has one JSON object per line: `audio` (a path, relative to the manifest), `text` (what is said) and
 optionally `instruction`, `response` (the LLM's answer; made here if absent), `answer` and `kind` (to score with) and
-`voice`. All other options are those of `transformers.TrainingArguments`. A recipe is a YAML file of any of them; options
-after it override it.
+`voice`. All other options are those of `transformers.TrainingArguments`. A recipe is a YAML file of any of them, which
+options after it override.
 
 Leaves in the output folder: the model with its processor, `results.json` (what was measured, and on what it was
 trained), the clips of three evaluation rows, checkpoints.
@@ -57,7 +57,9 @@ class ModelOptions:
     )
     dtype: str = field(
         default="float32",
-        metadata={"help": "Of the frozen weights: float32, bfloat16, or auto, as the LLM is stored. Others are float32."},
+        metadata={
+            "help": "Of the frozen weights: float32, bfloat16, or auto, as the LLM is stored. Others are float32."
+        },
     )
     plora: bool = field(default=False, metadata={"help": "Adapt the LLM at speech positions (partial LoRA)."})
     freeze_speech_encoder: bool = field(default=False, metadata={"help": "Train the adapter (and PLoRA) only."})

@@ -63,7 +63,7 @@ def measure(case: Case, device: torch.device, clock: str, min_block_s: float) ->
     for name, function in case.candidates.items():
         function()  # whatever is only done once
         calls[name] = max(1, round(min_block_s / _time(function, 1, device, clock)))
-        memory[name] = _peak_bytes(function, device)
+        memory[name] = peak_bytes(function, device)
     times = {name: [] for name in case.candidates}
     for _ in range(case.repeats):
         for name, function in case.candidates.items():
@@ -102,7 +102,7 @@ def _processor_time() -> float:
     return time.process_time() + children.ru_utime + children.ru_stime
 
 
-def _peak_bytes(function, device: torch.device) -> int:
+def peak_bytes(function, device: torch.device) -> int:
     """Most bytes that live tensors hold at one time, beyond those from before the call. Result included."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
