@@ -13,10 +13,12 @@ configs of its models are looked up in `examples/recipes/configs` first, so that
 """
 
 import argparse
+import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import yaml
@@ -27,7 +29,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import AutoConfig
 
-from modeling_blsp_kd import BlspKdConfig, BlspKdForCausalLM
+from modeling_blsp_kd import BlspKdConfig, BlspKdForCausalLM, distillation
 from modeling_blsp_kd.speech_encoder import encode_speech
 
 CONFIGS = Path(__file__).parent / "recipes" / "configs"
@@ -198,18 +200,20 @@ class Memory:
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
-def peak_memory(model, batch: dict, bf16: bool, accumulates: bool = False) -> Memory:
+def peak_memory(model, batch: dict, bf16: bool, accumulates: bool, on_gpu: bool) -> Memory:
     """Memory of [`training_step`].
 
     Args:
         model: from [`without_contents`].
         batch (`dict`): what the collator makes; of `input_features` only the shape matters.
+        on_gpu (`bool`): the KL makes probabilities of all rows of a chunk at once, as on a GPU, not of a few.
     """
     live = LiveBytes()
     for tensor in (*model.parameters(), *model.buffers()):
         live.hold(tensor)
     weights = live.held
-    with FakeNumbers(), live:
+    tile_size = sys.maxsize if on_gpu else distillation.TILE_SIZE
+    with patch.object(distillation, "TILE_SIZE", tile_size), FakeNumbers(), live:
         optimizer = training_step(model, _with_fake_features(batch), bf16, accumulates)
     gradients = sum(parameter.nbytes for parameter in optimizer.param_groups[0]["params"])
     moments = sum(tensor.nbytes for state in optimizer.state.values() for tensor in state.values())
@@ -407,7 +411,8 @@ def estimate(recipe: dict, assume: Assumptions) -> dict:
     model = without_contents(lambda: build_model(config, dtype, checkpoints))
     longest, usual = (make_batch(config, batch_size, s, assume) for s in (assume.longest_clip_s, assume.clip_s))
     operations = count_operations(model, usual, bf16)
-    memory = peak_memory(model, longest, bf16, accumulates=accumulation > 1 or assume.num_shards > 1)
+    accumulates = accumulation > 1 or assume.num_shards > 1
+    memory = peak_memory(model, longest, bf16, accumulates, on_gpu=True)
     compute_s, network_s = seconds_per_step(memory, sum(operations.values()), accumulation, assume)
     clips_per_step = batch_size * accumulation * assume.num_gpus
     return {

@@ -84,7 +84,8 @@ def compare(size: str, case: str, device: torch.device) -> tuple[int, int]:
     def build():
         return estimate.build_model(config, dtype, checkpoints)
 
-    estimated = estimate.peak_memory(estimate.without_contents(build), batch, bf16, accumulates).peak
+    weightless, on_gpu = estimate.without_contents(build), device.type == "cuda"
+    estimated = estimate.peak_memory(weightless, batch, bf16, accumulates, on_gpu).peak
     batch = {name: values.to(device) for name, values in batch.items()}
     model = build().to(device)
     weights = sum({tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}.values())
