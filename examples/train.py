@@ -3,11 +3,13 @@
     accelerate launch examples/train.py
     accelerate launch examples/train.py --text_model Qwen/Qwen2.5-0.5B-Instruct --speech_model openai/whisper-small \\
         --train_manifest train.jsonl --eval_manifest eval.jsonl --output_dir outputs/mine
+    accelerate launch examples/train.py examples/recipes/whisper_small_qwen2.5_1.5b.yaml --seed 2
 
 Without arguments it uses the two tiny backbones of `examples/tiny_world` and speech that it synthesises on first use.
 A manifest has one JSON object per line: `audio` (a path, relative to the manifest), `text` (what is said) and
 optionally `instruction`, `response` (the LLM's answer; made here if absent), `answer` and `kind` (to score with) and
-`voice`. All other options are those of `transformers.TrainingArguments`.
+`voice`. All other options are those of `transformers.TrainingArguments`. A recipe is a YAML file of any of them, which
+options after it override.
 
 Leaves in the output folder: the model with its processor, `results.json` (what was measured, and on what it was
 trained), the clips of three evaluation rows, checkpoints.
@@ -17,6 +19,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +27,7 @@ from pathlib import Path
 import soundfile
 import torch
 import transformers
+import yaml
 from answering import accuracy, answer_rows
 from datasets import Dataset, load_dataset
 from transformers import AutoConfig, HfArgumentParser, TrainingArguments, set_seed
@@ -51,6 +55,12 @@ class ModelOptions:
         metadata={
             "help": "JSON options of the adapter, for example '{\"num_pre_layers\": 2}'. If omitted: the defaults of "
             "BlspKdConfig, or for the tiny world's encoder fewer layers (1 + 2, or 2 of the subsampler)."
+        },
+    )
+    dtype: str = field(
+        default="float32",
+        metadata={
+            "help": "Of the frozen weights: float32, bfloat16, or auto, as the LLM is stored. Others are float32."
         },
     )
     plora: bool = field(default=False, metadata={"help": "Adapt the LLM at speech positions (partial LoRA)."})
@@ -105,7 +115,7 @@ class Arguments(TrainingArguments):
 
 def main():
     parser = HfArgumentParser((ModelOptions, DataOptions, Arguments), description=__doc__)
-    model_options, data_options, args = parser.parse_args_into_dataclasses()
+    model_options, data_options, args = parser.parse_args_into_dataclasses(unfold_recipe(sys.argv[1:]))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     set_seed(args.seed)
     is_launched = args.world_size > 1 or "ACCELERATE_MIXED_PRECISION" in os.environ
@@ -139,6 +149,16 @@ def main():
         for row, heard in list(zip(eval_rows, spoken))[:NUM_SAMPLES]:
             print(f"\n{row['audio']}\n  says    {row['text']!r}")
             print(f"  asked   {row.get('instruction')!r}\n  answers {heard!r}")
+
+
+def unfold_recipe(arguments: list[str]) -> list[str]:
+    """A command line whose first argument may be a recipe, with the recipe's options in its place."""
+    if not arguments or not arguments[0].endswith((".yaml", ".yml")):
+        return arguments
+    recipe = yaml.safe_load(Path(arguments[0]).read_text())
+    recipe.pop("estimate", None)  # what `estimate.py` assumes about machines and data
+    options = [(name, value if isinstance(value, str) else json.dumps(value)) for name, value in recipe.items()]
+    return [*(part for name, value in options for part in (f"--{name}", value)), *arguments[1:]]
 
 
 def make_trainer(
@@ -182,7 +202,7 @@ def build_model(options: ModelOptions, processor, model_class=BlspKdForCausalLM)
         options.text_model,
         audio_token_id=processor.audio_token_id,
         speech_kwargs={"config": speech_config},
-        dtype=torch.float32,
+        dtype=options.dtype,
         adapter={"type": options.adapter, **adapter_options},
         plora=options.plora,
         freeze_speech_encoder=options.freeze_speech_encoder,

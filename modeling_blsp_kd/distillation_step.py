@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from .distillation import linear_cross_entropy, linear_kl_of_rows, postprocess_logits, predicts_next, quantity_loss
 
@@ -133,6 +134,10 @@ class DistillationStep:
         head = self.language_model.get_output_embeddings()
         if head.weight.is_meta:
             raise ValueError("The LLM's output head is offloaded, so the losses cannot read it. Keep it on a device.")
+        if isinstance(head, FSDPModule):
+            # A unit of its own (as accelerate makes it when it is not tied) is gathered by its own forward, which the
+            # losses go around. FSDP2 frees it again after the backward.
+            head.unshard()
         text_config = self.config.get_text_config()
         scale = getattr(text_config, "logit_scale", None) or 1.0  # Cohere
         scale /= getattr(text_config, "logits_scaling", None) or 1.0  # Granite

@@ -73,6 +73,8 @@ def main(folder):
         model = training_model(options, work["checkpointing"])
         for layer in model.language_model.base_model.layers:
             fully_shard(layer, mesh=mesh)
+        if not model.config.tie_word_embeddings:
+            fully_shard(model.get_output_embeddings(), mesh=mesh)  # as accelerate does
         fully_shard(model, mesh=mesh)
         batch = {**work["batches"][get_rank()], "num_items_in_batch": work["counts"]}
         # FSDP2 takes the mean over processes; the sum is what one process has.

@@ -63,7 +63,7 @@ def measure(case: Case, device: torch.device, clock: str, min_block_s: float) ->
     calls, memory, round_s = {}, {}, 0.0
     for name, function in case.candidates.items():
         start = time.perf_counter()
-        memory[name] = _peak_bytes(function, device)  # a first call, with whatever is only done once
+        memory[name] = peak_bytes(function, device)  # a first call, with whatever is only done once
         call_s = time.perf_counter() - start
         if call_s < 1:
             call_s = _time(function, 1, device, clock)
@@ -108,7 +108,7 @@ def _processor_time() -> float:
     return time.process_time() + children.ru_utime + children.ru_stime
 
 
-def _peak_bytes(function, device: torch.device) -> int:
+def peak_bytes(function, device: torch.device) -> int:
     """Most bytes that live tensors hold at one time, beyond those from before the call. Result included."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()

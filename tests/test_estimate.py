@@ -1,0 +1,93 @@
+"""Estimated against measured memory, counted against written-out operations, and recipes that scripts can read."""
+
+import pytest
+import torch
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from benchmarks.memory_estimate import ASSUME, compare, estimate, make_config
+from test_examples import EXAMPLES, load_example
+from transformers import HfArgumentParser
+
+RECIPES = sorted(path for path in (EXAMPLES / "recipes").glob("*.yaml") if "fsdp" not in path.name)
+# As the Hub shows them: parameters of the LLM, and of Whisper's encoder.
+PUBLISHED = {
+    "Qwen/Qwen2.5-1.5B-Instruct": 1_543_714_304,
+    "meta-llama/Llama-3.1-8B-Instruct": 8_030_261_248,
+    "meta-llama/Llama-3.3-70B-Instruct": 70_553_706_496,
+}
+
+
+@pytest.mark.parametrize(("size", "case"), [("tiny", "adapter"), ("flat", "all, checkpointing")])
+def test_memory_is_what_a_step_takes(size, case):
+    estimated, measured = compare(size, case, torch.device("cpu"))
+    assert abs(estimated / measured - 1) < 0.15
+
+
+def test_operations_of_the_llm_are_those_of_its_products():
+    """Teacher: forward. Student: the same, and as much again for gradients of the inputs, none for frozen weights."""
+    config = make_config("tiny", {"freeze_speech_encoder": True})
+    model = estimate.without_contents(lambda: estimate.build_model(config, torch.float32, checkpoints=False))
+    batch = estimate.make_batch(config, 3, 2.0, ASSUME)
+    operations = estimate.count_operations(model, batch, bf16=False)
+    text, (num_rows, length) = config.text_config, batch["teacher_input_ids"].shape
+    weights = sum(
+        weight.numel() for name, weight in model.language_model.model.named_parameters() if "proj.weight" in name
+    )
+    products = 2 * num_rows * length * weights
+    attention = 2 * 2 * num_rows * length**2 * text.hidden_size
+    assert operations["LLM as teacher"] == text.num_hidden_layers * attention + products
+    # Attention's backward makes its scores again: five products where forward has two.
+    assert operations["LLM as student"] == text.num_hidden_layers * attention * 3.5 + 2 * products
+    compared = batch["teacher_is_content"].sum() + batch["teacher_is_response"].sum()
+    # Student, teacher, and the gradient.
+    assert operations["vocabulary"] == 3 * 2 * compared * text.hidden_size * text.vocab_size
+
+
+def test_shards_hold_their_part_and_what_is_gathered():
+    memory = estimate.Memory(weights=800, gradients=80, optimizer=160, activations=50)
+    alone = estimate.memory_of_gpu(memory, 300, estimate.Assumptions(overhead_gb=0))
+    assert sum(alone.values()) == memory.peak
+    two = estimate.memory_of_gpu(memory, 300, estimate.Assumptions(num_gpus=2, overhead_gb=0))
+    assert sum(two.values()) == memory.peak + 80, "DDP copies gradients to its buckets"
+    sharded = estimate.memory_of_gpu(memory, 300, estimate.Assumptions(num_gpus=8, num_shards=8, overhead_gb=0))
+    assert sum(sharded.values()) == (800 + 80 + 160) / 8 + 50 + 300
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_is_read_by_both_scripts(path, monkeypatch):
+    train = load_example("train", monkeypatch)
+    parser = HfArgumentParser((train.ModelOptions, train.DataOptions, train.Arguments))
+    given = train.unfold_recipe([str(path), "--bf16", "false", "--use_cpu", "true", "--seed", "7"])
+    model_options, data_options, args = parser.parse_args_into_dataclasses(given)
+    recipe, assumed = estimate.read_recipe(path)
+    assert (args.learning_rate, args.max_steps, args.seed) == (recipe["learning_rate"], recipe["max_steps"], 7)
+    assert (model_options.plora, model_options.dtype) == (True, "bfloat16") and data_options.train_manifest
+    with torch.device("meta"):
+        model = estimate.build_model(estimate.model_config(recipe), torch.bfloat16, checkpoints=True)
+    parameters = estimate.count_parameters(model)
+    assert parameters["LLM"] == (0, PUBLISHED[recipe["text_model"]])
+    assert sum(map(sum, parameters.values())) == sum(each.numel() for each in model.parameters())
+    assume = estimate.Assumptions(**assumed)
+    assert assume.num_gpus % assume.num_shards == 0
+
+
+def test_an_unknown_option_in_a_recipe_is_refused(tmp_path, monkeypatch):
+    train = load_example("train", monkeypatch)
+    (tmp_path / "wrong.yaml").write_text(yaml.safe_dump({"learning_speed": 1e-3, "estimate": {"num_gpus": 2}}))
+    parser = HfArgumentParser((train.ModelOptions, train.DataOptions, train.Arguments))
+    with pytest.raises(ValueError, match="learning_speed"):
+        parser.parse_args_into_dataclasses(train.unfold_recipe([str(tmp_path / "wrong.yaml")]))
+
+
+def test_options_of_a_recipe_may_be_mappings(tmp_path, monkeypatch):
+    train = load_example("train", monkeypatch)
+    (tmp_path / "short.yaml").write_text("adapter_options: {num_pre_layers: 2}\nplora: true\nlearning_rate: 1e-4\n")
+    assert train.unfold_recipe([str(tmp_path / "short.yaml"), "--seed", "2"]) == [
+        *("--adapter_options", '{"num_pre_layers": 2}', "--plora", "true", "--learning_rate", "1e-4", "--seed", "2")
+    ]
+    assert train.unfold_recipe(["--seed", "2"]) == ["--seed", "2"] and train.unfold_recipe([]) == []
+
+
+def test_the_launch_file_is_one_of_accelerate():
+    config = load_config_from_file(str(EXAMPLES / "recipes" / "fsdp2_four_nodes.yaml"))
+    assert (config.num_processes, config.fsdp_config["fsdp_version"]) == (32, 2)
