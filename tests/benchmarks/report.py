@@ -115,7 +115,11 @@ def _cell(name: str, result: dict) -> str:
 
 
 def _spread(values) -> str:
-    return f"{statistics.median(values):.3g} [{min(values):.3g}-{max(values):.3g}]"
+    return f"{_number(statistics.median(values))} [{_number(min(values))}-{_number(max(values))}]"
+
+
+def _number(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _plot(path: Path, slopes):
