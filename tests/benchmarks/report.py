@@ -124,10 +124,16 @@ def _number(value: float) -> str:
 
 def _plot(path: Path, slopes):
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    figure = Figure(figsize=(4 * len(slopes), 3.2), layout="constrained")
+    figure = Figure(figsize=(3.2 * len(slopes), 3), layout="constrained")
     for axis, each in zip(figure.subplots(1, len(slopes), squeeze=False)[0], slopes):
         sizes, times = zip(*each["points"])
         axis.loglog(sizes, [1000 * time for time in times], "o-")
+        axis.set_xticks(sizes, [f"{size:g}" for size in sizes])
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        for direction in (axis.xaxis, axis.yaxis):
+            direction.set_minor_formatter(NullFormatter())
         axis.set(xlabel=each["size"], ylabel="ms", title=f"{each['benchmark']}: slope {each['slope']:.2f}")
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=100)
