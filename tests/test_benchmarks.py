@@ -1,6 +1,7 @@
 """The benchmark command runs and writes what it says. What it measures is not judged here."""
 
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -71,3 +72,11 @@ def test_memory_is_what_tensors_hold_at_one_time(folder):
 def test_an_unknown_benchmark_is_named():
     finished = run("--only", "cif,speed")
     assert finished.returncode == 2 and f"--only takes {', '.join(BENCHMARKS)}, not speed" in finished.stderr
+
+
+def test_the_readme_shows_figures_that_were_measured():
+    (section,) = re.findall(r"\n## Speed\n(.*?)\n## ", (REPOSITORY / "README.md").read_text(), re.DOTALL)
+    figures = re.findall(r"[\d.]+ \[[\d.]+-[\d.]+\]", section)
+    assert len(figures) > 40
+    measured = (REPOSITORY / "docs" / "benchmarks.md").read_text()
+    assert [figure for figure in figures if figure not in measured] == []
