@@ -21,7 +21,8 @@ from ablation import analysis, report, runs
 from ablation.matrix import BY_NAME, CLAIMS, CONFIGURATIONS, RECOGNIZER, TRAIN
 from ablation.plan import Plan, read_rows
 from ablation.train_global_lora import GlobalLoraForCausalLM, merge_lora
-from ablation.train_recognizer import CFormerRecognizer, CtcRecognizer, RecognizerOptions
+from ablation.train_recognizer import CtcRecognizer, RecognizerOptions
+from evaluation.recognition import read_off
 
 from modeling_blsp_kd import BlspKdConfig
 
@@ -178,7 +179,7 @@ def test_the_cformer_is_read_off_by_the_embeddings():
         pooler_output=embeddings[torch.tensor([[7, 9, 11], [20, 0, 0]])], num_speech_tokens=torch.tensor([3, 1])
     )
     model.get_audio_features = lambda *arguments: heard
-    assert CFormerRecognizer(model).read_off(None, None) == [[7, 9, 11], [20]]
+    assert read_off(model, None, None) == [[7, 9, 11], [20]]
 
 
 # -- runs -------------------------------------------------------------------------------------------------------------

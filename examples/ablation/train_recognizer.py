@@ -12,9 +12,11 @@ import logging
 import os
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
+from evaluation.recognition import read_off
 from torch import nn
 from tqdm import tqdm
 from train import Arguments, DataOptions, ModelOptions, make_optimizer, make_trainer
@@ -71,22 +73,6 @@ class CtcRecognizer(nn.Module):
         return [path[path != self.blank].tolist() for path in merged]
 
 
-class CFormerRecognizer:
-    """Reads transcripts off the speech tokens, with the LLM's embeddings as the output matrix, as `transcript_ce` does.
-
-    Args:
-        model ([`BlspKdForCausalLM`]): trained with `transcript_ce`.
-    """
-
-    def __init__(self, model):
-        self.model = model
-
-    def read_off(self, input_features, input_features_mask) -> list[list[int]]:
-        heard = self.model.get_audio_features(input_features, input_features_mask)
-        best = (heard.pooler_output @ self.model.get_input_embeddings().weight.T).argmax(-1)
-        return [path[:count].tolist() for path, count in zip(best, heard.num_speech_tokens.tolist())]
-
-
 def train_ctc(distillation_trainer, model_options: ModelOptions, args: Arguments) -> CtcRecognizer:
     """CTC on the encoder, clips, batches, steps and learning rates of a distillation."""
     model, processor = distillation_trainer.model, distillation_trainer.processing_class
@@ -113,13 +99,13 @@ def train_ctc(distillation_trainer, model_options: ModelOptions, args: Arguments
 
 
 @torch.inference_mode()
-def transcribe(recognizer, processor, rows: list[dict], device, batch_size: int = 64) -> list[str]:
-    """What a recogniser hears in the rows' clips."""
+def transcribe(read_clips, processor, rows: list[dict], device, batch_size: int = 64) -> list[str]:
+    """What a recogniser hears in the rows' clips: `read_clips` turns features and their mask into token ids."""
     transcripts = []
     for start in tqdm(range(0, len(rows), batch_size), desc="recognising", mininterval=1):
         features = processor.extract_features([row["audio"] for row in rows[start : start + batch_size]])
         tensors = [torch.as_tensor(features[name]).to(device) for name in ("input_features", "input_features_mask")]
-        transcripts += processor.tokenizer.batch_decode(recognizer.read_off(*tensors), skip_special_tokens=True)
+        transcripts += processor.tokenizer.batch_decode(read_clips(*tensors), skip_special_tokens=True)
     return [" ".join(text.split()) for text in transcripts]
 
 
@@ -133,13 +119,13 @@ def main():
     trainer, _, eval_rows = make_trainer(model_options, data_options, args)
     start = time.time()
     if options.recognizer == "ctc":
-        recognizer = train_ctc(trainer, model_options, args)
+        read_clips = train_ctc(trainer, model_options, args).read_off
     else:
         trainer.train()
-        recognizer = CFormerRecognizer(trainer.model.eval())
+        read_clips = partial(read_off, trainer.model.eval())
     results = {"train_seconds": round(time.time() - start, 1)}
     trainer.save_model()
-    heard = transcribe(recognizer, trainer.processing_class, eval_rows, args.device)
+    heard = transcribe(read_clips, trainer.processing_class, eval_rows, args.device)
     folder = Path(args.output_dir)
     with (folder / "heard.jsonl").open("w") as file:
         for row, text in zip(eval_rows, heard):

@@ -59,10 +59,13 @@ def transcribe(model, processor, clips: list, max_new_tokens: int = 256) -> list
         chats = [user_turn(processor.transcription_instruction, {"type": "audio", "audio": clip}) for clip in clips]
         return answer(model, processor, chats, max_new_tokens, batch_size=len(chats))
     features = processor.extract_features(clips)
-    audio = model.get_audio_features(
-        **{name: torch.as_tensor(values, device=model.device) for name, values in features.items()}
-    )
-    vectors, embeddings = audio.pooler_output, model.get_input_embeddings().weight
-    token_ids = (vectors.to(embeddings.dtype) @ embeddings.T).argmax(-1)
-    said = [ids[:count] for ids, count in zip(token_ids.tolist(), audio.num_speech_tokens.tolist())]
-    return [processor.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in said]
+    tensors = {name: torch.as_tensor(values, device=model.device) for name, values in features.items()}
+    return [processor.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in read_off(model, **tensors)]
+
+
+def read_off(model, input_features, input_features_mask) -> list[list[int]]:
+    """Token ids that the speech tokens of each clip stand for, by the LLM's embeddings as the output matrix."""
+    audio = model.get_audio_features(input_features, input_features_mask)
+    embeddings = model.get_input_embeddings().weight
+    token_ids = (audio.pooler_output.to(embeddings.dtype) @ embeddings.T).argmax(-1)
+    return [ids[:count] for ids, count in zip(token_ids.tolist(), audio.num_speech_tokens.tolist())]

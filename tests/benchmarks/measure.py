@@ -18,7 +18,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 OURS = "BLSP-KD"
-MAX_CASE_S = 120
+MAX_CASE_S = 120  # all repeats of one case together, as far as two repeats allow
 
 
 @dataclass
