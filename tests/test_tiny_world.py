@@ -74,6 +74,9 @@ def test_test_rows_ask_every_kind_equally_often(tmp_path):
     rows = make_rows("test", 2 * len(KINDS), TRAIN_VOICES, 3, tmp_path)
     assert {sum(row["kind"] == kind for row in rows) for kind in KINDS} == {2}
     assert all(split_of(row["text"]) == "test" for row in rows)
+    timed = make_rows("test", 2 * len(KINDS), TRAIN_VOICES, 3, tmp_path, with_words=True)
+    assert all([word["text"] for word in row["words"]] == row["text"].split() for row in timed)
+    assert [{name: row[name] for name in row if name != "words"} for row in timed] == rows
 
 
 def test_clips_are_the_same_bytes_when_made_again_and_are_not_made_twice(tmp_path):

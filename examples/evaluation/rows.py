@@ -99,7 +99,7 @@ def tiny_world_rows(split: str, num_utterances: int, cache_dir: str) -> list[dic
 
     groups = []
     for seed, voices in enumerate((TRAIN_VOICES, HELD_OUT_VOICES), start=1):
-        rows = make_rows(split, num_utterances, voices, seed, cache_dir)
+        rows = make_rows(split, num_utterances, voices, seed, cache_dir, with_words=True)
         for row in rows:
             row["voice_group"] = voice_group(voices is TRAIN_VOICES)
             if row["kind"] == "spanish":

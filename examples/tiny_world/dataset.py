@@ -8,7 +8,7 @@ import random
 from collections import Counter
 from pathlib import Path
 
-from .speech import make_clips
+from .speech import make_clips, word_times
 from .world import KINDS, Sentence, questions, sentences
 
 
@@ -19,6 +19,7 @@ def make_rows(
     seed: int,
     cache_dir: str | Path,
     repeat_share: float | None = None,
+    with_words: bool = False,
 ) -> list[dict]:
     """Draw sentences, have them spoken, and ask one question about each.
 
@@ -31,10 +32,11 @@ def make_rows(
         cache_dir: folder of the clips; those that it already holds are not made again.
         repeat_share: share of rows, 0 to 1, whose question is "repeat"; the others ask any other kind that suits their
             sentence. Omitted: every kind is asked equally often (give or take one row), which is right for a test set.
+        with_words: also tell when each word is said, as `words`; the clips are spoken once more for it.
 
     Returns:
         list of dict with the keys `audio` (path of a 16 kHz FLAC file), `text`, `voice`, `sentence_kind`, `kind`,
-        `instruction` and `answer`, all strings, in random order.
+        `instruction` and `answer`, all strings, in random order; and `words` if asked for.
 
     Raises:
         ValueError: `repeat_share` is not a share, or there is no voice.
@@ -52,7 +54,8 @@ def make_rows(
             for sentence in sentences(split, num_utterances, seed)
         ]
     speakers = [voices[index % len(voices)] for index in range(num_utterances)]
-    clips = make_clips([sentence.text for sentence, _ in asked], speakers, seed, cache_dir)
+    texts = [sentence.text for sentence, _ in asked]
+    clips = make_clips(texts, speakers, seed, cache_dir)
     rows = []
     for (sentence, kind), speaker, clip in zip(asked, speakers, clips, strict=True):
         question = rng.choice([question for question in questions(sentence) if question.kind == kind])
@@ -67,6 +70,9 @@ def make_rows(
                 "answer": question.answer,
             }
         )
+    if with_words:
+        for row, words in zip(rows, word_times(texts, speakers, seed), strict=True):
+            row["words"] = words
     rng.shuffle(rows)
     return rows
 
