@@ -36,6 +36,7 @@ CONFIGS = Path(__file__).parent / "recipes" / "configs"
 GB = 1e9
 FAKE = FakeTensorMode(allow_non_fake_inputs=True)
 aten = torch.ops.aten
+PRODUCTS = (aten.mm, aten.addmm, aten.bmm)
 # The counter knows the attention of GPUs only; the simulation runs that of CPUs, which saves the same tensors.
 CPU_ATTENTION = {
     aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
@@ -112,10 +113,15 @@ class FakeNumbers(TorchDispatchMode):
 
 
 class LiveBytes(TorchDispatchMode):
-    """Adds up the tensors that are alive while operations run inside it, and keeps the most."""
+    """Adds up the tensors that are alive while operations run inside it, and keeps the most.
 
-    def __init__(self):
+    Args:
+        on_gpu (`bool`): on a CPU, torch's half-precision products sum up in a float32 copy of what they make.
+    """
+
+    def __init__(self, on_gpu: bool):
         super().__init__()
+        self.on_gpu = on_gpu
         self.held = self.peak = 0
         self.sizes = {}
 
@@ -135,6 +141,8 @@ class LiveBytes(TorchDispatchMode):
         for leaf in tree_leaves(output):
             if isinstance(leaf, torch.Tensor):
                 self.hold(leaf)
+                if not self.on_gpu and func.overloadpacket in PRODUCTS and leaf.element_size() == 2:
+                    self.peak = max(self.peak, self.held + 2 * leaf.nbytes)
         return output
 
 
@@ -206,9 +214,10 @@ def peak_memory(model, batch: dict, bf16: bool, accumulates: bool, on_gpu: bool)
     Args:
         model: from [`without_contents`].
         batch (`dict`): what the collator makes; of `input_features` only the shape matters.
-        on_gpu (`bool`): the KL makes probabilities of all rows of a chunk at once, as on a GPU, not of a few.
+        on_gpu (`bool`): the KL makes probabilities of all rows of a chunk at once, as on a GPU, not of a few; and see
+            [`LiveBytes`].
     """
-    live = LiveBytes()
+    live = LiveBytes(on_gpu)
     for tensor in (*model.parameters(), *model.buffers()):
         live.hold(tensor)
     weights = live.held
