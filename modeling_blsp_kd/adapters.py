@@ -56,40 +56,28 @@ def _run_layers_in_stretches(layers, config, hidden_states, mask, length: int):
 
 
 class FrameStacking(nn.Module):
-    """Joins each `stride` frames to one, so that what follows costs less: (N, T, H) to (N, ceil(T / stride), H)."""
+    """Joins each `stride` frames to one, so that layers cost less, and lays what they add over the frames again.
+
+    CIF still integrates frames, so tokens begin and end as finely as without it.
+    """
 
     def __init__(self, dim: int, stride: int):
         super().__init__()
         self.stride = stride
-        self.proj = nn.Linear(stride * dim, dim)
+        self.join_proj = nn.Linear(stride * dim, dim)
+        self.split_proj = nn.Linear(dim, stride * dim)
 
-    def forward(self, hidden_states, frame_mask):
-        """Returns the joined frames, and how many valid frames went into each (0 for padding)."""
+    def join(self, frames, frame_mask):
+        """Frames (N, T, H) and their mask (N, T), to joined frames (N, ceil(T / stride), H) and theirs."""
         missing = -frame_mask.shape[1] % self.stride
-        hidden_states = hidden_states.masked_fill(~frame_mask[..., None], 0.0)
-        hidden_states = nn.functional.pad(hidden_states, (0, 0, 0, missing)).unflatten(1, (-1, self.stride))
-        frames_in_step = nn.functional.pad(frame_mask, (0, missing)).unflatten(1, (-1, self.stride)).sum(-1)
-        return self.proj(hidden_states.flatten(2)), frames_in_step
+        frames = nn.functional.pad(frames.masked_fill(~frame_mask[..., None], 0.0), (0, 0, 0, missing))
+        joined_mask = nn.functional.pad(frame_mask, (0, missing)).unflatten(1, (-1, self.stride)).any(-1)
+        return self.join_proj(frames.unflatten(1, (-1, self.stride)).flatten(2)), joined_mask
 
-
-def _in_frames(alphas, firing_places, frames_in_step, length: int):
-    """CIF weights and firing places of joined frames (steps), in terms of the frames that were joined.
-
-    Args:
-        alphas (A, S): weight of each step, which its frames share evenly; this leaves CIF's integral as it is.
-        firing_places (A, U): in steps; -1 past a clip's count.
-        frames_in_step (A, S).
-        length (`int`): T, of the result (A, T).
-    """
-    share = alphas / frames_in_step.clamp(min=1)
-    is_frame = is_within(frames_in_step.sum(1), length)
-    spread = share.new_zeros(is_frame.shape).masked_scatter(
-        is_frame, share.flatten().repeat_interleave(frames_in_step.flatten())
-    )
-    step = firing_places.long().clamp(0, frames_in_step.shape[1] - 1)
-    frames_before = frames_in_step.cumsum(1) - frames_in_step
-    places = frames_before.gather(1, step) + (firing_places - step) * frames_in_step.gather(1, step)
-    return spread, torch.where(firing_places < 0, firing_places, places)
+    def split(self, joined, frames):
+        """Each joined frame's share for each of its frames, added to these: (N, T, H)."""
+        shares = self.split_proj(joined).unflatten(2, (self.stride, -1)).flatten(1, 2)
+        return frames + shares[:, : frames.shape[1]]
 
 
 class CFormer(nn.Module):
@@ -103,7 +91,7 @@ class CFormer(nn.Module):
         output_dim (`int`): LLM width D.
         num_pre_layers, num_post_layers (`int`): layers before and after CIF.
         num_attention_heads (`int`), ffn_dim (`int`), dropout (`float`): of these layers.
-        frame_stride (`int`): frames that are joined to one before these layers.
+        frame_stride (`int`): frames that are joined to one for the layers before CIF, see [`FrameStacking`].
         attention_window (`int` or None): joined frames that the layers before CIF attend within; None: all.
         attn_implementation (`str`): attention of these layers, as in transformers.
     """
@@ -151,16 +139,11 @@ class CFormer(nn.Module):
             target_lengths (`torch.LongTensor` of shape (A,), *optional*): tokens to fire; omitted, they are predicted.
             windows_per_clip (`torch.LongTensor` of shape (A,), *optional*): omitted, every clip is one window.
         """
-        num_frames, frames_in_step = frame_mask.shape[1], None
-        if self.frame_stacking is not None:
-            hidden_states, frames_in_step = self.frame_stacking(hidden_states, frame_mask)
-            frame_mask = frames_in_step > 0
-        if self.attention_window is None:
-            hidden_states = _run_layers(self.pre_layers, self.layer_config, hidden_states, frame_mask)
+        if self.frame_stacking is None:
+            hidden_states = self._run_pre_layers(hidden_states, frame_mask)
         else:
-            hidden_states = _run_layers_in_stretches(
-                self.pre_layers, self.layer_config, hidden_states, frame_mask, self.attention_window
-            )
+            joined = self._run_pre_layers(*self.frame_stacking.join(hidden_states, frame_mask))
+            hidden_states = self.frame_stacking.split(joined, hidden_states)
         alphas = torch.sigmoid(hidden_states[..., -1].float()).masked_fill(~frame_mask, 0.0)
         frames_per_window = frame_mask.sum(1)
         if windows_per_clip is not None:
@@ -168,9 +151,6 @@ class CFormer(nn.Module):
             frames_per_clip = per_clip(frames_per_window, windows_per_clip)
             hidden_states = regroup(hidden_states, frame_mask, frames_per_clip)
             alphas = regroup(alphas, frame_mask, frames_per_clip)
-            if frames_in_step is not None:
-                frames_in_step = regroup(frames_in_step, frame_mask, frames_per_clip)
-                num_frames = int(frames_in_step.sum(1).max())
             frame_mask = is_within(frames_per_clip, alphas.shape[1])
         # All channels go in, and the one that alphas came from is dropped after: cut before, all would be copied.
         cif = continuous_integrate_and_fire(hidden_states, alphas, frame_mask, target_lengths)
@@ -185,16 +165,18 @@ class CFormer(nn.Module):
         tokens = self.output_proj(_run_layers(self.post_layers, self.layer_config, tokens, token_mask))
         if windows_per_clip is not None:
             tokens = regroup(tokens, token_mask, cif.num_speech_tokens)
-        firing_places = cif.firing_places
-        if frames_in_step is not None:
-            alphas, firing_places = _in_frames(alphas, firing_places, frames_in_step, num_frames)
         return AdapterOutput(
             speech_embeds=tokens,
             num_speech_tokens=cif.num_speech_tokens,
             alphas=alphas,
             alpha_sum=cif.alpha_sum,
-            firing_places=firing_places,
+            firing_places=cif.firing_places,
         )
+
+    def _run_pre_layers(self, frames, mask):
+        if self.attention_window is None:
+            return _run_layers(self.pre_layers, self.layer_config, frames, mask)
+        return _run_layers_in_stretches(self.pre_layers, self.layer_config, frames, mask, self.attention_window)
 
 
 class Subsampler(nn.Module):

@@ -24,8 +24,8 @@ class CFormerOptions:
         num_attention_heads (`int`, *optional*): must divide the encoder width; omitted: the encoder's own.
         ffn_dim (`int`, *optional*): omitted: the encoder's own.
         dropout (`float`): in [0, 1).
-        frame_stride (`int`): encoder frames that are joined to one before the pre-CIF layers, at least 1. Their cost
-            falls in proportion.
+        frame_stride (`int`): encoder frames that are joined to one for the pre-CIF layers, at least 1. Their cost falls
+            in proportion; CIF integrates all frames as before.
         attention_window (`int`, *optional*): joined frames, at least 1. The pre-CIF layers attend within stretches of
             this length, so that their cost grows with the length of a clip, not with its square. Omitted: they attend
             to the whole clip (at most 30 s).

@@ -58,41 +58,33 @@ def test_cformer_without_transformer_layers_is_only_cif_and_projections():
 
 @pytest.mark.parametrize("target", [None, 2, 9])
 @pytest.mark.parametrize("num_frames, length", [(1, 1), (4, 6), (12, 12), (13, 15)])
-def test_joined_frames_are_those_of_a_loop_and_the_integral_stays_as_it_is(num_frames, length, target):
+def test_layers_on_joined_frames_are_a_loop_over_groups_and_cif_integrates_single_frames(num_frames, length, target):
     torch.manual_seed(0)
-    adapter = CFormer(16, 24, 0, 0, 2, 32, 0.0, "sdpa", frame_stride=3)
-    hidden_states = torch.full((1, length, 16), torch.nan)
+    adapter = CFormer(16, 24, 1, 0, 2, 32, 0.0, "sdpa", frame_stride=3).eval()
+    stacking = adapter.frame_stacking
+    hidden_states = torch.full((1, length, 16), 1000.0)
     hidden_states[:, :num_frames] = frames(num_frames)
     mask = torch.arange(length)[None] < num_frames
     output = adapter(hidden_states, mask, None if target is None else torch.tensor([target]))
 
-    joined, weights = [], []
-    for start in range(0, num_frames, 3):
-        group = [*frames(num_frames)[0, start : min(start + 3, num_frames)]]
-        size = len(group)
-        step = adapter.frame_stacking.proj(torch.cat(group + [torch.zeros(16)] * (3 - size)))
-        joined.append(step[:-1])
-        weights += [float(torch.sigmoid(step[-1].detach())) / size] * size
-    torch.testing.assert_close(output.alphas[0], torch.tensor(weights + [0.0] * (length - num_frames)))
-    torch.testing.assert_close(output.alpha_sum[0], torch.tensor(sum(weights)))
-    num_tokens = int(output.num_speech_tokens)
-    assert num_tokens == (target or max(1, round(sum(weights))))
-
-    # The integral over single frames crosses the whole numbers where the tokens are said to be complete.
-    places, gathered = [], 0.0
-    for frame, weight in enumerate(weights):
-        weight *= num_tokens / sum(weights)
-        while len(places) + 1 <= gathered + weight + 1e-6:
-            places.append(frame + (len(places) + 1 - gathered) / weight)
-        gathered += weight
-    torch.testing.assert_close(output.firing_places[0], torch.tensor(places), rtol=1e-4, atol=1e-4)
-    whole = continuous_integrate_and_fire(
-        torch.stack(joined)[None],
-        output.alphas.new_tensor([[sum(weights[start : start + 3]) for start in range(0, num_frames, 3)]]),
-        target_lengths=output.num_speech_tokens,
+    groups = [frames(num_frames)[0, start : start + 3] for start in range(0, num_frames, 3)]
+    filled = [torch.cat([*group, *[torch.zeros(16)] * (3 - len(group))]) for group in groups]
+    joined = adapter.pre_layers[0](torch.stack([stacking.join_proj(group) for group in filled])[None], None)[0]
+    expected = []
+    for group, layer_output in zip(groups, joined):
+        shares = stacking.split_proj(layer_output).view(3, 16)
+        expected += [frame + share for frame, share in zip(group, shares)]
+    expected = torch.stack(expected)
+    torch.testing.assert_close(output.alphas[0, :num_frames], torch.sigmoid(expected[:, -1]), rtol=1e-5, atol=1e-5)
+    assert not output.alphas[0, num_frames:].any()
+    cif = continuous_integrate_and_fire(
+        expected[None, :, :-1],
+        torch.sigmoid(expected[None, :, -1]),
+        target_lengths=None if target is None else torch.tensor([target]),
     )
-    expected = adapter.output_proj(adapter.cif_proj(whole.speech_tokens))
-    torch.testing.assert_close(output.speech_embeds, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(output.firing_places, cif.firing_places, rtol=1e-4, atol=1e-4)
+    tokens = adapter.output_proj(adapter.cif_proj(cif.speech_tokens))
+    torch.testing.assert_close(output.speech_embeds, tokens, rtol=1e-4, atol=1e-5)
 
 
 def test_attention_stays_inside_its_stretch():

@@ -204,16 +204,24 @@ def unrolled(model, features):
     if isinstance(adapter, Subsampler):
         everything = [adapter(frames, torch.ones(frames.shape[:2], dtype=torch.bool)) for frames in encoded]
         return torch.cat([output.speech_embeds[0] for output in everything])
-    if adapter.frame_stacking is not None:
-        stride, proj = adapter.frame_stacking.stride, adapter.frame_stacking.proj
+    stacking, all_frames = adapter.frame_stacking, encoded
+    if stacking is not None:
         groups = [
-            [nn.functional.pad(group, (0, 0, 0, stride - group.shape[1])) for group in frames.split(stride, 1)]
+            [
+                nn.functional.pad(group, (0, 0, 0, stacking.stride - group.shape[1]))
+                for group in frames.split(stacking.stride, 1)
+            ]
             for frames in encoded
         ]
-        encoded = [torch.cat([proj(group.flatten(1)) for group in window])[None] for window in groups]
+        encoded = [torch.cat([stacking.join_proj(group.flatten(1)) for group in window])[None] for window in groups]
     for layer in adapter.pre_layers:
         stretches = [frames.split(adapter.attention_window or WINDOW, dim=1) for frames in encoded]
         encoded = [torch.cat([layer(stretch, None) for stretch in window], dim=1) for window in stretches]
+    if stacking is not None:
+        shares = [
+            stacking.split_proj(joined).reshape(1, -1, frames.shape[2]) for joined, frames in zip(encoded, all_frames)
+        ]
+        encoded = [frames + share[:, : frames.shape[1]] for frames, share in zip(all_frames, shares)]
     frames = torch.cat(encoded, dim=1)[0].double()
     alphas = torch.sigmoid(frames[:, -1])
     num_tokens = int(alphas.sum().round())
