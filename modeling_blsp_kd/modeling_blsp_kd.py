@@ -148,6 +148,8 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, DistillationStep, BlspKdGeneratio
             self.plora = PartialLora(self.language_model, **config.plora)
             self.register_state_dict_post_hook(leave_out_of_peft_model)
         self.post_init()
+        # Whisper also names its decoder's layers, and accelerate's FSDP refuses names of layers that are not there.
+        self._no_split_modules = set(self._no_split_modules) & {type(module).__name__ for module in self.modules()}
         self.freeze_backbones()
 
     # -- building, initialising, freezing -----------------------------------------------------------------------------
