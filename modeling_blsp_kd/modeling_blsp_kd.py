@@ -148,6 +148,8 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, DistillationStep, BlspKdGeneratio
             self.plora = PartialLora(self.language_model, **config.plora)
             self.register_state_dict_post_hook(leave_out_of_peft_model)
         self.post_init()
+        # Whisper also names its decoder's layers, and accelerate's FSDP refuses names of layers that are not there.
+        self._no_split_modules = set(self._no_split_modules) & {type(module).__name__ for module in self.modules()}
         self.freeze_backbones()
 
     # -- building, initialising, freezing -----------------------------------------------------------------------------
@@ -418,9 +420,12 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, DistillationStep, BlspKdGeneratio
         audio_token_id = self.config.audio_token_id
         is_placeholder = find_placeholders(input_ids, attention_mask, audio_token_id)
         is_repeated = check_placeholders(is_placeholder, audio_token_id, len(input_features), num_speech_tokens)
-        audio = self.get_audio_features(
-            input_features, input_features_mask, num_speech_tokens, output_token_times=output_token_times
-        )
+        if len(input_features) == 0:
+            audio = self._hear_nothing(input_features)
+        else:
+            audio = self.get_audio_features(
+                input_features, input_features_mask, num_speech_tokens, output_token_times=output_token_times
+            )
         prompt = lay_out(
             input_ids,
             attention_mask,
@@ -434,6 +439,19 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, DistillationStep, BlspKdGeneratio
             position_ids,
         )
         return prompt, audio
+
+    def _hear_nothing(self, input_features) -> BlspKdAudioOutput:
+        """What the ears hear in no clip at all, input_features (0, ...).
+
+        They hear zeros, and all of it is cut off. So every process runs the same modules, and every
+        parameter has a gradient, of zero: DDP, FSDP and ZeRO-3 wait for both.
+        """
+        silence = input_features.new_zeros(1, *input_features.shape[1:])
+        num_tokens = torch.ones(1, dtype=torch.long, device=silence.device) if self.adapter.one_to_one else None
+        audio = self.get_audio_features(silence, silence.new_ones(1, silence.shape[-1]).long(), num_tokens)
+        return BlspKdAudioOutput(
+            **{name: value[:0] for name, value in audio.items() if isinstance(value, torch.Tensor)}
+        )
 
     def _find_in_embeds(self, inputs_embeds) -> torch.LongTensor:
         """Ids that tell placeholders from all else in embedded prompts, (B, L)."""

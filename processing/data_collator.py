@@ -18,7 +18,9 @@ class BlspKdDataCollator:
 
     Each row is a mapping with
 
-    - `audio`: a clip as in [`load_audio`], or `input_features` of one clip made ahead of time;
+    - `audio`: a clip as in [`load_audio`], or `input_features` of one clip made ahead of time. Without either (or with
+      None) the row is text only: teacher and student read the same prompt, so its KL is 0 while they are the same LLM,
+      and only `response_ce` learns from it. Its response tokens count in the means all the same;
     - `text`: what is said in it;
     - `response`: the LLM's answer to instruction and text;
     - `instruction` (optional): what to do with the content.
@@ -38,14 +40,19 @@ class BlspKdDataCollator:
         Returns:
             `dict` of `input_ids`, `attention_mask`, `labels` (B, L); `teacher_input_ids`, `teacher_attention_mask`,
             `teacher_is_content`, `teacher_is_response` (B, L'); `input_features`, `input_features_mask`;
-            `num_speech_tokens` (B,), the transcripts' token counts.
+            `num_speech_tokens` (A,), the transcripts' token counts of the A rows with audio. The features of a batch
+            without any have the shape (0, ...).
 
         Raises:
             ValueError: a row lacks a field, or holds an unusable one; the message names the row in the batch.
         """
         pieces = [self._tokenize(index, row) for index, row in enumerate(rows)]
         audio_token_id = self.processor.audio_token_id
-        student = [(prefix, [audio_token_id], suffix, response) for prefix, _, suffix, response in pieces]
+        is_spoken = [row.get("audio") is not None or row.get("input_features") is not None for row in rows]
+        student = [
+            (prefix, [audio_token_id] if spoken else content, suffix, response)
+            for (prefix, content, suffix, response), spoken in zip(pieces, is_spoken)
+        ]
         input_ids, attention_mask, _, is_response = self._join(student)
         teacher_input_ids, teacher_attention_mask, teacher_is_content, teacher_is_response = self._join(pieces)
         return {
@@ -54,10 +61,12 @@ class BlspKdDataCollator:
             "labels": input_ids.masked_fill(~is_response, -100),
             "teacher_input_ids": teacher_input_ids,
             "teacher_attention_mask": teacher_attention_mask,
-            "teacher_is_content": teacher_is_content,
+            "teacher_is_content": teacher_is_content & torch.tensor(is_spoken)[:, None],
             "teacher_is_response": teacher_is_response,
-            "num_speech_tokens": torch.tensor([len(content) for _, content, _, _ in pieces]),
-            **self._features(rows),
+            "num_speech_tokens": torch.tensor(
+                [len(content) for (_, content, _, _), spoken in zip(pieces, is_spoken) if spoken], dtype=torch.long
+            ),
+            **self._features([row for row, spoken in zip(rows, is_spoken) if spoken]),
         }
 
     def _tokenize(self, index: int, row: dict) -> tuple[list[int], list[int], list[int], list[int]]:
@@ -94,13 +103,16 @@ class BlspKdDataCollator:
         )
 
     def _features(self, rows) -> dict[str, torch.Tensor]:
-        if all("input_features" in row for row in rows):
+        """Features of the rows with audio, (A, ...)."""
+        if not rows:
+            # Of no clip, but of the shape that one would have: the trainer counts clips by it.
+            tone = {"array": np.sin(np.arange(8_000, dtype=np.float32)), "sampling_rate": 16_000}
+            features = self.processor.extract_features([tone])
+            return {name: torch.from_numpy(values)[:0] for name, values in features.items()}
+        if all(row.get("input_features") is not None for row in rows):
             features = self.processor.pad_features([np.asarray(row["input_features"]) for row in rows])
-            return {name: torch.from_numpy(values) for name, values in features.items()}
-        for index, row in enumerate(rows):
-            if row.get("audio") is None:
-                raise ValueError(f"Row {index} of the batch has no 'audio' (its fields: {sorted(row)}).")
-        features = self.processor.extract_features([row["audio"] for row in rows])
+        else:
+            features = self.processor.extract_features([row["audio"] for row in rows])
         return {name: torch.from_numpy(values) for name, values in features.items()}
 
 

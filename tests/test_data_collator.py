@@ -260,15 +260,6 @@ def test_text_and_response_must_be_there(collator, rows, field, value):
     assert "array" not in str(error.value)  # the samples would fill the screen
 
 
-@pytest.mark.parametrize("audio", ["missing", None])
-def test_audio_must_be_there(collator, rows, audio):
-    row = {name: value for name, value in rows[1].items() if name != "audio"}
-    if audio is None:
-        row["audio"] = None
-    with pytest.raises(ValueError, match=r"Row 1 of the batch has no 'audio' \(its fields: \[.*'text'\]\)"):
-        collator([rows[0], row])
-
-
 @pytest.mark.parametrize("field", ["text", "response", "instruction"])
 def test_a_placeholder_in_any_text_is_refused(collator, rows, field):
     """In an instruction it ended in 'too many values to unpack (expected 2)'."""

@@ -89,5 +89,5 @@ def test_options_of_a_recipe_may_be_mappings(tmp_path, monkeypatch):
 
 
 def test_the_launch_file_is_one_of_accelerate():
-    config = load_config_from_file(str(EXAMPLES / "recipes" / "fsdp2_four_nodes.yaml"))
+    config = load_config_from_file(str(EXAMPLES / "accelerate" / "fsdp2_four_nodes.yaml"))
     assert (config.num_processes, config.fsdp_config["fsdp_version"]) == (32, 2)
