@@ -12,6 +12,7 @@ Leaves out: requests at the same time, which a handler does not get.
 import argparse
 import collections
 import importlib.util
+import io
 import json
 import os
 import random
@@ -167,8 +168,12 @@ class Requests:
         waveform, rate = self._waveform(duration_s), self.random.choice([8_000, 16_000, 44_100])
         format, subtype = self.random.choice(FORMATS)
         waveform = soxr.resample(waveform, SAMPLING_RATE, rate).clip(-1, 1)
-        channels = np.stack([waveform] * self.random.choice([1, 1, 2]), axis=1)
-        return encode(channels, rate, format, subtype)
+        channels, file = np.stack([waveform] * self.random.choice([1, 1, 2]), axis=1), io.BytesIO()
+        # libsndfile's Vorbis encoder overruns the stack with long clips given at once.
+        with soundfile.SoundFile(file, "w", rate, channels.shape[1], subtype, format=format) as opened:
+            for start in range(0, len(channels), rate):
+                opened.write(channels[start : start + rate])
+        return file.getvalue()
 
     def _instruction(self) -> str:
         return self.random.choice(INSTRUCTIONS)
