@@ -1,4 +1,4 @@
-"""Feeds broken audio, manifests, chats, configs and checkpoints to what reads them: a result or a clear error each time.
+"""Feeds broken audio, manifests, chats, configs and checkpoints to what reads them: a result or a clear error.
 
     python -m tests.reliability.fuzz                                  # 5,000 audio files and some 2,500 others
     python -m tests.reliability.fuzz --short                          # seconds: does it run?

@@ -4,7 +4,7 @@
     python -m tests.reliability.soak --model FOLDER --minutes 10
     python -m tests.reliability.soak --model FOLDER --short               # seconds: does it run?
 
-The model is published to a temporary folder with the code of this repository and loaded from there, as an endpoint does.
+The model is published to a temporary folder with the code of this repository and loaded as an endpoint does.
 Leaves out: requests at the same time, which a handler does not get.
 """
 
@@ -310,8 +310,8 @@ def write(folder: Path, found: dict) -> str:
     (folder / "soak.json").write_text(json.dumps({**found, "wrong": wrong}, indent=1))
     mib = {name: value / 2**20 for name, value in memory.items() if name not in ("points", "warm_up_s")}
     lines = [
-        f"{found['requests']} requests in {found['minutes']:.1f} minutes, {len(found['unexpected'])} ended unexpectedly. "
-        f"Probe asked {found['probes']} times, {len(found['drifts'])} answers differ from the first. Resident memory: "
+        f"{found['requests']} requests in {found['minutes']:.1f} minutes, {len(found['unexpected'])} ended "
+        f"unexpectedly. Probe asked {found['probes']} times, {len(found['drifts'])} answers differ from the first. Resident memory: "
         f"{mib['after_warm_up_bytes']:.0f} MiB after the warm-up ({memory['warm_up_s'] / 60:.1f} min), "
         f"{mib['end_bytes']:.0f} at the end, {mib['peak_bytes']:.0f} at most; slope {mib['slope_bytes_per_hour']:+.1f} "
         f"MiB/h, which is {mib['growth_bytes']:+.1f} MiB in this run (at most {mib['bound_bytes']:.0f}).",
