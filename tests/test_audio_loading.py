@@ -365,3 +365,9 @@ def test_a_clip_too_loud_to_resample_is_refused():
     waveform = np.where(np.arange(8000) % 100 < 50, 3e38, -3e38).astype(np.float32)
     with pytest.raises(ValueError, match=r"too loud to resample: a sample of 3e\+38\. Expected floats within"):
         load_audio((waveform, 8_000), SAMPLING_RATE)
+
+
+def test_a_clip_of_which_resampling_leaves_nothing_is_refused():
+    """A header damaged to a high rate and a few samples gave a clip of no samples, without an error."""
+    with pytest.raises(ValueError, match=r"too short: 2 sample\(s\) of 768000 Hz are none at 16000"):
+        load_audio((np.array([0.5, -0.5], np.float32), 768_000), SAMPLING_RATE)

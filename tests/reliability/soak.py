@@ -313,8 +313,8 @@ def write(folder: Path, found: dict) -> str:
         f"{found['requests']} requests in {found['minutes']:.1f} minutes, {len(found['unexpected'])} ended "
         f"unexpectedly. Probe asked {found['probes']} times, {len(found['drifts'])} answers differ from the first. Resident memory: "
         f"{mib['after_warm_up_bytes']:.0f} MiB after the warm-up ({memory['warm_up_s'] / 60:.1f} min), "
-        f"{mib['end_bytes']:.0f} at the end, {mib['peak_bytes']:.0f} at most; slope {mib['slope_bytes_per_hour']:+.1f} "
-        f"MiB/h, which is {mib['growth_bytes']:+.1f} MiB in this run (at most {mib['bound_bytes']:.0f}).",
+        f"{mib['end_bytes']:.0f} at the end, {mib['peak_bytes']:.0f} at most; slope "
+        f"{mib['slope_bytes_per_hour']:+.1f} MiB/h, which is {mib['growth_bytes']:+.1f} MiB in this run (at most {mib['bound_bytes']:.0f}).",
         "",
         "| request | answered | refused | failed |",
         "|---|---|---|---|",
