@@ -310,9 +310,9 @@ def write(folder: Path, found: dict) -> str:
     (folder / "soak.json").write_text(json.dumps({**found, "wrong": wrong}, indent=1))
     mib = {name: value / 2**20 for name, value in memory.items() if name not in ("points", "warm_up_s")}
     lines = [
-        f"{found['requests']} requests in {found['minutes']:.1f} minutes, {len(found['unexpected'])} ended unexpectedly.",
+        f"{found['requests']} requests in {found['minutes']:.1f} minutes, {len(found['unexpected'])} ended badly.",
         f"Probe asked {found['probes']} times, {len(found['drifts'])} answers differ from the first.",
-        f"Resident memory: {mib['after_warm_up_bytes']:.0f} MiB after the warm-up ({memory['warm_up_s'] / 60:.1f} min), "
+        f"Resident memory: {mib['after_warm_up_bytes']:.0f} MiB after warm-up ({memory['warm_up_s'] / 60:.1f} min), "
         f"{mib['end_bytes']:.0f} at the end, {mib['peak_bytes']:.0f} at most.",
         f"Slope {mib['slope_bytes_per_hour']:+.1f} MiB/h, which is {mib['growth_bytes']:+.1f} MiB in this run (at most "
         f"{mib['bound_bytes']:.0f}).",
