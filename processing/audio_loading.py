@@ -131,7 +131,14 @@ def _join(blocks, source_rate: int, sampling_rate: int, name: str, max_duration_
         )
     if resampler is not None:
         pieces.append(resampler.resample_chunk(np.zeros(0, np.float32), last=True))
-    return np.concatenate(pieces)
+    waveform = np.concatenate(pieces)
+    if len(waveform) == 0:
+        raise ValueError(
+            f"{name} is too short: {num_samples} sample(s) of {source_rate} Hz are none at {sampling_rate}."
+        )
+    if not np.isfinite(waveform).all():  # finite samples near the limit of float32, which resampling adds up
+        raise ValueError(f"{name} is too loud to resample: a sample of {peak:g}. Expected floats within [-1, 1].")
+    return waveform
 
 
 def _too_long(name, duration_s, max_duration_s) -> str:

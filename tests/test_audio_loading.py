@@ -358,3 +358,16 @@ def test_what_cannot_be_a_path_is_refused(path):
     """A base64 string given as a path raised OSError 'File name too long' with all of it in the message."""
     with pytest.raises(FileNotFoundError, match="Audio file not found|cannot be an audio file: File name too long"):
         load_audio(path, SAMPLING_RATE)
+
+
+def test_a_clip_too_loud_to_resample_is_refused():
+    """Finite samples near the limit of float32 became infinite in resampling, and came out so."""
+    waveform = np.where(np.arange(8000) % 100 < 50, 3e38, -3e38).astype(np.float32)
+    with pytest.raises(ValueError, match=r"too loud to resample: a sample of 3e\+38\. Expected floats within"):
+        load_audio((waveform, 8_000), SAMPLING_RATE)
+
+
+def test_a_clip_of_which_resampling_leaves_nothing_is_refused():
+    """A header damaged to a high rate and a few samples gave a clip of no samples, without an error."""
+    with pytest.raises(ValueError, match=r"too short: 2 sample\(s\) of 768000 Hz are none at 16000"):
+        load_audio((np.array([0.5, -0.5], np.float32), 768_000), SAMPLING_RATE)

@@ -17,7 +17,11 @@ A data URL may stand for base64. `parameters`, in the JSON or in the query strin
 import base64
 import binascii
 import io
+import os
 from numbers import Real
+
+# Of torch's convolutions. Clips of ever new lengths fill the cache of 1,024 shapes, 100 kB each, and seldom use it.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 import soundfile
 from transformers import pipeline
