@@ -36,7 +36,7 @@ TOKENS_PER_S = 3.3  # of English
 NUM_TEXT_TOKENS = 20
 NUM_NEW_TOKENS = 32
 # Against the authors' 4 + 4 layers over all frames.
-CHEAP = {"frame_stride": 4, "num_pre_layers": 1, "num_post_layers": 1, "attention_window": 64}
+CHEAP = {"frame_stride": 4, "num_pre_layers": 1, "num_post_layers": 2, "attention_window": 64}
 FEATURE_EXTRACTOR = WhisperFeatureExtractor()
 # Name: encoder (width, layers, heads), LLM.
 SIZES = {
