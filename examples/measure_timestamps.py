@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from answering import user_turn
 from tqdm import tqdm
-from train import read_manifest
+from training_input.manifests import read_manifest
 
 from modeling_blsp_kd import BlspKdForCausalLM
 from processing import BlspKdProcessor

@@ -23,7 +23,7 @@ from hub.space import write_space
 from hub.upload import UploadError, upload
 from hub.verify import measure_memory, verify
 from huggingface_hub.utils import validate_repo_id
-from train import read_manifest
+from training_input.manifests import read_manifest
 
 from modeling_blsp_kd import BlspKdForCausalLM
 from processing import BlspKdPipeline, BlspKdProcessor
