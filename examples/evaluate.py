@@ -47,6 +47,9 @@ def main():
     parser.add_argument("--tasks", type=names_of(TASKS), default=TASKS, help=f"some of {','.join(TASKS)} (all)")
     parser.add_argument("--manifest", help="JSONL manifest of the rows")
     parser.add_argument("--train_manifest", help="with --manifest: voices in it count as seen")
+    parser.add_argument(
+        "--allow_outside_paths", action="store_true", help="let audio paths leave the manifest's folder"
+    )
     parser.add_argument("--dataset", help="data set of the Hub, or folder of one")
     parser.add_argument("--config", help="configuration of the data set")
     parser.add_argument("--split", help="split of the data set, or of the tiny world (test)")

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from answering import user_turn
 from tqdm import tqdm
-from train import read_manifest
+from training_input.manifests import read_manifest
 
 from modeling_blsp_kd import BlspKdForCausalLM
 from processing import BlspKdProcessor
@@ -38,6 +38,7 @@ def main():
     parser.add_argument(
         "--num_clips", type=int, default=300, help="clips to fit on, and to measure on per kind of voice"
     )
+    parser.add_argument("--allow_outside_paths", action="store_true", help="let audio paths leave a manifest's folder")
     parser.add_argument("--cache_dir", default="outputs/tiny_world_speech", help="folder of the tiny world's clips")
     parser.add_argument("--instruction", default="Repeat the words.", help="makes the model transcribe")
     parser.add_argument("--max_new_tokens", type=int, default=64, help="longest transcription")
@@ -74,7 +75,9 @@ def load_rows(options) -> tuple[list[dict], dict[str, list[dict]]]:
             "Give both --train_manifest and --eval_manifest, or neither: a fit is measured on other clips."
         )
     if options.train_manifest:
-        train_rows, test_rows = read_manifest(options.train_manifest), read_manifest(options.eval_manifest)
+        train_rows, test_rows = (
+            read_manifest(path, options.allow_outside_paths) for path in (options.train_manifest, options.eval_manifest)
+        )
         seen = {row.get("voice") for row in train_rows}
         groups = {
             "seen voices": [row for row in test_rows if row.get("voice") in seen],

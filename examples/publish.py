@@ -23,7 +23,7 @@ from hub.space import write_space
 from hub.upload import UploadError, upload
 from hub.verify import measure_memory, verify
 from huggingface_hub.utils import validate_repo_id
-from train import read_manifest
+from training_input.manifests import read_manifest
 
 from modeling_blsp_kd import BlspKdForCausalLM
 from processing import BlspKdPipeline, BlspKdProcessor
@@ -42,7 +42,7 @@ def main():
     results_file = checkpoint / "results.json"
     results = json.loads(results_file.read_text()) if results_file.exists() else {}
     kept = [{**row, "audio": checkpoint / row["audio"]} for row in results.pop("samples", [])]
-    rows = read_manifest(options.samples) if options.samples else kept
+    rows = read_manifest(options.samples, options.allow_outside_paths) if options.samples else kept
     if options.verify and not rows:
         raise SystemExit("--verify needs a clip, and this checkpoint kept none. Give some with --samples.")
 
@@ -87,6 +87,7 @@ def parse_options() -> argparse.Namespace:
         metavar="MANIFEST",
         help="JSONL rows (audio, text, instruction, answer) to show; those that train.py kept if omitted",
     )
+    parser.add_argument("--allow_outside_paths", action="store_true", help="let audio of --samples leave its folder")
     for part in ("text_model", "speech_model"):
         parser.add_argument(f"--{part}", metavar="ID[=LICENCE]", help="Hub id and licence of this base model")
     parser.add_argument("--licence", metavar="ID", help="Hub's id of the licence that you give the weights")

@@ -6,10 +6,11 @@
     accelerate launch examples/train.py examples/recipes/whisper_small_qwen2.5_1.5b.yaml --seed 2
 
 Without arguments it uses the two tiny backbones of `examples/tiny_world` and speech that it synthesises on first use.
-A manifest has one JSON object per line: `audio` (a path, relative to the manifest), `text` (what is said) and
-optionally `instruction`, `response` (the LLM's answer; made here if absent), `answer` and `kind` (to score with) and
-`voice`. All other options are those of `transformers.TrainingArguments`. A recipe is a YAML file of any of them, which
-options after it override.
+A manifest has one JSON object per line: `audio` (a path, relative to the manifest; training rows without it train on
+text alone), `text` (what is said) and optionally `instruction`, `response` (the LLM's answer; made here if absent),
+`duration` (seconds; omitted, the file is asked), `answer` and `kind` (to score with) and `voice`. A mixture is a YAML
+list of manifests and data sets, each with a `weight`. All other options are those of `transformers.TrainingArguments`.
+A recipe is a YAML file of any of them, which options after it override.
 
 Leaves in the output folder: the model with its processor, `results.json` (what was measured, and on what it was
 trained), the clips of three evaluation rows, checkpoints.
@@ -24,12 +25,17 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import soundfile
 import torch
 import transformers
 import yaml
 from answering import accuracy, answer_rows
-from datasets import Dataset, load_dataset
+from datasets import Dataset
+from training_input.batches import TrainingInputTrainer
+from training_input.clips import duration_s
+from training_input.data import SKIPPED_FILE, data_seed, training_data, training_sources
+from training_input.manifests import read_manifest
+from training_input.mixtures import read_sources
+from training_input.options import DataOptions
 from transformers import AutoConfig, HfArgumentParser, TrainingArguments, set_seed
 
 from modeling_blsp_kd import BlspKdForCausalLM, BlspKdTrainer
@@ -41,7 +47,6 @@ REPORTED = ("token_count_accuracy", "token_count_error", "response_kl", "input_k
 SPEC_AUGMENT = {"apply_spec_augment": True, "mask_time_prob": 0.05, "mask_time_length": 5, "mask_feature_prob": 0.05}
 # For its 25 frames a second: less depth than the defaults, and 6.25 tokens a second from the subsampler.
 TINY_ADAPTERS = {"cformer": {"num_pre_layers": 1, "num_post_layers": 2}, "subsampler": {"num_layers": 2}}
-DEFAULT_INSTRUCTION = "Continue the following text."
 NUM_SAMPLES = 3
 
 
@@ -83,16 +88,6 @@ class ModelOptions:
 
 
 @dataclass
-class DataOptions:
-    train_manifest: str | None = field(default=None, metadata={"help": "JSONL manifest; the tiny world if omitted."})
-    eval_manifest: str | None = field(default=None, metadata={"help": "JSONL manifest to score on."})
-    num_utterances: int = field(default=6000, metadata={"help": "Tiny world: training clips to synthesise."})
-    num_eval_utterances: int = field(default=480, metadata={"help": "Tiny world: test clips per kind of voice."})
-    cache_dir: str = field(default="outputs/tiny_world_speech", metadata={"help": "Tiny world: where clips are kept."})
-    max_response_tokens: int = field(default=32, metadata={"help": "Longest answer of the LLM."})
-
-
-@dataclass
 class Arguments(TrainingArguments):
     """TrainingArguments with defaults that suit the tiny world."""
 
@@ -124,24 +119,27 @@ def main():
         # for a single process stands.
         torch.set_num_threads(max(1, os.cpu_count() // args.world_size))
     start = time.time()
-    trainer, train_rows, eval_rows = make_trainer(model_options, data_options, args)
+    trainer, _, eval_rows = make_trainer(model_options, data_options, args)
     model, processor = trainer.model, trainer.processing_class
     training_start = time.time()
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     results = {"train_seconds": round(time.time() - training_start, 1)}
-    results["training"] = describe_training(trainer, model_options, data_options, train_rows, eval_rows)
+    results["training"] = describe_training(trainer, model_options, data_options, eval_rows)
+    trainer.accelerator.wait_for_everyone()  # they may still note skipped rows
+    if data_options.skip_bad_audio and trainer.is_world_process_zero():
+        results["skipped_rows"] = trainer.train_dataset.hear.skipped.finish()
+        print(f"{results['skipped_rows']} training rows with bad audio were skipped: {args.output_dir}/{SKIPPED_FILE}")
     trainer.save_model()
     if not eval_rows:
         if trainer.is_world_process_zero():
             write_results(results, args.output_dir)
         return
 
-    alignment = trainer.evaluate(make_dataset(eval_rows, processor, keep_features=False))
+    alignment = trainer.evaluate(make_dataset(eval_rows))
     results |= {name: alignment[f"eval_{name}"] for name in REPORTED if f"eval_{name}" in alignment}
     if trainer.is_world_process_zero():
         spoken = answer_rows(model, processor, eval_rows, "audio", max_new_tokens=data_options.max_response_tokens)
-        seen_voices = {row.get("voice") for row in train_rows}
-        results |= score(eval_rows, spoken, seen_voices)
+        results |= score(eval_rows, spoken, trainer.train_dataset.voices)
         results["total_seconds"] = round(time.time() - start, 1)
         results["samples"] = keep_samples(eval_rows[:NUM_SAMPLES], Path(args.output_dir))
         write_results(results, args.output_dir)
@@ -157,8 +155,13 @@ def unfold_recipe(arguments: list[str]) -> list[str]:
         return arguments
     recipe = yaml.safe_load(Path(arguments[0]).read_text())
     recipe.pop("estimate", None)  # what `estimate.py` assumes about machines and data
-    options = [(name, value if isinstance(value, str) else json.dumps(value)) for name, value in recipe.items()]
-    return [*(part for name, value in options for part in (f"--{name}", value)), *arguments[1:]]
+
+    def words(value) -> list[str]:
+        if isinstance(value, list):
+            return [word for item in value for word in words(item)]
+        return [value if isinstance(value, str) else json.dumps(value)]
+
+    return [*(part for name, value in recipe.items() for part in (f"--{name}", *words(value))), *arguments[1:]]
 
 
 def make_trainer(
@@ -172,17 +175,20 @@ def make_trainer(
     processor = BlspKdProcessor.from_backbones(model_options.speech_model, model_options.text_model)
     model = build_model(model_options, processor, model_class)
     with args.main_process_first(desc="making the data"):
-        train_rows, eval_rows = load_rows(data_options)
+        train_rows, eval_rows = load_rows(data_options, data_seed(args))
     # As in the method, the LLM's own answers are what it learns to give after speech.
     for rows in (train_rows, eval_rows):
-        unanswered = [row for row in rows if not row.get("response")]
+        # A mixture repeats rows, as the same objects.
+        unanswered = list({id(row): row for row in rows if not row.get("response")}.values())
         answers = answer_rows(model, processor, unanswered, "text", max_new_tokens=data_options.max_response_tokens)
         for row, answer in zip(unanswered, answers):
             row["response"] = answer
-    trainer = BlspKdTrainer(
+    with args.main_process_first(desc="looking at the clips"):
+        train_dataset = training_data(train_rows, data_options, args, processor)
+    trainer = TrainingInputTrainer(
         model=model,
         args=args,
-        train_dataset=make_dataset(train_rows, processor, keep_features=data_options.train_manifest is None),
+        train_dataset=train_dataset,
         data_collator=BlspKdDataCollator(processor),
         processing_class=processor,
         optimizers=(make_optimizer(model, model_options, args), None),
@@ -212,11 +218,13 @@ def build_model(options: ModelOptions, processor, model_class=BlspKdForCausalLM)
     )
 
 
-def load_rows(options: DataOptions) -> tuple[list[dict], list[dict]]:
-    """Training and evaluation rows, each from a manifest or from the tiny world."""
-    eval_rows = read_manifest(options.eval_manifest) if options.eval_manifest else []
-    if options.train_manifest:
-        return read_manifest(options.train_manifest), eval_rows
+def load_rows(options: DataOptions, seed: int) -> tuple[list[dict], list[dict]]:
+    """Training rows (none if they are streamed) and evaluation rows, each from manifests or from the tiny world."""
+    eval_rows = read_manifest(options.eval_manifest, options.allow_outside_paths) if options.eval_manifest else []
+    if options.streaming:
+        return [], eval_rows
+    if sources := training_sources(options):
+        return read_sources(sources, seed, options.allow_outside_paths), eval_rows
     # Imported here: synthesis needs espeakng-loader, which a manifest does not.
     from tiny_world.dataset import make_rows
     from tiny_world.speech import HELD_OUT_VOICES, TRAIN_VOICES
@@ -231,35 +239,9 @@ def load_rows(options: DataOptions) -> tuple[list[dict], list[dict]]:
     return train_rows, eval_rows
 
 
-def read_manifest(path: str) -> list[dict]:
-    """Rows of a JSONL manifest, with audio paths made absolute."""
-    rows = load_dataset("json", data_files=path, split="train").to_list()
-    for number, row in enumerate(rows, start=1):
-        if not row.get("audio") or not row.get("text"):
-            raise ValueError(f"{path}, row {number}: expected 'audio' and 'text', got {row}.")
-        row["audio"] = str(Path(path).parent.absolute() / row["audio"])
-        row["instruction"] = row.get("instruction") or DEFAULT_INSTRUCTION
-    return rows
-
-
-def make_dataset(rows: list[dict], processor, keep_features: bool) -> Dataset:
-    """Rows with their clips' `length` (seconds), to group batches by.
-
-    Args:
-        keep_features: make every clip's features once and keep them in memory (some 30 kB per second of speech).
-    """
-    dataset = Dataset.from_list([{**row, "length": soundfile.info(row["audio"]).duration} for row in rows])
-    if not keep_features:
-        return dataset
-    kept = {}
-
-    def add_features(batch):
-        for path in batch["audio"]:
-            if path not in kept:
-                kept[path] = processor.extract_features([path])["input_features"][0]
-        return {**batch, "input_features": [kept[path] for path in batch["audio"]]}
-
-    return dataset.with_transform(add_features)
+def make_dataset(rows: list[dict]) -> Dataset:
+    """Rows to evaluate on, with the `length` that batches are grouped by."""
+    return Dataset.from_list([{**row, "length": duration_s(row)} for row in rows])
 
 
 def make_optimizer(model, options: ModelOptions, args: Arguments):
@@ -296,7 +278,7 @@ def score(rows, spoken, seen_voices) -> dict:
     return results
 
 
-def describe_training(trainer, model_options, data_options, train_rows, eval_rows) -> dict:
+def describe_training(trainer, model_options, data_options, eval_rows) -> dict:
     """Settings and data of this run, for the model card. Hub ids are named, folders of this machine are not."""
     args, is_frozen = trainer.args, model_options.freeze_speech_encoder
 
@@ -304,19 +286,19 @@ def describe_training(trainer, model_options, data_options, train_rows, eval_row
         own = {TINY_TEXT_MODEL: "examples/tiny_world/llm", TINY_SPEECH_MODEL: "examples/tiny_world/speech_encoder"}
         return own.get(name, None if os.path.isdir(name) else name)
 
-    def describe(rows, manifest) -> dict:
-        voices = len({row["voice"] for row in rows if row.get("voice")})
+    def describe(num_rows: int, voices: set, manifest: str | None) -> dict:
         return {
             "source": Path(manifest).name if manifest else "tiny world",
-            "rows": len(rows),
-            "voices": voices or None,
+            "rows": num_rows,
+            "voices": len(voices - {None, ""}) or None,
         }
 
+    data, eval_voices = trainer.train_dataset, {row.get("voice") for row in eval_rows}
     return {
         "text_model": public_name(model_options.text_model),
         "speech_model": public_name(model_options.speech_model),
-        "data": describe(train_rows, data_options.train_manifest),
-        "evaluation": describe(eval_rows, data_options.eval_manifest) if eval_rows else None,
+        "data": describe(data.num_rows, data.voices, data_options.train_manifest or data_options.train_mixture),
+        "evaluation": describe(len(eval_rows), eval_voices, data_options.eval_manifest) if eval_rows else None,
         "steps": trainer.state.global_step,
         "batch_size": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
         "learning_rate": args.learning_rate,

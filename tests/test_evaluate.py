@@ -132,6 +132,7 @@ def test_bad_rows_are_named(rows, message):
 
 def options_of(**given):
     defaults = dict(manifest=None, train_manifest=None, dataset=None, config=None, split=None, streaming=False)
+    defaults["allow_outside_paths"] = False
     return argparse.Namespace(**{**defaults, "limit": None, **given})
 
 

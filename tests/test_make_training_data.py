@@ -104,17 +104,17 @@ def test_rows_are_what_training_reads_and_answers_are_those_that_training_would_
 ):
     rows, rejects = make(script, asr / "asr.jsonl", asr / "train.jsonl", backbones[1], templates=["continue", "repeat"])
     import answering
-    import train
+    from training_input.manifests import DEFAULT_INSTRUCTION, read_manifest
 
     assert rejects == [] and len(rows) == 2 * len(TEXTS)
     assert [row["id"] for row in rows[:3]] == ["84-0-continue", "84-0-repeat", "84-1-continue"]
-    assert rows[0]["instruction"] == train.DEFAULT_INSTRUCTION
+    assert rows[0]["instruction"] == DEFAULT_INSTRUCTION
     assert rows[1]["instruction"] == processor.transcription_instruction
     first = rows[0]
     assert (first["text"], first["source_text"]) == ("The red cat ran to the river", TEXTS[0])
     assert (first["audio"], first["voice"], first["engine"]) == ("clips/0.flac", "ann", "transformers")
     assert first["duration"] == pytest.approx(0.3) and len({row["seed"] for row in rows}) == len(rows)
-    read = train.read_manifest(str(asr / "train.jsonl"))
+    read = read_manifest(str(asr / "train.jsonl"))
     llm = AutoModelForCausalLM.from_pretrained(backbones[1])
     assert [row["response"] for row in read] == answering.answer_rows(llm, processor, read, "text", max_new_tokens=6)
     batch = BlspKdDataCollator(processor)(read)

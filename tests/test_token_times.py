@@ -470,7 +470,8 @@ def test_errors_are_those_of_words_that_are_right(monkeypatch):
 def test_a_manifest_without_words_is_named(tmp_path, monkeypatch):
     script = load_example("measure_timestamps", monkeypatch)
     (tmp_path / "a.jsonl").write_text('{"audio": "a.wav", "text": "a"}\n')
-    options = argparse.Namespace(train_manifest=str(tmp_path / "a.jsonl"), eval_manifest=str(tmp_path / "a.jsonl"))
+    manifest = str(tmp_path / "a.jsonl")
+    options = argparse.Namespace(train_manifest=manifest, eval_manifest=manifest, allow_outside_paths=False)
     with pytest.raises(ValueError, match="no 'words' with their 'text', 'start' and 'end'"):
         script.load_rows(options)
     options.eval_manifest = None

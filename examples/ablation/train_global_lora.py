@@ -62,7 +62,7 @@ def main():
     results = {"train_seconds": round(time.time() - start, 1)}
     processor = trainer.processing_class
     if eval_rows:
-        alignment = trainer.evaluate(make_dataset(eval_rows, processor, keep_features=False))
+        alignment = trainer.evaluate(make_dataset(eval_rows))
         results |= {name: alignment[f"eval_{name}"] for name in REPORTED if f"eval_{name}" in alignment}
     merge_lora(trainer.model).save_pretrained(args.output_dir)
     processor.save_pretrained(args.output_dir)

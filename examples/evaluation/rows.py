@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 
 from datasets import Audio, load_dataset
-from train import DEFAULT_INSTRUCTION, read_manifest
+from training_input.manifests import DEFAULT_INSTRUCTION, read_manifest
 
 # Data sets are told by their columns, since the same one lives on the Hub under several names. The first that fits
 # counts. Each maps our fields to its columns.
@@ -42,7 +42,7 @@ def open_rows(options) -> tuple[str, int | None, Iterator[dict]]:
     if options.manifest:
         with open(options.manifest, "rb") as file:
             name = f"{Path(options.manifest).name} sha256:{hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
-        rows = manifest_rows(options.manifest, options.train_manifest)
+        rows = manifest_rows(options.manifest, options.train_manifest, options.allow_outside_paths)
     elif options.dataset:
         name = " ".join(filter(None, (options.dataset, options.config, options.split)))
         rows = hub_rows(options.dataset, options.config, options.split, options.streaming)
@@ -75,11 +75,11 @@ def check_rows(rows) -> Iterator[dict]:
         yield {"id": row_id, "audio": row["audio"], "text": row["text"].strip(), **known}
 
 
-def manifest_rows(path: str, train_manifest: str | None = None) -> list[dict]:
+def manifest_rows(path: str, train_manifest: str | None = None, allow_outside_paths: bool = False) -> list[dict]:
     """Rows of a JSONL manifest; a training manifest tells which voices were seen."""
-    rows = read_manifest(path)
+    rows = read_manifest(path, allow_outside_paths)
     if train_manifest:
-        seen = {row.get("voice") for row in read_manifest(train_manifest)}
+        seen = {row.get("voice") for row in read_manifest(train_manifest, allow_outside_paths, allow_text_only=True)}
         rows = [{**row, "voice_group": voice_group(row.get("voice") in seen)} for row in rows]
     return rows
 

@@ -9,6 +9,7 @@ import io
 import json
 import os
 from collections.abc import Iterator
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
@@ -143,12 +144,17 @@ def audio_path(folder: Path, name, allow_outside: bool) -> Path:
     if not isinstance(name, str) or not name.strip() or "\0" in name:
         raise BadRow(f"expected the path of an audio file, got {name!r}")
     path = folder / name
-    if not allow_outside and not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
+    if not allow_outside and not Path(os.path.realpath(path)).is_relative_to(_real(folder)):
         raise OutsideFolderError(
             f"the audio path {name!r} leaves the folder of the data. Move the audio into it, or, if you trust the "
             "data, pass --allow_outside_paths."
         )
     return path
+
+
+@lru_cache(maxsize=64)
+def _real(folder: Path) -> str:
+    return os.path.realpath(folder)
 
 
 def check_audio(audio: Path | bytes, max_duration_s: float) -> tuple[float, str]:

@@ -18,7 +18,7 @@ import torch
 from . import report
 from .measure import measure
 
-BENCHMARKS = ("cif", "linear_kl", "plora", "encoder", "training_step", "loading", "requests")
+BENCHMARKS = ("cif", "linear_kl", "plora", "encoder", "training_step", "training_input", "loading", "requests")
 
 
 def main():

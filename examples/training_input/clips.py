@@ -1,0 +1,167 @@
+"""Rows to rows with features: decoded, augmented, heard by the feature extractor; and what becomes of bad clips.
+
+Runs in the data loader's workers, ahead of the model. What it makes of a row depends on that row and the epoch alone,
+so neither workers nor a resume change it. Leaves out: tokens and padding (`processing/data_collator.py`).
+"""
+
+import io
+import json
+import os
+import zlib
+from pathlib import Path
+
+import numpy as np
+import soundfile
+
+from processing.audio_loading import load_audio
+
+from .augmentation import Augmentation
+
+
+class BadClipError(ValueError):
+    """The audio of one row cannot be used; the message names row and file."""
+
+    def __init__(self, message: str):  # one argument, so that it survives the way from a worker
+        super().__init__(message)
+
+
+def audio_name(row: dict) -> str | None:
+    """The file of a row's audio, or what is known of it; None for a row of text only."""
+    audio = row.get("audio")
+    if isinstance(audio, dict):
+        return audio["path"] or (f"{len(audio['bytes'])} embedded bytes" if audio["bytes"] else None)
+    return audio
+
+
+def bad_clip(row: dict, error: Exception) -> BadClipError:
+    # The feature extractor gets one clip at a time, so its count says nothing.
+    reason = str(error).replace("Audio 0 of the batch: ", "").replace("Audio 0 of the batch", "the clip")
+    return BadClipError(
+        f"{row.get('origin') or 'A training row'} (audio {audio_name(row)!r}, text {row['text']!r}): {reason} "
+        "Mend or remove the row, or pass --skip_bad_audio true to train without it."
+    )
+
+
+def duration_s(row: dict) -> float:
+    """Seconds of audio: the row's own `duration`, or else what the file's header says; 0 for a row of text only.
+
+    Raises:
+        BadClipError: there is no such file, or none that libsndfile knows.
+    """
+    if audio_name(row) is None:
+        return 0.0
+    if row.get("duration") is not None:
+        return row["duration"]
+    audio = row["audio"]
+    if isinstance(audio, dict):
+        audio = io.BytesIO(audio["bytes"]) if audio["bytes"] else audio["path"]
+    try:
+        return soundfile.info(audio).duration
+    except soundfile.LibsndfileError as error:
+        raise bad_clip(row, error) from error
+
+
+def lengths(rows: list[dict], tokenizer, seconds_per_token: float) -> list[float]:
+    """What batches are grouped by: seconds of audio, and so many for each token of instruction, text and response.
+
+    Raises:
+        BadClipError: see [`duration_s`].
+    """
+    seconds = [duration_s(row) for row in rows]
+    if not seconds_per_token:
+        return seconds
+    texts = [f"{row['instruction']}\n{row['text']}\n{row['response']}" for row in rows]
+    tokens = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return [length + seconds_per_token * len(ids) for length, ids in zip(seconds, tokens)]
+
+
+class SkippedClips:
+    """A file of the rows that were left out, one JSON object per line. Every process and worker appends to it.
+
+    A row that comes again, in a later epoch or after a resume, stands there again until [`~SkippedClips.finish`].
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    def add(self, row: dict, error: Exception):
+        entry = {"origin": row.get("origin"), "audio": audio_name(row), "reason": str(error)}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        try:
+            os.write(file, (json.dumps(entry) + "\n").encode())  # one write, so that lines of others stay whole
+        finally:
+            os.close(file)
+
+    def finish(self) -> int:
+        """Leave each row there once, and tell how many there are."""
+        if not self.path.exists():
+            return 0
+        lines = sorted(set(self.path.read_text().splitlines()))
+        self.path.write_text("".join(f"{line}\n" for line in lines))
+        return len(lines)
+
+
+class ClipFeatures:
+    """Makes the features of training rows.
+
+    Args:
+        processor ([`BlspKdProcessor`]).
+        augmentation ([`Augmentation`], *optional*).
+        skipped ([`SkippedClips`], *optional*): leave out rows whose audio cannot be used and note them here; omitted,
+            the first one is an error.
+        keep (`bool`): keep each clip's features in memory (some 30 kB per second of speech). Not with augmentation.
+        seed (`int`): of the augmentation.
+    """
+
+    def __init__(
+        self,
+        processor,
+        augmentation: Augmentation | None = None,
+        skipped: SkippedClips | None = None,
+        keep: bool = False,
+        seed: int = 0,
+    ):
+        self.processor, self.augmentation, self.skipped, self.seed = processor, augmentation, skipped, seed
+        self.kept = {} if keep and not augmentation else None
+
+    def __call__(self, rows: list[dict]) -> list[dict]:
+        """Rows with `epoch`, to rows with `input_features` in the place of `audio`; rows of text only have neither.
+
+        Raises:
+            BadClipError: audio that cannot be used; with `skipped`, only if no row of the batch is left.
+        """
+        heard = []
+        for row in rows:
+            told = {name: value for name, value in row.items() if name not in ("audio", "epoch")}
+            if audio_name(row) is None:
+                heard.append(told)
+                continue
+            try:
+                heard.append({**told, "input_features": self._features(row)})
+            except (OSError, TypeError, ValueError) as error:
+                error = bad_clip(row, error)
+                if self.skipped is None:
+                    raise error from None
+                self.skipped.add(row, error)
+        if not heard:
+            raise BadClipError(
+                f"No clip of a batch of {len(rows)} can be used, which is more than --skip_bad_audio is for. Use "
+                f"larger batches, or mend the data. They are listed in {self.skipped.path}."
+            )
+        return heard
+
+    def _features(self, row: dict) -> np.ndarray:
+        key = audio_name(row)
+        if self.kept is not None and key in self.kept:
+            return self.kept[key]
+        rate = self.processor.feature_extractor.sampling_rate
+        waveform = load_audio(row["audio"], rate)
+        if self.augmentation:
+            identity = zlib.crc32(f"{row.get('origin')} {key}".encode())
+            generator = np.random.default_rng([self.seed, row["epoch"], identity])
+            waveform = self.augmentation(waveform, rate, generator)
+        features = self.processor.extract_features([(waveform, rate)])["input_features"][0]
+        if self.kept is not None:
+            self.kept[key] = features
+        return features
