@@ -6,8 +6,8 @@
     accelerate launch examples/train.py examples/recipes/whisper_small_qwen2.5_1.5b.yaml --seed 2
 
 Without arguments it uses the two tiny backbones of `examples/tiny_world` and speech that it synthesises on first use.
-A manifest has one JSON object per line: `audio` (a path, relative to the manifest; training rows without it train on
-text alone), `text` (what is said) and optionally `instruction`, `response` (the LLM's answer; made here if absent),
+A manifest has one JSON object per line: `audio` (a path, relative to the manifest; null in a training row of text
+alone), `text` (what is said) and optionally `instruction`, `response` (the LLM's answer; made here if absent),
 `duration` (seconds; omitted, the file is asked), `answer` and `kind` (to score with) and `voice`. A mixture is a YAML
 list of manifests and data sets, each with a `weight`. All other options are those of `transformers.TrainingArguments`.
 A recipe is a YAML file of any of them, which options after it override.

@@ -209,6 +209,16 @@ def test_lengths_count_audio_and_tokens_and_open_no_file_of_known_duration(proce
         lengths([{**rows[0], "duration": None, "origin": "m, row 3"}], processor.tokenizer, 0.0)
 
 
+def test_only_an_explicit_null_makes_a_row_of_text_alone(tmp_path):
+    """A misspelt field made one, without a word."""
+    row = {"audio": None, "text": "x"}
+    assert read_manifest(write_manifest(tmp_path / "m.jsonl", [row]), allow_text_only=True)[0]["audio"] is None
+    with pytest.raises(ValueError, match="row 1: expected 'audio' and 'text'"):
+        read_manifest(write_manifest(tmp_path / "m.jsonl", [row]))
+    with pytest.raises(ValueError, match=r"""row 1: expected 'audio' and 'text' .*says "audio": null.* 'audios'"""):
+        read_manifest(write_manifest(tmp_path / "m.jsonl", [{"audios": "a.wav", "text": "x"}]), allow_text_only=True)
+
+
 def test_an_empty_instruction_stays_empty_and_only_a_missing_one_becomes_the_default(tmp_path):
     """It became the default one, so that nobody could train on speech that is the whole prompt."""
     rows = [{"audio": "a.wav", "text": "x", "instruction": given} for given in ("", None, "Repeat.")]
@@ -238,7 +248,7 @@ def test_a_bad_line_of_a_manifest_is_named(line, message, tmp_path):
 
 
 def test_outside_paths_and_rows_of_text_are_read_where_they_are_allowed(tmp_path):
-    rows = [{"audio": "../a.wav", "text": "x"}, {"text": "y"}]
+    rows = [{"audio": "../a.wav", "text": "x"}, {"audio": None, "text": "y"}]
     read = read_manifest(write_manifest(tmp_path / "m" / "m.jsonl", rows), True, True)
     assert Path(read[0]["audio"]).resolve() == tmp_path / "a.wav" and read[1]["audio"] is None
 

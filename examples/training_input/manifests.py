@@ -26,7 +26,7 @@ def manifest_rows(path: str, allow_outside_paths: bool = False, allow_text_only:
 
     Args:
         allow_outside_paths: audio paths may leave the manifest's folder.
-        allow_text_only: rows may lack `audio`.
+        allow_text_only: rows may say `"audio": null`.
 
     Returns:
         An iterator over `dict`: a line's fields, with `audio` an absolute path, `instruction` the default one if there
@@ -64,8 +64,11 @@ def checked(row: dict, origin: str, allow_text_only: bool) -> dict:
         ValueError: it lacks text or audio.
     """
     has_text = isinstance(row.get("text"), str) and row["text"].strip()
-    if not has_text or not (row.get("audio") or allow_text_only):
+    # A misspelt name of the field must not make a row of text alone.
+    is_text_only = allow_text_only and "audio" in row and row["audio"] is None
+    if not has_text or not (row.get("audio") or is_text_only):
         told = {name: value for name, value in row.items() if not isinstance(value, (bytes, dict))}
-        raise ValueError(f"{origin}: expected 'audio' and 'text', got {told}.")
+        hint = ' (a row to train on as text alone says "audio": null)' if allow_text_only else ""
+        raise ValueError(f"{origin}: expected 'audio' and 'text'{hint}, got {told}.")
     instruction = row.get("instruction")
     return {**row, "instruction": DEFAULT_INSTRUCTION if instruction is None else instruction, "origin": origin}
