@@ -215,7 +215,7 @@ def test_only_an_explicit_null_makes_a_row_of_text_alone(tmp_path):
     assert read_manifest(write_manifest(tmp_path / "m.jsonl", [row]), allow_text_only=True)[0]["audio"] is None
     with pytest.raises(ValueError, match="row 1: expected 'audio' and 'text'"):
         read_manifest(write_manifest(tmp_path / "m.jsonl", [row]))
-    with pytest.raises(ValueError, match=r"""row 1: expected 'audio' and 'text' .*says "audio": null.* 'audios'"""):
+    with pytest.raises(ValueError, match=r"""row 1: expected 'audio' and 'text' .*says "audio": null.*'audios'"""):
         read_manifest(write_manifest(tmp_path / "m.jsonl", [{"audios": "a.wav", "text": "x"}]), allow_text_only=True)
 
 
