@@ -335,6 +335,14 @@ class BlspKdProcessor(ProcessorMixin):
         audio_kwargs = processor_kwargs.get("audio_kwargs", {})
         return {"sampling_rate": processor_kwargs.get("sampling_rate", audio_kwargs.get("sampling_rate"))}
 
+    def _normalize_conversations(self, conversation):
+        # transformers trusts the shape of a chat, which often comes from outside.
+        if isinstance(conversation, (list, tuple)):
+            is_batch = len(conversation) > 0 and isinstance(conversation[0], (list, tuple))
+            for chat in conversation if is_batch else [conversation]:
+                _check_chat(chat)
+        return super()._normalize_conversations(conversation)
+
     def _multimodal_inputs_from_conversations(self, conversations, *args, **kwargs):
         # `apply_chat_template` collects the media here. Ours leaves loading to `__call__`, which takes more kinds of
         # audio and checks them.
@@ -347,6 +355,25 @@ class BlspKdProcessor(ProcessorMixin):
             if block.get("type") == "audio" and any(block.get(key) is not None for key in AUDIO_KEYS)
         ]
         return [], [], audio, {}
+
+
+def _check_chat(chat):
+    """
+    Raises:
+        ValueError: it is no list of messages whose content is a text or a list of blocks.
+    """
+    if not isinstance(chat, (list, tuple)) or not chat:
+        raise ValueError(f"A chat is a list of at least one message, but got {chat!r:.80}.")
+    for message in chat:
+        if not isinstance(message, dict):
+            raise ValueError(f"A message of a chat is a dict with 'role' and 'content', but got {message!r:.80}.")
+        content = message.get("content")
+        is_blocks = isinstance(content, (list, tuple)) and all(isinstance(block, dict) for block in content)
+        if not (content is None or isinstance(content, str) or is_blocks):
+            raise ValueError(
+                "The content of a message is a text or a list of blocks such as {'type': 'text', 'text': '...'}, but "
+                f"got {content!r:.80}."
+            )
 
 
 def _known_arguments() -> set[str]:

@@ -529,3 +529,19 @@ def test_audio_that_brings_its_rate_does_not_warn(processor, fresh_warnings, tmp
     processor(AUDIO, clip(0.1), sampling_rate=SAMPLING_RATE)
     tokenized(processor, user({"type": "audio", "audio": clip(0.1)}))
     assert "sampling_rate" not in fresh_warnings.text
+
+
+@pytest.mark.parametrize(
+    ("chat", "message"),
+    [
+        ([], "a list of at least one message"),
+        (["hello"], "a dict with 'role' and 'content', but got 'hello'"),
+        ([[{"role": "user", "content": "hello"}], "hello"], "a list of at least one message, but got 'hello'"),
+        ([{"role": "user", "content": 5}], "a text or a list of blocks .* got 5"),
+        ([{"role": "user", "content": ["hello"]}], r"a text or a list of blocks .* got \['hello'\]"),
+    ],
+)
+def test_what_is_no_chat_is_told_so(processor, chat, message):
+    """AttributeErrors from inside transformers (found by the fuzzer)."""
+    with pytest.raises(ValueError, match=message):
+        processor.apply_chat_template(chat, tokenize=True, return_dict=True)

@@ -238,6 +238,7 @@ def test_an_empty_instruction_stays_empty_and_only_a_missing_one_becomes_the_def
         ('{"audio": "a.wav", "text": " "}', r"row 2: expected 'audio' and 'text'"),
         ('{"audio": "../a.wav", "text": "x"}', r"row 2: the audio path '../a.wav' leaves .* --allow_outside_paths"),
         ('{"audio": 5, "text": "x"}', r"row 2: expected the path of an audio file, got 5"),
+        (r'{"audio": "\ud800.wav", "text": "x"}', r"row 2: expected the path .* which no file can be called"),
     ],
 )
 def test_a_bad_line_of_a_manifest_is_named(line, message, tmp_path):

@@ -143,6 +143,10 @@ def audio_path(folder: Path, name, allow_outside: bool) -> Path:
     """
     if not isinstance(name, str) or not name.strip() or "\0" in name:
         raise BadRow(f"expected the path of an audio file, got {name!r}")
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:  # JSON can hold half a surrogate pair
+        raise BadRow(f"expected the path of an audio file, got {name!r}, which no file can be called") from None
     path = folder / name
     if not allow_outside and not Path(os.path.realpath(path)).is_relative_to(_real(folder)):
         raise OutsideFolderError(
