@@ -1,0 +1,1 @@
+"""Long checks of reliability, each a command."""
