@@ -24,8 +24,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 KINDS = ("step", "evaluation", "writing")
 NUM_FILES = 12  # of a checkpoint, at least
-FULL = {"steps": 40, "utterances": 64}
-SHORT = {"steps": 6, "utterances": 24}
+FULL = {"steps": 20, "utterances": 32}
+SHORT = {"steps": 6, "utterances": 16}
 SAVE_STEPS, EVAL_STEPS, LOGGING_STEPS = 4, 3, 3
 OF_TIME = ("runtime", "per_second")
 
@@ -61,7 +61,7 @@ def train(folder: Path, clips: Path, steps: int, utterances: int):
         disable_tqdm=True,
     )
     set_seed(args.seed)
-    data = example.DataOptions(num_utterances=utterances, num_eval_utterances=6, cache_dir=str(clips))
+    data = example.DataOptions(num_utterances=utterances, num_eval_utterances=4, cache_dir=str(clips))
     trainer, _, eval_rows = example.make_trainer(example.ModelOptions(plora=True), data, args)
     trainer.eval_dataset = Dataset.from_list(eval_rows)
     args.eval_strategy = IntervalStrategy.STEPS
@@ -204,7 +204,7 @@ def main():
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--kills", type=int, help="20, or 3 with --short")
-    parser.add_argument("--short", action="store_true", help="6 steps instead of 40")
+    parser.add_argument("--short", action="store_true", help="6 steps instead of 20")
     parser.add_argument("--output", type=Path, default=Path("outputs/reliability"), help="folder for the results")
     options = parser.parse_args()
     kills = options.kills or (3 if options.short else 20)
