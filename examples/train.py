@@ -4,6 +4,7 @@
     accelerate launch examples/train.py --text_model Qwen/Qwen2.5-0.5B-Instruct --speech_model openai/whisper-small \\
         --train_manifest train.jsonl --eval_manifest eval.jsonl --output_dir outputs/mine
     accelerate launch examples/train.py examples/recipes/whisper_small_qwen2.5_1.5b.yaml --seed 2
+    accelerate launch examples/train.py --resume_from_checkpoint true  # again and again, until it is done
 
 Without arguments it uses the two tiny backbones of `examples/tiny_world` and speech that it synthesises on first use.
 A manifest has one JSON object per line: `audio` (a path, relative to the manifest; null in a training row of text
@@ -106,6 +107,9 @@ class Arguments(TrainingArguments):
     dataloader_pin_memory: bool = torch.cuda.is_available()
     remove_unused_columns: bool = False
     seed: int = 1
+    non_finite_loss: str = field(
+        default="stop", metadata={"help": "stop or skip: what becomes of a step whose loss or gradient is NaN or inf."}
+    )
 
 
 def main():
@@ -122,7 +126,7 @@ def main():
     trainer, _, eval_rows = make_trainer(model_options, data_options, args)
     model, processor = trainer.model, trainer.processing_class
     training_start = time.time()
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=where_to_resume(args))
     results = {"train_seconds": round(time.time() - training_start, 1)}
     results["training"] = describe_training(trainer, model_options, data_options, eval_rows)
     trainer.accelerator.wait_for_everyone()  # they may still note skipped rows
@@ -147,6 +151,17 @@ def main():
         for row, heard in list(zip(eval_rows, spoken))[:NUM_SAMPLES]:
             print(f"\n{row['audio']}\n  says    {row['text']!r}")
             print(f"  asked   {row.get('instruction')!r}\n  answers {heard!r}")
+
+
+def where_to_resume(args: Arguments) -> str | bool:
+    """`--resume_from_checkpoint true` may stand in a command from its first start on."""
+    given = args.resume_from_checkpoint or "false"
+    if given.lower() != "true":
+        return False if given.lower() == "false" else given
+    if any(Path(args.output_dir).glob("checkpoint-*")):
+        return True
+    logging.info("No checkpoint in %s yet: training starts anew.", args.output_dir)
+    return False
 
 
 def unfold_recipe(arguments: list[str]) -> list[str]:
@@ -192,6 +207,7 @@ def make_trainer(
         data_collator=BlspKdDataCollator(processor),
         processing_class=processor,
         optimizers=(make_optimizer(model, model_options, args), None),
+        non_finite_loss=args.non_finite_loss,
     )
     return trainer, train_rows, eval_rows
 

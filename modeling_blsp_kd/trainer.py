@@ -1,11 +1,28 @@
 """`BlspKdTrainer`: transformers' Trainer that counts and logs every part of the distillation loss.
 
-The loss itself comes from `BlspKdForCausalLM.forward`. Leaves out: data (see `processing/data_collator.py`) and scoring
-of generated answers (see `examples/`).
+The loss itself comes from `BlspKdForCausalLM.forward`. It adds to the Trainer what keeps faults from passing silently.
+Leaves out: data (see `processing/data_collator.py`) and scoring of generated answers (see `examples/`).
 """
 
+import json
+import math
+import os
+import shutil
+import signal
+from pathlib import Path
+
 import torch
+from accelerate.utils import DistributedType, broadcast_object_list
 from transformers import Trainer
+from transformers.utils import logging
+
+from .checkpoints import ASIDE, choose_checkpoint, publish, remove_old
+from .termination import TerminationNotice
+
+logger = logging.get_logger(__name__)
+
+# Skipping that many steps in a row is no accident any more.
+MAX_SKIPPED_IN_A_ROW = 10
 
 
 class BlspKdTrainer(Trainer):
@@ -18,10 +35,31 @@ class BlspKdTrainer(Trainer):
 
     Takes the arguments of `Trainer`. `TrainingArguments` needs `remove_unused_columns=False`; `processing_class` should
     be the processor, so that every checkpoint holds it.
+
+    A checkpoint is there only when it is complete (`checkpoints.py`), and is verified before it is resumed from. It
+    holds the sums since the last log too, so that the logged means of a resumed run are those of an uninterrupted one.
+    On SIGTERM the step (with several processes: the next one at the latest) and its evaluation are finished, a
+    checkpoint is saved, and `train` raises `SystemExit(143)`.
+
+    Args:
+        non_finite_loss (`str`): what becomes of a step whose loss or gradient is NaN or infinite. "stop": an error that
+            names the step and the parts of the loss. "skip": no optimiser step, a warning, and an error after ten in a
+            row; means are over the other steps, and `non_finite_steps` counts. With fp16, whose scaler finds its scale
+            by overflowing, steps are skipped in any case. The Trainer's `logging_nan_inf_filter`, which hides such
+            losses, is off.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, non_finite_loss: str = "stop", **kwargs):
         super().__init__(*args, **kwargs)
+        if non_finite_loss not in ("stop", "skip"):
+            raise ValueError(f"non_finite_loss must be 'stop' or 'skip', got {non_finite_loss!r}.")
+        if non_finite_loss == "skip" and self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            raise ValueError(
+                "DeepSpeed takes its optimiser step before the gradient's norm is known, so non_finite_loss='skip' "
+                "cannot prevent it. Use 'stop'."
+            )
+        if self.args.enable_jit_checkpoint:
+            raise ValueError("BlspKdTrainer saves on SIGTERM by itself. Leave enable_jit_checkpoint out.")
         if self.args.remove_unused_columns:
             raise ValueError(
                 "BlspKdTrainer needs TrainingArguments(remove_unused_columns=False): the collator reads the rows' own "
@@ -36,30 +74,116 @@ class BlspKdTrainer(Trainer):
         # forward divides each part by its own count over the whole optimiser step.
         self.model_accepts_loss_kwargs = True
         self._loss_parts = {"train": {}, "eval": {}}
+        self._step_parts = {}
+        self.non_finite_loss = non_finite_loss
+        self._non_finite_steps = self._skipped_in_a_row = 0
+        self.args.logging_nan_inf_filter = False
+        self._is_writing_aside = False
+        self._notice = TerminationNotice()
+        self._notices = None  # how many processes had a notice when the step began
+        self._is_terminating = False
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """`Trainer.train`, from a checkpoint that has been verified.
+
+        Raises:
+            ValueError: there is no good checkpoint to resume from.
+            FloatingPointError: see `non_finite_loss`.
+            OSError: a checkpoint could not be written. Those before are intact.
+            SystemExit: 143, on SIGTERM.
+        """
+        if resume_from_checkpoint:
+            resume_from_checkpoint = self._choose_checkpoint(resume_from_checkpoint)
+        self._loss_parts["train"], self._step_parts = {}, {}
+        self._non_finite_steps = self._skipped_in_a_row = 0
+        self._is_terminating = False
+        with self._notice:
+            output = super().train(resume_from_checkpoint, *args, **kwargs)
+        if self._is_terminating:
+            logger.warning(
+                f"SIGTERM: saved step {self.state.global_step} in {self.args.output_dir}. resume_from_checkpoint=True "
+                "goes on from there."
+            )
+            raise SystemExit(128 + signal.SIGTERM)
+        if self._notice.came:
+            signal.raise_signal(signal.SIGTERM)  # after the last step: no longer ours
+        return output
+
+    def _choose_checkpoint(self, resume_from) -> str:
+        """The main process verifies, so that a checkpoint is read once, and all resume from or fail at the same."""
+        chosen = [None, None]
+        if self.is_world_process_zero():
+            try:
+                chosen[0] = choose_checkpoint(resume_from, self.args.output_dir)
+            except ValueError as error:
+                chosen[1] = str(error)
+        broadcast_object_list(chosen)
+        if chosen[1]:
+            raise ValueError(chosen[1])
+        return chosen[0]
+
+    def get_batch_samples(self, *args, **kwargs):
+        self._loss_before_step = self._tr_loss.clone()
+        return super().get_batch_samples(*args, **kwargs)
 
     def _get_num_items_in_batch(self, batch_samples, device):
         """Response tokens, content tokens and clips of one optimiser step: a tensor of shape (3,)."""
         if not batch_samples:
             return None
-        counts = torch.zeros(3, dtype=torch.long, device=device)
+        counts = torch.zeros(4, dtype=torch.long, device=device)
         for batch in batch_samples:
             counts[0] += (batch["labels"][:, 1:] != -100).sum().to(device)
             counts[1] += batch["teacher_is_content"].sum().to(device)
             counts[2] += len(batch["input_features"])
-        if self.args.average_tokens_across_devices and self.args.world_size > 1:
-            counts = self.accelerator.reduce(counts, reduction="sum")
-        return counts
+        # Notices of SIGTERM travel with the counts, at no cost: all processes must end at the same step.
+        counts[3] = self._notice.came
+        totals = self.accelerator.reduce(counts, reduction="sum") if self.args.world_size > 1 else counts
+        self._notices = totals[3]
+        return (totals if self.args.average_tokens_across_devices else counts)[:3]
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
-        collected = self._loss_parts["train" if model.training else "eval"]
-        for name, sum_and_count in outputs["loss_parts"].items():
-            collected[name] = collected.get(name, 0) + sum_and_count
+        _add_to(self._step_parts if model.training else self._loss_parts["eval"], outputs["loss_parts"])
+        if model.training:
+            # Times 1, unless the loss is not finite: then its gradient is NaN, and so is the norm in all processes,
+            # which need no further exchange to agree on it.
+            loss = loss * (0 * loss.detach() + 1)
         return (loss, outputs) if return_outputs else loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        # The one time per optimiser step that the device is waited for. The Trainer's filter does it per batch.
+        grad_norm = grad_norm.item() if isinstance(grad_norm, torch.Tensor) else grad_norm
+        step_parts, self._step_parts = self._step_parts, {}
+        if grad_norm is None or math.isfinite(grad_norm):
+            _add_to(self._loss_parts["train"], step_parts)
+            self._skipped_in_a_row = 0
+            return grad_norm
+        parts = ", ".join(f"{name} {mean:.4g}" for name, mean in self._means(step_parts).items())
+        problem = f"Step {self.state.global_step + 1}: the gradient's norm is {grad_norm}. Its loss: {parts}."
+        scaler = getattr(self.accelerator, "scaler", None)
+        if self.non_finite_loss == "stop" and scaler is None:
+            raise FloatingPointError(
+                f"{problem} Weights and checkpoints are those of the step before. Look at the data of this step, or "
+                "lower the learning rate, or pass non_finite_loss='skip'."
+            )
+        self._non_finite_steps += 1
+        self._skipped_in_a_row += 1
+        if self._skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
+            raise FloatingPointError(f"{problem} It is number {MAX_SKIPPED_IN_A_ROW} in a row to be skipped.")
+        logger.warning(f"{problem} Skipped ({self._non_finite_steps} so far).")
+        if scaler is None:
+            model.zero_grad()  # an optimiser leaves parameters without gradients as they are; a scaler steps for itself
+        self._tr_loss = self._loss_before_step
+        self._globalstep_last_logged += 1  # the logged loss is the mean over the other steps
+        return None
 
     def _collected_means(self, stage: str) -> dict[str, float]:
         """Means of all parts since the last call, over all processes."""
         collected, self._loss_parts[stage] = self._loss_parts[stage], {}
+        return self._means(collected)
+
+    def _means(self, collected: dict[str, torch.Tensor]) -> dict[str, float]:
         if not collected:
             return {}
         totals = self.accelerator.reduce(torch.stack(list(collected.values())), reduction="sum").tolist()
@@ -68,7 +192,84 @@ class BlspKdTrainer(Trainer):
     def log(self, logs, start_time=None):
         if "loss" in logs:
             logs = {**logs, **self._collected_means("train")}
+            if self._non_finite_steps:
+                logs["non_finite_steps"] = self._non_finite_steps
         super().log(logs, start_time)
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        if self._is_terminating and not float(self.state.epoch).is_integer():
+            return  # called at the end of an epoch, which is not over
+        notices = self._notice.came if self.args.world_size == 1 else self._notices.item()
+        if notices:
+            self._is_terminating = True
+            self.control.should_save = self.control.should_training_stop = True
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _get_output_dir(self, trial):
+        folder = super()._get_output_dir(trial)
+        return os.path.join(folder, ASIDE) if self._is_writing_aside else folder
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        if not self._is_writing_aside:
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _save_checkpoint(self, model, trial):
+        folder = Path(self._get_output_dir(trial))
+        aside, final = folder / ASIDE, folder / f"checkpoint-{self.state.global_step}"
+        written = aside / final.name
+        if self.args.should_save:
+            shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed while writing
+        self.accelerator.wait_for_everyone()
+        self._is_writing_aside = True
+        try:
+            super()._save_checkpoint(model, trial)
+            if self.state.best_model_checkpoint == str(written):
+                self.state.best_model_checkpoint = str(final)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                self.state.save_to_json(str(written / "trainer_state.json"))
+                publish(written, final)
+                # Only now, when the new one is complete.
+                keep = {str(final), str(self.state.best_model_checkpoint)}
+                remove_old(folder, aside, self.args.save_total_limit, keep)
+        except Exception as error:
+            shutil.rmtree(aside, ignore_errors=True)
+            free = shutil.disk_usage(folder).free / 2**20
+            raise OSError(
+                f"{final} could not be written: {error} ({free:.0f} MiB are free there). Earlier checkpoints are "
+                "intact. Make room, then go on with resume_from_checkpoint=True."
+            ) from error
+        finally:
+            self._is_writing_aside = False
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(final))
+
+    def _save_rng_state(self, output_dir):
+        super()._save_rng_state(output_dir)
+        sums = {
+            "loss": self._tr_loss.item(),
+            "parts": {name: sum_and_count.tolist() for name, sum_and_count in self._loss_parts["train"].items()},
+            "last_logged_step": self._globalstep_last_logged,
+            "non_finite_steps": self._non_finite_steps,
+            "skipped_in_a_row": self._skipped_in_a_row,
+        }
+        # As JSON, floats are exact.
+        Path(output_dir, f"loss_sums_{self.args.process_index}.json").write_text(json.dumps(sums) + "\n")
+
+    def _load_rng_state(self, checkpoint):
+        super()._load_rng_state(checkpoint)
+        file = Path(checkpoint, f"loss_sums_{self.args.process_index}.json")
+        if not file.exists():
+            logger.warning(f"{file} does not exist: the first means that are logged leave out the steps before.")
+            return
+        sums, device = json.loads(file.read_text()), self.args.device
+        self._tr_loss = torch.tensor(sums["loss"], device=device)
+        self._loss_before_step = self._tr_loss.clone()
+        self._total_loss_scalar = -sums["loss"]  # `train_loss` is the mean of this call's steps
+        self._loss_parts["train"] = {name: torch.tensor(part, device=device) for name, part in sums["parts"].items()}
+        self._globalstep_last_logged = sums["last_logged_step"]
+        self._non_finite_steps, self._skipped_in_a_row = sums["non_finite_steps"], sums["skipped_in_a_row"]
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         # A distillation step returns no logits; generated answers are scored elsewhere.
@@ -83,3 +284,8 @@ class BlspKdTrainer(Trainer):
         # The Trainer averages batch means; the parts are exact means over the data set, so the loss should be too.
         output.metrics[f"{metric_key_prefix}_loss"] = sum(weights.get(name, 0) * mean for name, mean in means.items())
         return output
+
+
+def _add_to(collected: dict[str, torch.Tensor], parts: dict[str, torch.Tensor]):
+    for name, sum_and_count in parts.items():
+        collected[name] = collected.get(name, 0) + sum_and_count

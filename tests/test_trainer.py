@@ -158,18 +158,25 @@ def test_wrong_arguments_are_named(tmp_path, processor, collator):
         make_trainer(tmp_path, processor, collator, remove_unused_columns=True)
 
 
-def main(folder):
-    """One of two processes: each takes every other row."""
+def make_processor():
+    """The fixture's, for processes that pytest did not start."""
     from conftest import make_tokenizer
     from transformers import WhisperFeatureExtractor
 
-    from processing import BlspKdDataCollator, BlspKdProcessor
+    from processing import BlspKdProcessor
     from processing.processing_blsp_kd import FLATTEN_CONTENT
 
     tokenizer = make_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|audio|>"]})
     template = FLATTEN_CONTENT.replace("AUDIO_TOKEN", "<|audio|>") + tokenizer.chat_template
-    processor = BlspKdProcessor(WhisperFeatureExtractor(), tokenizer, chat_template=template)
+    return BlspKdProcessor(WhisperFeatureExtractor(), tokenizer, chat_template=template)
+
+
+def main(folder):
+    """One of two processes: each takes every other row."""
+    from processing import BlspKdDataCollator
+
+    processor = make_processor()
     trainer = make_trainer(folder, processor, BlspKdDataCollator(processor), per_device_train_batch_size=NUM_ROWS // 2)
     weights, log = weights_and_log(trainer)
     if trainer.accelerator.num_processes != 2:
