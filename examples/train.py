@@ -117,6 +117,7 @@ def main():
     model_options, data_options, args = parser.parse_args_into_dataclasses(unfold_recipe(sys.argv[1:]))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     set_seed(args.seed)
+    args.resume_from_checkpoint = where_to_resume(args)
     is_launched = args.world_size > 1 or "ACCELERATE_MIXED_PRECISION" in os.environ
     if args.device.type == "cpu" and (is_launched or "OMP_NUM_THREADS" not in os.environ):
         # `accelerate launch` allows one thread per process, and would leave the other cores idle. What a user sets
@@ -126,7 +127,7 @@ def main():
     trainer, _, eval_rows = make_trainer(model_options, data_options, args)
     model, processor = trainer.model, trainer.processing_class
     training_start = time.time()
-    trainer.train(resume_from_checkpoint=where_to_resume(args))
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     results = {"train_seconds": round(time.time() - training_start, 1)}
     results["training"] = describe_training(trainer, model_options, data_options, eval_rows)
     trainer.accelerator.wait_for_everyone()  # they may still note skipped rows
