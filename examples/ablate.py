@@ -65,7 +65,7 @@ def main():
     plan = Plan(
         steps=options.steps,
         num_utterances=options.num_utterances,
-        rows_manifest=options.rows_manifest or write_rows(options.num_rows, options.cache_dir, output_dir),
+        rows_manifest=options.rows_manifest or write_rows(options.num_rows, options.cache_dir),
         output_dir=output_dir,
         results_dir=options.results_dir or (output_dir / "results" if options.short else RESULTS),
         cache_dir=options.cache_dir,
@@ -108,8 +108,11 @@ def find_results(plan: Plan) -> list[dict]:
     ]
 
 
-def write_rows(num_rows: int, cache_dir: Path, folder: Path) -> Path:
-    """The manifest that all are evaluated on: questions about the final sentences, by seen and by held-out voices."""
+def write_rows(num_rows: int, cache_dir: Path) -> Path:
+    """The manifest that all are evaluated on: questions about the final sentences, by seen and by held-out voices.
+
+    It lies beside its clips, so that no path leaves its folder.
+    """
     # Imported here: synthesis needs espeakng-loader, which a manifest does not.
     from tiny_world.dataset import make_rows
     from tiny_world.speech import HELD_OUT_VOICES, TRAIN_VOICES
@@ -120,12 +123,10 @@ def write_rows(num_rows: int, cache_dir: Path, folder: Path) -> Path:
         for seed, (group, voices) in enumerate(groups.items(), start=1)
         for row in make_rows("final", num_rows, voices, seed, cache_dir)
     ]
-    folder.mkdir(parents=True, exist_ok=True)
-    manifest = folder / f"final-{num_rows}.jsonl"
+    manifest = cache_dir / f"final-{num_rows}.jsonl"
     with manifest.open("w") as file:
         for number, row in enumerate(rows, start=1):
-            audio = os.path.relpath(row["audio"], folder)
-            file.write(json.dumps({"id": str(number), **row, "audio": audio}) + "\n")
+            file.write(json.dumps({"id": str(number), **row, "audio": Path(row["audio"]).name}) + "\n")
     return manifest
 
 

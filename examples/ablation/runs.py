@@ -119,7 +119,8 @@ def train_command(configuration: Configuration, seed: int, plan: Plan, model: Pa
 def evaluate_command(model: Path, manifest: Path, systems, tasks, output: Path) -> list[str]:
     return [
         str(EXAMPLES / "evaluate.py"),
-        *("--model", str(model), "--manifest", str(manifest)),
+        # A cascade's manifest lies with its model, and the clips elsewhere.
+        *("--model", str(model), "--manifest", str(manifest), "--allow_outside_paths"),
         *("--systems", ",".join(systems), "--tasks", ",".join(tasks), "--output", str(output)),
     ]
 

@@ -20,6 +20,7 @@ from evaluation.recognition import read_off
 from torch import nn
 from tqdm import tqdm
 from train import Arguments, DataOptions, ModelOptions, make_optimizer, make_trainer
+from training_input.batches import ReadsTrainingInput
 from transformers import HfArgumentParser, Trainer, set_seed
 
 from modeling_blsp_kd.speech_encoder import encode_speech
@@ -73,6 +74,10 @@ class CtcRecognizer(nn.Module):
         return [path[path != self.blank].tolist() for path in merged]
 
 
+class CtcTrainer(ReadsTrainingInput, Trainer):
+    """Batches as in a distillation, the recogniser's own loss."""
+
+
 def train_ctc(distillation_trainer, model_options: ModelOptions, args: Arguments) -> CtcRecognizer:
     """CTC on the encoder, clips, batches, steps and learning rates of a distillation."""
     model, processor = distillation_trainer.model, distillation_trainer.processing_class
@@ -87,7 +92,7 @@ def train_ctc(distillation_trainer, model_options: ModelOptions, args: Arguments
             "num_tokens": batch["num_speech_tokens"],
         }
 
-    trainer = Trainer(
+    trainer = CtcTrainer(
         model=recognizer,
         args=args,
         train_dataset=distillation_trainer.train_dataset,

@@ -141,8 +141,8 @@ class StreamedBatches(Sampler):
                 raise ValueError("The training data has no rows.")
 
 
-class TrainingInputTrainer(BlspKdTrainer):
-    """`BlspKdTrainer` over [`RowsInMemory`] or [`StreamedRows`]."""
+class ReadsTrainingInput:
+    """What makes a Trainer read [`RowsInMemory`] or [`StreamedRows`]."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -174,11 +174,15 @@ class TrainingInputTrainer(BlspKdTrainer):
         return super()._get_train_sampler(train_dataset) if self.order is None else self.order
 
 
+class TrainingInputTrainer(ReadsTrainingInput, BlspKdTrainer):
+    """`BlspKdTrainer` over [`RowsInMemory`] or [`StreamedRows`]."""
+
+
 class _TellEpoch(TrainerCallback):
     """Tells order and rows the epoch. The Trainer's own `set_epoch` does not reach the sampler of a resumed run of
     several processes (transformers 5.23, accelerate 1.15)."""
 
-    def __init__(self, trainer: TrainingInputTrainer):
+    def __init__(self, trainer: ReadsTrainingInput):
         self.trainer = trainer
 
     def on_epoch_begin(self, args, state, control, **kwargs):
