@@ -40,7 +40,6 @@ def train(folder: Path, clips: Path, steps: int, utterances: int):
     sys.path.insert(0, str(ROOT / "examples"))
     import torch
     import train as example
-    from datasets import Dataset
     from transformers import TrainerCallback, set_seed
     from transformers.trainer_utils import IntervalStrategy
 
@@ -61,9 +60,10 @@ def train(folder: Path, clips: Path, steps: int, utterances: int):
         disable_tqdm=True,
     )
     set_seed(args.seed)
+    args.resume_from_checkpoint = example.where_to_resume(args)
     data = example.DataOptions(num_utterances=utterances, num_eval_utterances=EVAL_UTTERANCES, cache_dir=str(clips))
     trainer, _, eval_rows = example.make_trainer(example.ModelOptions(plora=True), data, args)
-    trainer.eval_dataset = Dataset.from_list(eval_rows)
+    trainer.eval_dataset = example.make_dataset(eval_rows)
     args.eval_strategy = IntervalStrategy.STEPS
     progress = os.open(folder / "progress.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
 
@@ -78,7 +78,7 @@ def train(folder: Path, clips: Path, steps: int, utterances: int):
             os.write(progress, b"evaluated\n")
 
     trainer.add_callback(Progress())
-    trainer.train(resume_from_checkpoint=example.where_to_resume(args))
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model(str(folder / "model"))
     (folder / "curve.json").write_text(json.dumps(trainer.state.log_history))
 
