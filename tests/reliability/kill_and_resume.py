@@ -24,8 +24,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 KINDS = ("step", "evaluation", "writing")
 NUM_FILES = 12  # of a checkpoint, at least
-FULL = {"steps": 20, "utterances": 32}
-SHORT = {"steps": 6, "utterances": 16}
+# Five steps an epoch, or three: checkpoints, logs and evaluations fall into the middle of an epoch and of each other.
+FULL = {"steps": 20, "utterances": 40}
+SHORT = {"steps": 6, "utterances": 24}
 SAVE_STEPS, EVAL_STEPS, LOGGING_STEPS = 4, 3, 3
 EVAL_UTTERANCES = 4  # of voices that are trained on, and as many of others
 OF_TIME = ("runtime", "per_second")
