@@ -24,9 +24,11 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 KINDS = ("step", "evaluation", "writing")
 NUM_FILES = 12  # of a checkpoint, at least
-FULL = {"steps": 20, "utterances": 32}
-SHORT = {"steps": 6, "utterances": 16}
+# Five steps an epoch, or three: checkpoints, logs and evaluations fall into the middle of an epoch and of each other.
+FULL = {"steps": 20, "utterances": 40}
+SHORT = {"steps": 6, "utterances": 24}
 SAVE_STEPS, EVAL_STEPS, LOGGING_STEPS = 4, 3, 3
+EVAL_UTTERANCES = 4  # of voices that are trained on, and as many of others
 OF_TIME = ("runtime", "per_second")
 
 
@@ -39,7 +41,6 @@ def train(folder: Path, clips: Path, steps: int, utterances: int):
     sys.path.insert(0, str(ROOT / "examples"))
     import torch
     import train as example
-    from datasets import Dataset
     from transformers import TrainerCallback, set_seed
     from transformers.trainer_utils import IntervalStrategy
 
@@ -51,9 +52,8 @@ def train(folder: Path, clips: Path, steps: int, utterances: int):
         max_steps=steps,
         warmup_steps=3,
         per_device_train_batch_size=4,
-        per_device_eval_batch_size=4,
+        per_device_eval_batch_size=1,
         gradient_accumulation_steps=2,
-        train_sampling_strategy="random",
         save_steps=SAVE_STEPS,
         eval_steps=EVAL_STEPS,
         logging_steps=LOGGING_STEPS,
@@ -61,9 +61,10 @@ def train(folder: Path, clips: Path, steps: int, utterances: int):
         disable_tqdm=True,
     )
     set_seed(args.seed)
-    data = example.DataOptions(num_utterances=utterances, num_eval_utterances=4, cache_dir=str(clips))
+    args.resume_from_checkpoint = example.where_to_resume(args)
+    data = example.DataOptions(num_utterances=utterances, num_eval_utterances=EVAL_UTTERANCES, cache_dir=str(clips))
     trainer, _, eval_rows = example.make_trainer(example.ModelOptions(plora=True), data, args)
-    trainer.eval_dataset = Dataset.from_list(eval_rows)
+    trainer.eval_dataset = example.make_dataset(eval_rows)
     args.eval_strategy = IntervalStrategy.STEPS
     progress = os.open(folder / "progress.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
 
@@ -74,8 +75,11 @@ def train(folder: Path, clips: Path, steps: int, utterances: int):
         def on_prediction_step(self, *args, **kwargs):
             os.write(progress, b"evaluation\n")
 
+        def on_evaluate(self, *args, **kwargs):
+            os.write(progress, b"evaluated\n")
+
     trainer.add_callback(Progress())
-    trainer.train(resume_from_checkpoint=example.where_to_resume(args))
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model(str(folder / "model"))
     (folder / "curve.json").write_text(json.dumps(trainer.state.log_history))
 
@@ -107,7 +111,7 @@ def wait_and_kill(process, folder: Path, kind: str, steps: int, step_s: float, r
     elif kind == "step":
         nth, delay_s = rng.randint(1, steps), rng.uniform(0, step_s)
     else:
-        nth, delay_s = rng.randint(1, 3 * (steps // EVAL_STEPS)), rng.uniform(0, step_s / 4)
+        nth, delay_s = rng.randint(1, 2 * EVAL_UTTERANCES * (steps // EVAL_STEPS)), rng.uniform(0, step_s / 20)
     written = set()
     while process.is_alive():
         if kind == "writing":
@@ -126,7 +130,7 @@ def wait_and_kill(process, folder: Path, kind: str, steps: int, step_s: float, r
             seen = marks(folder)
             return {
                 "aimed_at": kind,
-                "hit": "writing" if was_writing else seen[-1],
+                "hit": "writing" if was_writing else ("evaluation" if seen[-1] == "evaluation" else "step"),
                 "steps_begun": seen.count("step"),
                 "checkpoints": sorted(path.name for path in folder.glob("checkpoint-*")),
             }
