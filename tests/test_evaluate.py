@@ -452,7 +452,7 @@ def test_a_clip_that_cannot_be_heard_is_named(folder, monkeypatch, tmp_path):
     rows = [{"audio": str(folder / f"{index}.flac"), "text": text} for index, text in enumerate(TEXTS)]
     (tmp_path / "bad.flac").write_bytes(b"no sound")
     manifest = write_manifest(tmp_path / "rows.jsonl", [rows[0], {**rows[1], "id": "x7", "audio": "bad.flac"}])
-    options = ("--manifest", manifest, "--systems", "speech", "--batch_size", 1)
+    options = ("--manifest", manifest, "--allow_outside_paths", "--systems", "speech", "--batch_size", 1)
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments(folder, tmp_path / "output", *options)])
     with pytest.raises(ValueError, match=r"Row x7: .*bad\.flac cannot be decoded"):
         load_script().main()
