@@ -31,9 +31,9 @@ import transformers
 import yaml
 from answering import accuracy, answer_rows
 from datasets import Dataset
-from training_input.batches import TrainingInputTrainer
+from training_input.batches import TrainingInputTrainer, data_seed
 from training_input.clips import duration_s
-from training_input.data import SKIPPED_FILE, data_seed, training_data, training_sources
+from training_input.data import SKIPPED_FILE, training_data, training_sources
 from training_input.manifests import read_manifest
 from training_input.mixtures import read_sources
 from training_input.options import DataOptions

@@ -18,8 +18,8 @@ class BlspKdDataCollator:
 
     Each row is a mapping with
 
-    - `audio`: a clip as in [`load_audio`], or `input_features` of one clip made ahead of time. Without either (or with
-      None) the row is text only: teacher and student read the same prompt, so its KL is 0 while they are the same LLM,
+    - `audio`: a clip as in [`load_audio`], or `input_features` of one clip made ahead of time. If that is None
+      the row is text only: teacher and student read the same prompt, so its KL is 0 while they are the same LLM,
       and only `response_ce` learns from it. Its response tokens count in the means all the same;
     - `text`: what is said in it;
     - `response`: the LLM's answer to instruction and text;
@@ -48,6 +48,12 @@ class BlspKdDataCollator:
         """
         pieces = [self._tokenize(index, row) for index, row in enumerate(rows)]
         audio_token_id = self.processor.audio_token_id
+        for index, row in enumerate(rows):
+            if "audio" not in row and "input_features" not in row:  # a misspelt name makes no row of text only
+                raise ValueError(
+                    f"Row {index} of the batch has no 'audio' (its fields: {sorted(row)}). A row of text only says so "
+                    "with audio=None."
+                )
         is_spoken = [row.get("audio") is not None or row.get("input_features") is not None for row in rows]
         student = [
             (prefix, [audio_token_id] if spoken else content, suffix, response)

@@ -337,10 +337,11 @@ class BlspKdProcessor(ProcessorMixin):
 
     def _normalize_conversations(self, conversation):
         # transformers trusts the shape of a chat, which often comes from outside.
-        if isinstance(conversation, (list, tuple)):
-            is_batch = len(conversation) > 0 and isinstance(conversation[0], (list, tuple))
-            for chat in conversation if is_batch else [conversation]:
-                _check_chat(chat)
+        is_batch = (
+            isinstance(conversation, (list, tuple)) and conversation and isinstance(conversation[0], (list, tuple))
+        )
+        for chat in conversation if is_batch else [conversation]:
+            _check_chat(chat)
         return super()._normalize_conversations(conversation)
 
     def _multimodal_inputs_from_conversations(self, conversations, *args, **kwargs):

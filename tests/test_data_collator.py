@@ -260,6 +260,13 @@ def test_text_and_response_must_be_there(collator, rows, field, value):
     assert "array" not in str(error.value)  # the samples would fill the screen
 
 
+def test_audio_must_be_named(collator, rows):
+    """A misspelt name of the field made a row of text only, without a word."""
+    row = {("audios" if name == "audio" else name): value for name, value in rows[1].items()}
+    with pytest.raises(ValueError, match=r"Row 1 of the batch has no 'audio' \(its fields: \['audios'.*'text'\]\)"):
+        collator([rows[0], row])
+
+
 @pytest.mark.parametrize("field", ["text", "response", "instruction"])
 def test_a_placeholder_in_any_text_is_refused(collator, rows, field):
     """In an instruction it ended in 'too many values to unpack (expected 2)'."""

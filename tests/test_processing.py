@@ -535,6 +535,8 @@ def test_audio_that_brings_its_rate_does_not_warn(processor, fresh_warnings, tmp
     ("chat", "message"),
     [
         ([], "a list of at least one message"),
+        ("hello", "a list of at least one message, but got 'hello'"),
+        (None, "a list of at least one message, but got None"),
         (["hello"], "a dict with 'role' and 'content', but got 'hello'"),
         ([[{"role": "user", "content": "hello"}], "hello"], "a list of at least one message, but got 'hello'"),
         ([{"role": "user", "content": 5}], "a text or a list of blocks .* got 5"),

@@ -16,6 +16,10 @@ from modeling_blsp_kd import BlspKdTrainer
 from .clips import BadClipError, ClipFeatures, lengths
 
 
+def data_seed(args) -> int:
+    return args.seed if args.data_seed is None else args.data_seed
+
+
 class RowsInMemory(Dataset):
     """Training rows by number.
 
@@ -164,7 +168,7 @@ class ReadsTrainingInput:
 
     def _get_train_sampler(self, train_dataset=None):
         dataset, args = self.train_dataset if train_dataset is None else train_dataset, self.args
-        seed = args.seed if args.data_seed is None else args.data_seed
+        seed = data_seed(args)
         self.order = None
         if args.train_sampling_strategy == "group_by_length":
             batch_size = args.train_batch_size * args.gradient_accumulation_steps

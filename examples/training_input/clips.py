@@ -126,7 +126,7 @@ class ClipFeatures:
         self.kept = {} if keep and not augmentation else None
 
     def __call__(self, rows: list[dict]) -> list[dict]:
-        """Rows with `epoch`, to rows with `input_features` in the place of `audio`; rows of text only have neither.
+        """Rows with `epoch`, to rows with `input_features` in the place of `audio`; text only has `audio` None.
 
         Raises:
             BadClipError: audio that cannot be used; with `skipped`, only if no row of the batch is left.
@@ -135,7 +135,7 @@ class ClipFeatures:
         for row in rows:
             told = {name: value for name, value in row.items() if name not in ("audio", "epoch")}
             if audio_name(row) is None:
-                heard.append(told)
+                heard.append({**told, "audio": None})
                 continue
             try:
                 heard.append({**told, "input_features": self._features(row)})

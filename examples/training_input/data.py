@@ -7,17 +7,13 @@ import logging
 from pathlib import Path
 
 from .augmentation import Augmentation
-from .batches import RowsInMemory, StreamedRows
+from .batches import RowsInMemory, StreamedRows, data_seed
 from .clips import BadClipError, ClipFeatures, SkippedClips, audio_name, lengths
 from .mixtures import Source, read_mixture, stream_sources
 from .options import DataOptions
 
 SKIPPED_FILE = "skipped_audio.jsonl"
 logger = logging.getLogger(__name__)
-
-
-def data_seed(args) -> int:
-    return args.seed if args.data_seed is None else args.data_seed
 
 
 def training_sources(options: DataOptions) -> list[Source]:
