@@ -87,6 +87,7 @@ def main():
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--num_utterances", type=int, default=1500, help="of the tiny world")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--dataloader_num_workers", type=int, default=0, help="processes that read ahead")
     parser.add_argument("--output", type=Path, default=Path("outputs/benchmarks"), help="folder for the results")
     options = parser.parse_args()
     if options.steps <= NUM_WARMUP_STEPS:
@@ -94,7 +95,11 @@ def main():
 
     torch.set_num_threads(options.threads)
     args = train.Arguments(
-        output_dir=str(options.output / "profiled_run"), max_steps=options.steps, save_strategy="no", report_to="none"
+        output_dir=str(options.output / "profiled_run"),
+        max_steps=options.steps,
+        save_strategy="no",
+        report_to="none",
+        dataloader_num_workers=options.dataloader_num_workers,
     )
     set_seed(args.seed)
     data = train.DataOptions(num_utterances=options.num_utterances, num_eval_utterances=1)
@@ -114,7 +119,8 @@ def main():
     (options.output / "training_profile.md").write_text(text)
     data = {"machine": where, "steps": [dict(step) for step in marks.steps]}
     (options.output / "training_profile.json").write_text(json.dumps(data, indent=1))
-    print(f"{where['date']}, {where['processor']}, {where['threads']} thread(s)\n\n{text}")
+    workers = f"{options.dataloader_num_workers} data loader worker(s)"
+    print(f"{where['date']}, {where['processor']}, {where['threads']} thread(s), {workers}\n\n{text}")
 
 
 if __name__ == "__main__":
