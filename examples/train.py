@@ -29,6 +29,7 @@ from pathlib import Path
 import torch
 import transformers
 import yaml
+from accelerate.utils import broadcast_object_list
 from answering import accuracy, answer_rows
 from datasets import Dataset
 from training_input.batches import TrainingInputTrainer, data_seed
@@ -142,8 +143,9 @@ def main():
 
     alignment = trainer.evaluate(make_dataset(eval_rows))
     results |= {name: alignment[f"eval_{name}"] for name in REPORTED if f"eval_{name}" in alignment}
+    # In all processes, of which each may hold only a share of the weights.
+    spoken = answer_rows(model, processor, eval_rows, "audio", max_new_tokens=data_options.max_response_tokens)
     if trainer.is_world_process_zero():
-        spoken = answer_rows(model, processor, eval_rows, "audio", max_new_tokens=data_options.max_response_tokens)
         results |= score(eval_rows, spoken, trainer.train_dataset.voices)
         results["total_seconds"] = round(time.time() - start, 1)
         results["samples"] = keep_samples(eval_rows[:NUM_SAMPLES], Path(args.output_dir))
@@ -196,7 +198,10 @@ def make_trainer(
     for rows in (train_rows, eval_rows):
         # A mixture repeats rows, as the same objects.
         unanswered = list({id(row): row for row in rows if not row.get("response")}.values())
-        answers = answer_rows(model, processor, unanswered, "text", max_new_tokens=data_options.max_response_tokens)
+        answers = [None] * len(unanswered)
+        if model.device.type != "meta":  # FSDP's cpu_ram_efficient_loading gives the others their weights later
+            answers = answer_rows(model, processor, unanswered, "text", max_new_tokens=data_options.max_response_tokens)
+        broadcast_object_list(answers)
         for row, answer in zip(unanswered, answers):
             row["response"] = answer
     with args.main_process_first(desc="looking at the clips"):

@@ -13,6 +13,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoProcessor, TrainingArguments
 
 from modeling_blsp_kd import BlspKdTrainer
+from modeling_blsp_kd.trainer import _first_rows
 
 NUM_ROWS = 16
 
@@ -105,6 +106,23 @@ def test_two_processes_equal_one(tmp_path, processor, collator):
         torch.testing.assert_close(actual[name], value, rtol=1e-4, atol=1e-5)
     for name in ("loss", "response_kl", "input_kl", "quantity", "token_count_error"):
         assert log[name] == pytest.approx(expected_log[name], rel=1e-4), name
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 2, 3])
+def test_first_rows_of_a_batch_are_the_batch_of_the_first_rows(num_rows, collator, rows):
+    """The last batches of several processes hold rows of the first ones again, which counted twice."""
+    model = make_model(plora={"lora_dropout": 0.0}, distillation={"response_ce": 0.5, "transcript_ce": 0.5}).train()
+    rows = [rows[0], {**rows[1], "audio": None}, rows[2]]
+    output = model(**_first_rows(collator(rows), num_rows, model.config.audio_token_id))
+    output.loss.backward()
+    if num_rows == 0:
+        assert output.loss == 0 and all(not part.any() for part in output.loss_parts.values())
+        # Other processes wait for the gradients of this one.
+        assert all(not parameter.grad.any() for parameter in model.parameters() if parameter.requires_grad)
+        return
+    expected = model(**collator(rows[:num_rows])).loss_parts
+    for name, part in expected.items():
+        torch.testing.assert_close(output.loss_parts[name], part, rtol=1e-4, atol=1e-5, msg=name)
 
 
 def test_loss_is_the_weighted_sum_of_its_logged_parts(tmp_path, processor, collator):

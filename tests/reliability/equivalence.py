@@ -1,0 +1,266 @@
+"""Trains in two processes what one process trains, on every engine that `examples/accelerate` has a file for.
+
+    python -m tests.reliability.equivalence            # all engines and cases, some ten minutes on two cores
+    python -m tests.reliability.equivalence --short    # DDP and FSDP2, two cases, a minute
+
+Small random models with partial LoRA and gradient checkpointing, float32, AdamW, gradients clipped; then `train.py` as a
+user starts it. Started by `accelerate launch` with the project's own files, but for two processes and without bf16.
+Equal are, at every step: the loss, each of its parts and the gradient's norm (of the gradients before clipping); at the
+end: evaluation, the saved weights as one process loads them, and greedy answers of the sharded model.
+Leaves out: GPUs, several nodes, half precision.
+"""
+
+# ruff: noqa: T201 (a command talks to the terminal)
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from safetensors import safe_open
+
+from . import equivalence_worker as worker
+
+ROOT = Path(__file__).parents[2]
+MAX_DIFFERENCE = {"log": 1e-4, "weights": 1e-3, "answers": 0}
+TIMEOUT_S = 1800
+OF_TIME = ("runtime", "per_second")
+
+
+@dataclass
+class Engine:
+    """
+    Args:
+        file (`str`): of `examples/accelerate`.
+        wraps (`str`): what it makes of the model. Anything else means that it has not run.
+        options (`tuple`): of `accelerate launch`, over what the file says.
+    """
+
+    file: str
+    wraps: str
+    options: tuple[str, ...] = ()
+
+
+ENGINES = {
+    "DDP": Engine("ddp.yaml", "DistributedDataParallel"),
+    "FSDP2": Engine("fsdp2.yaml", "FSDPBlspKdForCausalLM"),
+    # The file for four nodes lets one process load the weights and send them to the others.
+    "FSDP2, loaded by one process": Engine(
+        "fsdp2_four_nodes.yaml",
+        "FSDPBlspKdForCausalLM",
+        ("--parallelism_config_dp_replicate_size", "1", "--parallelism_config_dp_shard_size", "2"),
+    ),
+    "ZeRO-2": Engine("zero2.yaml", "DeepSpeedEngine"),
+    "ZeRO-3": Engine("zero3.yaml", "DeepSpeedEngine"),
+}
+SHORT = {"DDP": ["uneven last batches"], "FSDP2": ["training", "no audio on one process"]}
+EXAMPLE = "train.py"
+EXAMPLE_STEPS = 3
+EXAMPLE_OPTIONS = {
+    "num_utterances": 20,  # the last of two epochs' batches are uneven
+    "num_eval_utterances": 3,
+    "max_steps": EXAMPLE_STEPS,
+    "save_steps": 1,
+    "logging_steps": 1,
+    "warmup_steps": 0,
+    "lr_scheduler_type": "constant",
+    "adam_epsilon": 0.1,
+    "learning_rate": 0.05,
+    "train_sampling_strategy": "random",
+    "spec_augment": "false",  # drawn by each process for itself
+    "max_response_tokens": 8,
+}
+EXAMPLE_BATCH = 8
+
+
+def launch(engine: Engine, script: list[str], log: Path) -> str | None:
+    """Run a script in two processes. Returns what went wrong, or None."""
+    options = ["--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--main_process_port", "0"]
+    command = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "examples/accelerate" / engine.file)]
+    return start([*command, *options, *engine.options, *script], log)
+
+
+def start(arguments: list[str], log: Path) -> str | None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, *arguments], env=environment, stdout=file, stderr=file, start_new_session=True
+        )
+        try:
+            status = process.wait(TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            return f"hung for {TIMEOUT_S} s, see {log.name}"
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)  # the launcher alone would leave its processes behind
+                process.wait()
+    return None if status == 0 else f"exit status {status}, see {log.name}"
+
+
+def log_difference(actual: list[dict], expected: list[dict]) -> float:
+    """Largest difference of a logged number, relative to it where it is above 0.1."""
+    if len(actual) != len(expected) or any(a.keys() != e.keys() for a, e in zip(actual, expected)):
+        return float("inf")
+    return max(
+        abs(a[name] - e[name]) / max(abs(e[name]), 0.1)
+        for a, e in zip(actual, expected)
+        for name in e
+        if not name.endswith(OF_TIME)
+    )
+
+
+def names_of_saved(folder: Path) -> set[str]:
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        return set(file.keys())
+
+
+def weight_difference(actual: Path, expected: Path, start: Path) -> float:
+    """Largest difference of a weight, relative to how far training moved the weights of its tensor.
+
+    Of tensors that it hardly moved: relative to 0.001 of the farthest. Frozen ones are to be equal.
+    """
+    if names_of_saved(actual) != names_of_saved(expected):
+        return float("inf")
+    actual, expected, start = (
+        worker.BlspKdForCausalLM.from_pretrained(folder).state_dict() for folder in (actual, expected, start)
+    )
+    moved = {name: (expected[name] - start[name]).abs().max().item() for name in expected}
+    least = max(moved.values()) / 1000
+    differences = {name: (actual[name] - expected[name]).abs().max().item() for name in expected}
+    if any(differences[name] > 0 for name in expected if moved[name] == 0):
+        return float("inf")
+    return max(difference / max(moved[name], least) for name, difference in differences.items())
+
+
+def compare_case(engine: Engine, folder: Path, expected: Path, start: Path) -> dict:
+    """Differences of a case in two processes from the case in one."""
+    one = json.loads((expected / "results_0.json").read_text())
+    both = [json.loads((folder / f"results_{index}.json").read_text()) for index in range(2)]
+    for results in both:
+        if results["num_processes"] != 2 or engine.wraps not in results["engine"]:
+            return {"problem": f"ran as {results['engine']} in {results['num_processes']} processes"}
+    answers = [(mine, its) for results in both for mine, its in zip(results["answers"], one["answers"], strict=True)]
+    return {
+        "log": log_difference(both[0]["log"], one["log"]),
+        "weights": weight_difference(folder / "model", expected / "model", start),
+        "answers": sum(mine != its for mine, its in answers),
+    }
+
+
+def run_example(engine: Engine | None, output: Path, clips: Path) -> str | None:
+    """`examples/train.py` as a user starts it. Returns what went wrong."""
+    options = {**EXAMPLE_OPTIONS, "output_dir": output, "cache_dir": clips}
+    options["per_device_train_batch_size"] = EXAMPLE_BATCH // (1 if engine is None else 2)
+    options = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    log = output.with_suffix(".txt")
+    if engine is None:
+        return start([str(ROOT / "examples/train.py"), *options, "--use_cpu", "true"], log)
+    if engine.wraps == "DistributedDataParallel":
+        return launch(engine, [str(ROOT / "examples/train.py"), *options, "--use_cpu", "true"], log)
+    return launch(engine, [worker.__file__, EXAMPLE, *options], log)
+
+
+def compare_example(folder: Path, expected: Path) -> dict:
+    def logged(output):
+        state = output / f"checkpoint-{EXAMPLE_STEPS}" / "trainer_state.json"
+        return json.loads(state.read_text())["log_history"]
+
+    results = [json.loads((output / "results.json").read_text()) for output in (folder, expected)]
+    means = [{name: value for name, value in result.items() if isinstance(value, float)} for result in results]
+    for mean in means:
+        del mean["train_seconds"], mean["total_seconds"]
+    answered = [[result["text_accuracy"], result["speech_accuracy"]] for result in results]
+    return {
+        "log": max(log_difference(logged(folder), logged(expected)), log_difference(means[:1], means[1:])),
+        "weights": weight_difference(folder, expected, expected / "checkpoint-1"),
+        "answers": int(answered[0] != answered[1]),
+    }
+
+
+def run(output: Path, cases_of: dict[str, list[str]]) -> list[dict]:
+    """Run cases of engines, and each case in one process.
+
+    Args:
+        output (`Path`): folder for what they leave, emptied first but for the clips of `train.py`.
+        cases_of (`dict`): names of cases by name of engine.
+
+    Returns:
+        `list[dict]`: for each engine and case its differences, `passed` (None: not run) and, if there is one, the
+        `problem`.
+    """
+    runs, clips = output / "equivalence", output / "clips"
+    shutil.rmtree(runs, ignore_errors=True)
+    one = runs / "one_process"
+    one.mkdir(parents=True)
+    worker.make_start(runs / "start")
+    for name in {name for cases in cases_of.values() for name in cases}:
+        if name != EXAMPLE:
+            worker.run(name, one)
+        elif problem := run_example(None, one / "train_py", clips):
+            raise RuntimeError(f"train.py in one process: {problem}")
+    results = []
+    for number, (engine_name, cases) in enumerate(cases_of.items()):
+        engine, folder = ENGINES[engine_name], runs / f"engine_{number}"
+        folder.mkdir()
+        if engine.wraps == "DeepSpeedEngine" and find_spec("deepspeed") is None:
+            problem = "not run: DeepSpeed is not installed (pip install -e .[deepspeed])"
+            results += [{"engine": engine_name, "case": case, "passed": None, "problem": problem} for case in cases]
+            continue
+        trained = [case for case in cases if case != EXAMPLE]
+        failed = launch(engine, [worker.__file__, str(folder), *trained], folder / "log.txt") if trained else None
+        for case in cases:
+            if case == EXAMPLE:
+                problem = run_example(engine, folder / "train_py", clips)
+                found = {"problem": problem} if problem else compare_example(folder / "train_py", one / "train_py")
+            elif not (worker.folder_of(case, folder) / "results_1.json").exists():
+                found = {"problem": failed or "left no results"}
+            else:
+                start = runs / "start" / ("thin" if worker.CASES[case].thin else "full")
+                found = compare_case(engine, worker.folder_of(case, folder), worker.folder_of(case, one), start)
+            passed = "problem" not in found and all(found[name] <= MAX_DIFFERENCE[name] for name in MAX_DIFFERENCE)
+            results.append({"engine": engine_name, "case": case, **found, "passed": passed})
+            print(results[-1], flush=True)
+    return results
+
+
+def table(results: list[dict]) -> str:
+    lines = [
+        "| engine, two processes | case | losses and norms | saved weights | other answers | |",
+        "|---|---|---|---|---|---|",
+        "| | largest difference allowed | {log:.0e} | {weights:.0e} | {answers} | |".format(**MAX_DIFFERENCE),
+    ]
+    for result in results:
+        found = "{log:.1e} | {weights:.1e} | {answers}".format(**result) if "log" in result else "| | "
+        verdict = {True: "passed", False: "FAILED", None: ""}[result["passed"]]
+        note = " ".join(part for part in (verdict, result.get("problem", "")) if part)
+        lines.append(f"| {result['engine']} | {result['case']} | {found} | {note} |")
+    return "\n".join(lines) + "\n"
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.reliability.equivalence",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--short", action="store_true", help="DDP and FSDP2 only, and few cases")
+    parser.add_argument("--only", choices=ENGINES, help="one engine")
+    parser.add_argument("--output", type=Path, default=Path("outputs/reliability"), help="folder for the results")
+    options = parser.parse_args()
+    cases_of = SHORT if options.short else {engine: [*worker.CASES, EXAMPLE] for engine in ENGINES}
+    if options.only:
+        cases_of = {options.only: cases_of.get(options.only) or parser.error(f"--short leaves {options.only} out")}
+    results = run(options.output, cases_of)
+    (options.output / "equivalence.json").write_text(json.dumps(results, indent=2) + "\n")
+    (options.output / "equivalence.md").write_text(table(results))
+    print(table(results))
+    sys.exit(any(result["passed"] is False for result in results))
+
+
+if __name__ == "__main__":
+    main()
