@@ -39,6 +39,7 @@ from training_input.manifests import read_manifest
 from training_input.mixtures import read_sources
 from training_input.options import DataOptions
 from transformers import AutoConfig, HfArgumentParser, TrainingArguments, set_seed
+from transformers.integrations import unset_hf_deepspeed_config
 
 from modeling_blsp_kd import BlspKdForCausalLM, BlspKdTrainer
 from processing import BlspKdDataCollator, BlspKdProcessor
@@ -191,6 +192,9 @@ def make_trainer(
         `tuple`: the trainer, training rows and evaluation rows, all with the LLM's own answers.
     """
     processor = BlspKdProcessor.from_backbones(model_options.speech_model, model_options.text_model)
+    if args.deepspeed_plugin is not None and not args.deepspeed_plugin.zero3_init_flag:
+        # TrainingArguments asks for shares of the weights all the same, but the LLM is to answer first.
+        unset_hf_deepspeed_config()
     model = build_model(model_options, processor, model_class)
     with args.main_process_first(desc="making the data"):
         train_rows, eval_rows = load_rows(data_options, data_seed(args))
@@ -212,7 +216,7 @@ def make_trainer(
         train_dataset=train_dataset,
         data_collator=BlspKdDataCollator(processor),
         processing_class=processor,
-        optimizers=(make_optimizer(model, model_options, args), None),
+        optimizer_cls_and_kwargs=optimizer_and_options(model, model_options, args),
         non_finite_loss=args.non_finite_loss,
     )
     return trainer, train_rows, eval_rows
@@ -266,8 +270,11 @@ def make_dataset(rows: list[dict]) -> Dataset:
     return Dataset.from_list([{**row, "length": duration_s(row)} for row in rows])
 
 
-def make_optimizer(model, options: ModelOptions, args: Arguments):
-    """The Trainer's optimiser, with a learning rate of its own for the pretrained encoder."""
+def optimizer_and_options(model, options: ModelOptions, args: Arguments) -> tuple[type, dict]:
+    """The Trainer's optimiser, with a learning rate of its own for the pretrained encoder.
+
+    Not yet made, as FSDP wants it.
+    """
     optimizer_class, optimizer_options = BlspKdTrainer.get_optimizer_cls_and_kwargs(args, model)
     encoder = [parameter for parameter in model.audio_tower.parameters() if parameter.requires_grad]
     encoder_ids = {id(parameter) for parameter in encoder}
@@ -279,7 +286,7 @@ def make_optimizer(model, options: ModelOptions, args: Arguments):
         groups.append(
             {"params": encoder, "weight_decay": args.weight_decay, "lr": encoder_learning_rate(options, args)}
         )
-    return optimizer_class(groups, **optimizer_options)
+    return optimizer_class, {**optimizer_options, "params": groups}
 
 
 def encoder_learning_rate(options: ModelOptions, args: Arguments) -> float:

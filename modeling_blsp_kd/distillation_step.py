@@ -158,12 +158,16 @@ class DistillationStep:
         Raises:
             ValueError: this LLM does something else.
         """
+        from peft.utils.integrations import gather_params_ctx  # takes a second, which only training need wait for
+
         input_ids = torch.arange(4, device=self.device)[None]
         weight, options = self._output_head()
+        bias = options.pop("lm_head_bias")
         with frozen(self.language_model):
             own = self.language_model(input_ids=input_ids, use_cache=False).logits.float()
             states = self.language_model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-            logits = nn.functional.linear(states, weight, options.pop("lm_head_bias"))
+            with gather_params_ctx([weight] if bias is None else [weight, bias], modifier_rank=None):  # under ZeRO-3
+                logits = nn.functional.linear(states, weight, bias)
         difference = (postprocess_logits(logits, **options) - own).abs().max()
         tolerance = 1e-3 if own.dtype == torch.float32 else 1e-1
         if not difference <= tolerance * max(1.0, float(own.abs().max())):

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import DistributedType, broadcast_object_list
 from transformers import Trainer
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
 from .checkpoints import ASIDE, choose_checkpoint, publish, remove_old
@@ -72,7 +73,8 @@ class BlspKdTrainer(Trainer):
             )
         model = self.accelerator.unwrap_model(self.model)
         # FSDP's cpu_ram_efficient_loading gives the weights to one process per node, and to the others later.
-        if not (self.is_fsdp_enabled and model.get_output_embeddings().weight.is_meta):
+        has_no_weights_yet = self.is_fsdp_enabled and model.get_output_embeddings().weight.is_meta
+        if not (has_no_weights_yet or is_deepspeed_zero3_enabled()):
             model.check_output_head()
         # forward divides each part by its own count over the whole optimiser step.
         self.model_accepts_loss_kwargs = True
@@ -111,6 +113,12 @@ class BlspKdTrainer(Trainer):
         if self._notice.came:
             signal.raise_signal(signal.SIGTERM)  # after the last step: no longer ours
         return output
+
+    def _prepare_for_training(self, *args, **kwargs):
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        if is_deepspeed_zero3_enabled():  # whose shares of weights could not be run before
+            self.accelerator.unwrap_model(self.model).check_output_head()
+        return prepared
 
     def _choose_checkpoint(self, resume_from) -> str:
         """The main process verifies, so that a checkpoint is read once, and all resume from or fail at the same."""

@@ -36,16 +36,16 @@ class Case:
 
     Args:
         num_rows (`int`), num_eval_rows (`int`).
-        text_only (`set[int]`): rows without audio.
-        thin (`bool`): save only what was trained.
+        start (`str`): checkpoint of `make_start`.
+        text_only (`frozenset[int]`): rows without audio.
         resume_at (`int`, *optional*): train anew from this step's checkpoint, and keep that run.
         options (`dict`): for TrainingArguments.
     """
 
     num_rows: int
     num_eval_rows: int = 0
+    start: str = "full"
     text_only: frozenset[int] = frozenset()
-    thin: bool = False
     resume_at: int | None = None
     options: dict = field(default_factory=dict)
 
@@ -53,11 +53,12 @@ class Case:
 # In order, rows 0 and 1 are the first process's, 2 and 3 the second's, and so on.
 CASES = {
     "training": Case(num_rows=16, options={"gradient_accumulation_steps": 2}),
-    "thin save, resumed": Case(num_rows=16, thin=True, resume_at=2),
+    "tied head, frozen encoder": Case(num_rows=12, start="tied", options={"activation_checkpointing": False}),
+    "thin save, resumed": Case(num_rows=16, start="thin", resume_at=2),
     "no audio on one process": Case(num_rows=12, text_only=frozenset(range(2, 12, 4)) | frozenset(range(3, 12, 4))),
     # The second process has one row in the last batch of training, and none in that of evaluation.
     "uneven last batches": Case(num_rows=7, num_eval_rows=5, options={"eval_strategy": "epoch", "num_train_epochs": 2}),
-    "fewer rows than processes": Case(num_rows=1, num_eval_rows=1, thin=True, options={"eval_strategy": "epoch"}),
+    "fewer rows than processes": Case(num_rows=1, num_eval_rows=1, start="thin", options={"eval_strategy": "epoch"}),
 }
 
 
@@ -76,24 +77,25 @@ def make_rows(number: int, text_only: frozenset[int] = frozenset()) -> list[dict
 
 
 def make_start(folder: Path):
-    """The checkpoints, full and thin, that every training starts from, and the backbones of the latter."""
-    model = make_model(plora={"lora_dropout": 0.0}, distillation={"response_ce": 0.5, "transcript_ce": 0.5})
-    model.save_pretrained(folder / "full")
-    bare = make_model(distillation={"response_ce": 0.5, "transcript_ce": 0.5})
+    """The checkpoints that trainings start from. That of "thin" needs the folder's other two."""
+    plora, distillation = {"lora_dropout": 0.0}, {"response_ce": 0.5, "transcript_ce": 0.5}
+    full = make_model(plora=plora, distillation=distillation)
+    full.save_pretrained(folder / "full")
+    make_model(plora=plora, freeze_speech_encoder=True, text={"tie_word_embeddings": True}).save_pretrained(
+        folder / "tied"
+    )
+    bare = make_model()
     bare.audio_tower.save_pretrained(folder / "speech")
     bare.language_model.save_pretrained(folder / "text")
-    thin = BlspKdForCausalLM.from_backbones(
+    BlspKdForCausalLM.from_backbones(
         folder / "speech",
         folder / "text",
-        audio_token_id=model.config.audio_token_id,
+        audio_token_id=full.config.audio_token_id,
         thin=True,
-        adapter=model.config.adapter,
-        plora={"lora_dropout": 0.0},
-        distillation=model.config.distillation,
-    )
-    trained = {name for name, parameter in thin.named_parameters() if parameter.requires_grad}
-    thin.load_state_dict({name: value for name, value in model.state_dict().items() if name in trained}, strict=False)
-    thin.save_pretrained(folder / "thin")
+        adapter=full.config.adapter,
+        plora=plora,
+        distillation=distillation,
+    ).save_pretrained(folder / "thin")
 
 
 def folder_of(name: str, folder: Path) -> Path:
@@ -104,34 +106,34 @@ def run(name: str, folder: Path):
     """Train a case and leave in its folder the log, the saved model and greedy answers of the trained model."""
     case, folder = CASES[name], folder_of(name, folder)
     num_processes = int(os.environ.get("WORLD_SIZE", 1))
-    args = TrainingArguments(
-        output_dir=str(folder),
-        use_cpu="ACCELERATE_TORCH_DEVICE" not in os.environ,
-        **{
-            "per_device_train_batch_size": GLOBAL_BATCH // num_processes,
-            "per_device_eval_batch_size": GLOBAL_BATCH // num_processes,
-            "num_train_epochs": 1,
-            "learning_rate": 0.05,
-            # Larger than the gradients, so that steps are proportional to them and not to their signs.
-            "adam_epsilon": 0.1,
-            "lr_scheduler_type": "constant",
-            "train_sampling_strategy": "sequential",
-            "activation_checkpointing": True,
-            "logging_steps": 1,
-            "save_strategy": "no" if case.resume_at is None else "steps",
-            "save_steps": case.resume_at or 1,
-            "report_to": "none",
-            "remove_unused_columns": False,
-            "dataloader_pin_memory": False,
-            "disable_tqdm": True,
-            **case.options,
-        },
-    )
     processor = make_processor()
 
     def train(resume_from=None):
+        args = TrainingArguments(
+            output_dir=str(folder),
+            use_cpu="ACCELERATE_TORCH_DEVICE" not in os.environ,
+            **{
+                "per_device_train_batch_size": GLOBAL_BATCH // num_processes,
+                "per_device_eval_batch_size": GLOBAL_BATCH // num_processes,
+                "num_train_epochs": 1,
+                "learning_rate": 0.05,
+                # Larger than the gradients, so that steps are proportional to them and not to their signs.
+                "adam_epsilon": 0.1,
+                "lr_scheduler_type": "constant",
+                "train_sampling_strategy": "sequential",
+                "activation_checkpointing": True,
+                "logging_steps": 1,
+                "save_strategy": "no" if case.resume_at is None else "steps",
+                "save_steps": case.resume_at or 1,
+                "report_to": "none",
+                "remove_unused_columns": False,
+                "dataloader_pin_memory": False,
+                "disable_tqdm": True,
+                **case.options,
+            },
+        )
         trainer = BlspKdTrainer(
-            model=BlspKdForCausalLM.from_pretrained(folder.parents[1] / "start" / ("thin" if case.thin else "full")),
+            model=BlspKdForCausalLM.from_pretrained(folder.parents[1] / "start" / case.start),
             args=args,
             train_dataset=make_rows(case.num_rows, case.text_only),
             eval_dataset=make_rows(case.num_eval_rows),
