@@ -74,7 +74,7 @@ EXAMPLE_OPTIONS = {
     "warmup_steps": 0,
     "lr_scheduler_type": "constant",
     "adam_epsilon": 0.1,
-    "learning_rate": 0.05,
+    "learning_rate": 0.2,  # steps far above the rounding of a weight
     "train_sampling_strategy": "random",
     "spec_augment": "false",  # drawn by each process for itself
     "max_response_tokens": 8,
