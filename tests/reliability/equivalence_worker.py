@@ -20,7 +20,7 @@ from accelerate.state import PartialState  # noqa: E402
 from accelerate.utils import DistributedType  # noqa: E402
 from conftest import make_model, spoken_prompts  # noqa: E402
 from test_trainer import make_processor, many_rows  # noqa: E402
-from transformers import TrainingArguments  # noqa: E402
+from transformers import PrinterCallback, TrainingArguments  # noqa: E402
 
 from modeling_blsp_kd import BlspKdForCausalLM, BlspKdTrainer  # noqa: E402
 from processing import BlspKdDataCollator  # noqa: E402
@@ -125,6 +125,7 @@ def run(name: str, folder: Path):
             data_collator=BlspKdDataCollator(processor),
             processing_class=processor,
         )
+        trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=resume_from)
         return trainer
 
