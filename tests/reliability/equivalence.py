@@ -1,10 +1,11 @@
 """Trains in two processes what one process trains, on every engine that `examples/accelerate` has a file for.
 
-    python -m tests.reliability.equivalence            # all engines and cases, some ten minutes on two cores
-    python -m tests.reliability.equivalence --short    # DDP and FSDP2, two cases, a minute
+    python -m tests.reliability.equivalence            # all engines and cases, some ten minutes on one core
+    python -m tests.reliability.equivalence --short    # DDP and FSDP2, few cases, a minute
 
 Small random models with partial LoRA and gradient checkpointing, float32, AdamW, gradients clipped; then `train.py` as
-a user starts it. Started by `accelerate launch` with the project's own files, but for two processes and without bf16.
+a user starts it. Started by `accelerate launch` with the project's own files, but for two processes and without bf16;
+for FSDP and DeepSpeed, accelerate is told that the CPUs are accelerators. ZeRO is compared where DeepSpeed is installed.
 Equal are, at every step: the loss, each of its parts and the gradient's norm (of the gradients before clipping); at the
 end: evaluation, the saved weights as one process loads them, and greedy answers of the sharded model.
 Leaves out: GPUs, several nodes, half precision.
