@@ -5,7 +5,7 @@
 
 Small random models with partial LoRA and gradient checkpointing, float32, AdamW, gradients clipped; then `train.py` as
 a user starts it. Started by `accelerate launch` with the project's own files, but for two processes and without bf16;
-for FSDP and DeepSpeed, accelerate is told that the CPUs are accelerators. ZeRO is compared where DeepSpeed is installed.
+for FSDP and DeepSpeed, accelerate is told that the CPUs are accelerators. ZeRO runs where DeepSpeed is installed.
 Equal are, at every step: the loss, each of its parts and the gradient's norm (of the gradients before clipping); at the
 end: evaluation, the saved weights as one process loads them, and greedy answers of the sharded model.
 Leaves out: GPUs, several nodes, half precision.
