@@ -29,6 +29,7 @@ from pathlib import Path
 import torch
 import transformers
 import yaml
+from accelerate.utils import broadcast_object_list
 from answering import accuracy, answer_rows
 from datasets import Dataset
 from training_input.batches import TrainingInputTrainer, data_seed
@@ -38,6 +39,7 @@ from training_input.manifests import read_manifest
 from training_input.mixtures import read_sources
 from training_input.options import DataOptions
 from transformers import AutoConfig, HfArgumentParser, TrainingArguments, set_seed
+from transformers.integrations import unset_hf_deepspeed_config
 
 from modeling_blsp_kd import BlspKdForCausalLM, BlspKdTrainer
 from processing import BlspKdDataCollator, BlspKdProcessor
@@ -142,8 +144,9 @@ def main():
 
     alignment = trainer.evaluate(make_dataset(eval_rows))
     results |= {name: alignment[f"eval_{name}"] for name in REPORTED if f"eval_{name}" in alignment}
+    # In all processes, of which each may hold only a share of the weights.
+    spoken = answer_rows(model, processor, eval_rows, "audio", max_new_tokens=data_options.max_response_tokens)
     if trainer.is_world_process_zero():
-        spoken = answer_rows(model, processor, eval_rows, "audio", max_new_tokens=data_options.max_response_tokens)
         results |= score(eval_rows, spoken, trainer.train_dataset.voices)
         results["total_seconds"] = round(time.time() - start, 1)
         results["samples"] = keep_samples(eval_rows[:NUM_SAMPLES], Path(args.output_dir))
@@ -189,6 +192,9 @@ def make_trainer(
         `tuple`: the trainer, training rows and evaluation rows, all with the LLM's own answers.
     """
     processor = BlspKdProcessor.from_backbones(model_options.speech_model, model_options.text_model)
+    if args.deepspeed_plugin is not None and not args.deepspeed_plugin.zero3_init_flag:
+        # TrainingArguments asks for shares of the weights all the same, but the LLM is to answer first.
+        unset_hf_deepspeed_config()
     model = build_model(model_options, processor, model_class)
     with args.main_process_first(desc="making the data"):
         train_rows, eval_rows = load_rows(data_options, data_seed(args))
@@ -196,7 +202,10 @@ def make_trainer(
     for rows in (train_rows, eval_rows):
         # A mixture repeats rows, as the same objects.
         unanswered = list({id(row): row for row in rows if not row.get("response")}.values())
-        answers = answer_rows(model, processor, unanswered, "text", max_new_tokens=data_options.max_response_tokens)
+        answers = [None] * len(unanswered)
+        if model.device.type != "meta":  # FSDP's cpu_ram_efficient_loading gives the others their weights later
+            answers = answer_rows(model, processor, unanswered, "text", max_new_tokens=data_options.max_response_tokens)
+        broadcast_object_list(answers)
         for row, answer in zip(unanswered, answers):
             row["response"] = answer
     with args.main_process_first(desc="looking at the clips"):
@@ -207,7 +216,7 @@ def make_trainer(
         train_dataset=train_dataset,
         data_collator=BlspKdDataCollator(processor),
         processing_class=processor,
-        optimizers=(make_optimizer(model, model_options, args), None),
+        optimizer_cls_and_kwargs=optimizer_and_options(model, model_options, args),
         non_finite_loss=args.non_finite_loss,
     )
     return trainer, train_rows, eval_rows
@@ -261,8 +270,11 @@ def make_dataset(rows: list[dict]) -> Dataset:
     return Dataset.from_list([{**row, "length": duration_s(row)} for row in rows])
 
 
-def make_optimizer(model, options: ModelOptions, args: Arguments):
-    """The Trainer's optimiser, with a learning rate of its own for the pretrained encoder."""
+def optimizer_and_options(model, options: ModelOptions, args: Arguments) -> tuple[type, dict]:
+    """The Trainer's optimiser, with a learning rate of its own for the pretrained encoder.
+
+    Not yet made, as FSDP wants it.
+    """
     optimizer_class, optimizer_options = BlspKdTrainer.get_optimizer_cls_and_kwargs(args, model)
     encoder = [parameter for parameter in model.audio_tower.parameters() if parameter.requires_grad]
     encoder_ids = {id(parameter) for parameter in encoder}
@@ -274,7 +286,7 @@ def make_optimizer(model, options: ModelOptions, args: Arguments):
         groups.append(
             {"params": encoder, "weight_decay": args.weight_decay, "lr": encoder_learning_rate(options, args)}
         )
-    return optimizer_class(groups, **optimizer_options)
+    return optimizer_class, {**optimizer_options, "params": groups}
 
 
 def encoder_learning_rate(options: ModelOptions, args: Arguments) -> float:

@@ -39,6 +39,14 @@ def frozen(module: nn.Module):
             child.training = training
 
 
+def _gathered_weight(module: nn.Module) -> torch.Tensor:
+    """The weight of embeddings or head. As a unit of FSDP2, which accelerate makes of each, a module is gathered by its
+    own forward, which the losses go around. FSDP2 frees it again after the backward."""
+    if isinstance(module, FSDPModule):
+        module.unshard()
+    return module.weight
+
+
 class DistillationStep:
     """The part of [`BlspKdForCausalLM`] that learns."""
 
@@ -103,7 +111,7 @@ class DistillationStep:
             is_token = torch.arange(num_slots, device=labels.device) < audio.num_speech_tokens[:, None]
             targets = teacher["input_ids"][teacher_is_content]
             parts["transcript_ce"] = linear_cross_entropy(
-                audio.pooler_output[is_token], targets, self.get_input_embeddings().weight
+                audio.pooler_output[is_token], targets, _gathered_weight(self.get_input_embeddings())
             )
 
         counts = torch.stack(
@@ -134,15 +142,11 @@ class DistillationStep:
         head = self.language_model.get_output_embeddings()
         if head.weight.is_meta:
             raise ValueError("The LLM's output head is offloaded, so the losses cannot read it. Keep it on a device.")
-        if isinstance(head, FSDPModule):
-            # A unit of its own (as accelerate makes it when it is not tied) is gathered by its own forward, which the
-            # losses go around. FSDP2 frees it again after the backward.
-            head.unshard()
         text_config = self.config.get_text_config()
         scale = getattr(text_config, "logit_scale", None) or 1.0  # Cohere
         scale /= getattr(text_config, "logits_scaling", None) or 1.0  # Granite
         softcap = getattr(text_config, "final_logit_softcapping", None)  # Gemma
-        return head.weight, {"lm_head_bias": getattr(head, "bias", None), "scale": scale, "softcap": softcap}
+        return _gathered_weight(head), {"lm_head_bias": getattr(head, "bias", None), "scale": scale, "softcap": softcap}
 
     @torch.no_grad()
     def check_output_head(self):
@@ -154,12 +158,16 @@ class DistillationStep:
         Raises:
             ValueError: this LLM does something else.
         """
+        from peft.utils.integrations import gather_params_ctx  # takes a second, which only training need wait for
+
         input_ids = torch.arange(4, device=self.device)[None]
         weight, options = self._output_head()
+        bias = options.pop("lm_head_bias")
         with frozen(self.language_model):
             own = self.language_model(input_ids=input_ids, use_cache=False).logits.float()
             states = self.language_model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-            logits = nn.functional.linear(states, weight, options.pop("lm_head_bias"))
+            with gather_params_ctx([weight] if bias is None else [weight, bias], modifier_rank=None):  # under ZeRO-3
+                logits = nn.functional.linear(states, weight, bias)
         difference = (postprocess_logits(logits, **options) - own).abs().max()
         tolerance = 1e-3 if own.dtype == torch.float32 else 1e-1
         if not difference <= tolerance * max(1.0, float(own.abs().max())):

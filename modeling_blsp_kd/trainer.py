@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import DistributedType, broadcast_object_list
 from transformers import Trainer
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
 from .checkpoints import ASIDE, choose_checkpoint, publish, remove_old
@@ -70,7 +71,11 @@ class BlspKdTrainer(Trainer):
                 f"torch.nn.DataParallel over {self.args.n_gpu} GPUs is not supported. Start one process per GPU: "
                 "`accelerate launch --multi_gpu ...` (or set CUDA_VISIBLE_DEVICES to one GPU)."
             )
-        self.accelerator.unwrap_model(self.model).check_output_head()
+        model = self.accelerator.unwrap_model(self.model)
+        # FSDP's cpu_ram_efficient_loading gives the weights to one process per node, and to the others later.
+        has_no_weights_yet = self.is_fsdp_enabled and model.get_output_embeddings().weight.is_meta
+        if not (has_no_weights_yet or is_deepspeed_zero3_enabled()):
+            model.check_output_head()
         # forward divides each part by its own count over the whole optimiser step.
         self.model_accepts_loss_kwargs = True
         self._loss_parts = {"train": {}, "eval": {}}
@@ -109,6 +114,12 @@ class BlspKdTrainer(Trainer):
             signal.raise_signal(signal.SIGTERM)  # after the last step: no longer ours
         return output
 
+    def _prepare_for_training(self, *args, **kwargs):
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        if is_deepspeed_zero3_enabled():  # whose shares of weights could not be run before
+            self.accelerator.unwrap_model(self.model).check_output_head()
+        return prepared
+
     def _choose_checkpoint(self, resume_from) -> str:
         """The main process verifies, so that a checkpoint is read once, and all resume from or fail at the same."""
         chosen = [None, None]
@@ -122,9 +133,21 @@ class BlspKdTrainer(Trainer):
             raise ValueError(chosen[1])
         return chosen[0]
 
-    def get_batch_samples(self, *args, **kwargs):
+    def get_batch_samples(self, epoch_iterator, *args, **kwargs):
         self._loss_before_step = self._tr_loss.clone()
-        return super().get_batch_samples(*args, **kwargs)
+        return super().get_batch_samples(map(self._without_repeats, epoch_iterator), *args, **kwargs)
+
+    def _without_repeats(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The batch that has just been fetched, without the rows that other batches have.
+
+        accelerate fills the last batch of each process with rows from the start of the epoch, so that all have as many
+        batches of the same size. These rows would count twice.
+        """
+        state, num_rows = self.accelerator.gradient_state, len(batch["input_ids"])
+        if not state.end_of_dataloader or state.remainder <= 0:
+            return batch
+        num_own = max(0, state.remainder - self.args.process_index * num_rows)
+        return batch if num_own >= num_rows else _first_rows(batch, num_own, self.model.config.audio_token_id)
 
     def _get_num_items_in_batch(self, batch_samples, device):
         """Response tokens, content tokens and clips of one optimiser step: a tensor of shape (3,)."""
@@ -273,6 +296,7 @@ class BlspKdTrainer(Trainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         # A distillation step returns no logits; generated answers are scored elsewhere.
+        inputs = self._without_repeats(inputs)
         return super().prediction_step(model, inputs, prediction_loss_only=True, ignore_keys=ignore_keys)
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
@@ -284,6 +308,23 @@ class BlspKdTrainer(Trainer):
         # The Trainer averages batch means; the parts are exact means over the data set, so the loss should be too.
         output.metrics[f"{metric_key_prefix}_loss"] = sum(weights.get(name, 0) * mean for name, mean in means.items())
         return output
+
+
+def _first_rows(batch: dict[str, torch.Tensor], num_rows: int, audio_token_id: int) -> dict[str, torch.Tensor]:
+    """The first rows of a batch of [`BlspKdDataCollator`], and their clips.
+
+    Of none is left what counts nothing, a row of text without a response: every process has to run the model.
+    """
+    num_kept = max(num_rows, 1)
+    num_clips = int((batch["input_ids"][:num_rows] == audio_token_id).sum())
+    of_clips = ("input_features", "input_features_mask", "num_speech_tokens")
+    kept = {name: values[: num_clips if name in of_clips else num_kept] for name, values in batch.items()}
+    if num_rows == 0:
+        kept["input_ids"], kept["attention_mask"] = kept["teacher_input_ids"], kept["teacher_attention_mask"]
+        kept["labels"] = torch.full_like(kept["input_ids"], -100)
+        for name in ("teacher_is_content", "teacher_is_response"):
+            kept[name] = torch.zeros_like(kept[name])
+    return kept
 
 
 def _add_to(collected: dict[str, torch.Tensor], parts: dict[str, torch.Tensor]):

@@ -1,6 +1,6 @@
 """The files of `examples/accelerate` say what the installed accelerate accepts, and name layers that exist.
 
-Leaves out: running them, which takes GPUs. What FSDP2 does to the losses: `test_sharding.py`.
+Leaves out: running them (`test_equivalence.py`).
 """
 
 from pathlib import Path
@@ -35,11 +35,8 @@ def fsdp_configs():
 @pytest.mark.parametrize("config", fsdp_configs(), ids=lambda config: str(len(config)))
 def test_fsdp_wraps_layers_that_the_model_has(config):
     model = make_model(plora={})
-    names = config.get("fsdp_transformer_layer_cls_to_wrap")
     plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=config["fsdp_version"],
-        auto_wrap_policy=config["fsdp_auto_wrap_policy"].lower(),
-        transformer_cls_names_to_wrap=names and names.split(","),
+        fsdp_version=config["fsdp_version"], auto_wrap_policy=config["fsdp_auto_wrap_policy"].lower()
     )
     plugin.set_auto_wrap_policy(model)  # raises where a named class is not in the model
     wrapped = {layer.__name__ for layer in plugin.auto_wrap_policy.keywords["transformer_layer_cls"]}

@@ -19,7 +19,7 @@ import torch
 from evaluation.recognition import read_off
 from torch import nn
 from tqdm import tqdm
-from train import Arguments, DataOptions, ModelOptions, make_optimizer, make_trainer
+from train import Arguments, DataOptions, ModelOptions, make_trainer, optimizer_and_options
 from training_input.batches import ReadsTrainingInput
 from transformers import HfArgumentParser, Trainer, set_seed
 
@@ -97,7 +97,7 @@ def train_ctc(distillation_trainer, model_options: ModelOptions, args: Arguments
         args=args,
         train_dataset=distillation_trainer.train_dataset,
         data_collator=collate,
-        optimizers=(make_optimizer(recognizer, model_options, args), None),
+        optimizer_cls_and_kwargs=optimizer_and_options(recognizer, model_options, args),
     )
     trainer.train()
     return recognizer.eval()
