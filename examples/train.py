@@ -208,6 +208,12 @@ def make_trainer(
         broadcast_object_list(answers)
         for row, answer in zip(unanswered, answers):
             row["response"] = answer
+        if empty := [row for row in unanswered if not row["response"]]:
+            raise ValueError(
+                f"The LLM answers {len(empty)} of {len(unanswered)} prompts with nothing, so there is nothing to learn "
+                f"from, first {empty[0].get('origin', empty[0])}. Look at what it answers to text (its chat template? "
+                "its tokenizer?), give these rows a 'response', or leave them out, as make_training_data.py does."
+            )
     with args.main_process_first(desc="looking at the clips"):
         train_dataset = training_data(train_rows, data_options, args, processor)
     trainer = TrainingInputTrainer(

@@ -109,6 +109,18 @@ def test_a_manifest_row_without_text_is_named(tmp_path, monkeypatch):
         train.read_manifest(str(tmp_path / "bad.jsonl"))
 
 
+def test_an_llm_that_answers_nothing_stops_before_training(tmp_path, monkeypatch):
+    soundfile.write(tmp_path / "a.wav", clip(0.8), 16_000)
+    rows = [{"audio": "a.wav", "text": "the red cat", "response": "red"}, {"audio": "a.wav", "text": "the sea"}]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train = load_example("train", monkeypatch)
+    monkeypatch.setattr(train, "answer_rows", lambda model, processor, rows, *_, **__: [""] * len(rows))
+    data = train.DataOptions(train_manifest=str(tmp_path / "train.jsonl"))
+    args = train.Arguments(output_dir=str(tmp_path / "model"), use_cpu=True, report_to="none")
+    with pytest.raises(ValueError, match=r"1 of 1 prompts with nothing.*train\.jsonl, row 2"):
+        train.make_trainer(train.ModelOptions(), data, args)
+
+
 def test_digit_manifest_joins_recordings_and_holds_one_speaker_out(tmp_path):
     words = "zero one two three four five six seven eight nine".split()
     rows = []
