@@ -9,6 +9,7 @@ import os
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
+from .checkpoint_files import check_folder
 from .configuration_blsp_kd import SPEECH_ENCODERS
 from .speech_encoder import TrueLengthWhisperEncoder
 
@@ -22,8 +23,9 @@ def load_audio_tower(name_or_path, config=None, dtype: torch.dtype | str = "auto
         kwargs: for `from_pretrained`.
 
     Raises:
-        ValueError: no speech encoder that we know, or weights are missing.
+        ValueError: no speech encoder that we know, or weights are missing or broken.
     """
+    check_folder(name_or_path, kwargs.get("subfolder", ""))
     if config is None:
         config = AutoConfig.from_pretrained(name_or_path, **kwargs)
     config = getattr(config, "encoder_config", config)  # Parakeet's heads hold their encoder's
@@ -59,4 +61,5 @@ def without_folder(config):
 
 
 def load_language_model(name_or_path, dtype: torch.dtype | str = "auto", **kwargs) -> PreTrainedModel:
+    check_folder(name_or_path, kwargs.get("subfolder", ""))
     return AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, **kwargs)

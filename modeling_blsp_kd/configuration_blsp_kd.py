@@ -5,12 +5,15 @@ the parts themselves take plain numbers. Leaves out: training arguments, which b
 """
 
 import copy
+import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+
+from .checkpoint_files import CHECK_CONFIG, explained
 
 MODEL_TYPE = "blsp_kd"
 
@@ -144,6 +147,7 @@ BACKBONES = ("audio_tower", "language_model")
 
 
 def _options(options_class, given: dict, where: str):
+    _require(isinstance(given, dict), f"The options of {where} must be a dict", given)
     known = [field.name for field in fields(options_class)]
     unknown = sorted(set(given) - set(known))
     if unknown:
@@ -153,11 +157,23 @@ def _options(options_class, given: dict, where: str):
 
 def _require(condition: bool, expected: str, got):
     if not condition:
-        raise ValueError(f"{expected}, got {got!r}.")
+        raise ValueError(f"{expected}, got {got!r:.200}.")
 
 
 def _is_count(value, at_least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= at_least
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -math.inf < value < math.inf
+
+
+def _is_share(value) -> bool:
+    return _is_number(value) and 0 <= value < 1
+
+
+def _is_text(value) -> bool:
+    return isinstance(value, str) and value != ""
 
 
 class BlspKdConfig(PreTrainedConfig):
@@ -211,8 +227,11 @@ class BlspKdConfig(PreTrainedConfig):
         # Copies, because building a model sets the attention of the config's parts: an LLM that is passed to the model
         # with its own config would lose its attention.
         for name in self.sub_configs_defaults:
-            setattr(self, name, copy.deepcopy(getattr(self, name)))
-        super().__post_init__(**kwargs)
+            given = getattr(self, name)
+            _require(given is None or isinstance(given, (dict, PreTrainedConfig)), f"{name} must be a config", given)
+            setattr(self, name, copy.deepcopy(given))
+        with explained("The config, or speech_config or text_config in it, is wrong", CHECK_CONFIG):
+            super().__post_init__(**kwargs)
         _require(
             self.speech_config.model_type in SPEECH_ENCODERS,
             f"speech_config must be of a model type among {SPEECH_ENCODERS}",
@@ -235,8 +254,13 @@ class BlspKdConfig(PreTrainedConfig):
             _require(
                 isinstance(self.backbones, dict)
                 and set(self.backbones) == set(BACKBONES)
-                and all(set(backbone) == {"name_or_path", "revision"} for backbone in self.backbones.values()),
-                f"backbones must be None, or give name_or_path and revision of each of {BACKBONES}",
+                and all(
+                    isinstance(backbone, dict)
+                    and set(backbone) == {"name_or_path", "revision"}
+                    and all(map(_is_text, backbone.values()))
+                    for backbone in self.backbones.values()
+                ),
+                f"backbones must be None, or give name_or_path and revision (text) of each of {BACKBONES}",
                 self.backbones,
             )
         self.tie_word_embeddings = getattr(self.text_config.get_text_config(), "tie_word_embeddings", False)
@@ -248,6 +272,18 @@ class BlspKdConfig(PreTrainedConfig):
                 "AutoModelForCausalLM": model,
                 "AutoModelForMultimodalLM": model,
             }
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        with explained(f"The config of {pretrained_model_name_or_path} cannot be read"):
+            config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        # For a missing file transformers gives an empty dict, which would stand for its defaults.
+        if not isinstance(config_dict, dict) or not config_dict:
+            raise OSError(
+                f"{pretrained_model_name_or_path} has no config.json, or none with options. Name the folder or "
+                "repository of a BLSP-KD model, as save_pretrained writes it."
+            )
+        return config_dict, kwargs
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
@@ -274,9 +310,14 @@ class BlspKdConfig(PreTrainedConfig):
             )
 
     def _checked_adapter(self) -> dict:
-        given = {"type": self.adapter} if isinstance(self.adapter, str) else dict(self.adapter)
-        kind = given.pop("type", None)
-        _require(kind in ADAPTERS, f"adapter must be one of {sorted(ADAPTERS)}, or a dict whose 'type' is", kind)
+        given = {"type": self.adapter} if isinstance(self.adapter, str) else self.adapter
+        kind = given.get("type") if isinstance(given, dict) else given
+        _require(
+            isinstance(kind, str) and kind in ADAPTERS,
+            f"adapter must be one of {sorted(ADAPTERS)}, or a dict whose 'type' is",
+            kind,
+        )
+        given = {name: value for name, value in given.items() if name != "type"}
         options = asdict(_options(ADAPTERS[kind], given, f"the {kind} adapter"))
         if kind == "cformer":
             encoder = self.speech_config
@@ -308,7 +349,7 @@ class BlspKdConfig(PreTrainedConfig):
                 "adapter option attention_window must be None or an integer of at least 1",
                 options["attention_window"],
             )
-            _require(0 <= options["dropout"] < 1, "adapter option dropout must lie in [0, 1)", options["dropout"])
+            _require(_is_share(options["dropout"]), "adapter option dropout must lie in [0, 1)", options["dropout"])
         else:
             for name in ("num_layers", "bottleneck_dim"):
                 _require(_is_count(options[name], 1), f"adapter option {name} must be at least 1", options[name])
@@ -322,7 +363,8 @@ class BlspKdConfig(PreTrainedConfig):
     def _checked_plora(self) -> dict | None:
         if self.plora is None or self.plora is False:
             return None
-        given = {} if self.plora is True else dict(self.plora)
+        given = {} if self.plora is True else self.plora
+        _require(isinstance(given, dict), "plora must be True, False or a dict of options", given)
         if given.get("use_dora"):
             raise ValueError(
                 "plora does not support use_dora: DoRA rescales the LLM's own weights, at text positions too."
@@ -333,22 +375,25 @@ class BlspKdConfig(PreTrainedConfig):
             )
         options = asdict(_options(PartialLoraOptions, given, "plora"))
         _require(_is_count(options["r"], 1), "plora option r must be an integer of at least 1", options["r"])
-        _require(options["lora_alpha"] > 0, "plora option lora_alpha must be above 0", options["lora_alpha"])
+        alpha, dropout, targets = options["lora_alpha"], options["lora_dropout"], options["target_modules"]
+        _require(_is_number(alpha) and alpha > 0, "plora option lora_alpha must be above 0", alpha)
+        _require(_is_share(dropout), "plora option lora_dropout must lie in [0, 1)", dropout)
         _require(
-            0 <= options["lora_dropout"] < 1, "plora option lora_dropout must lie in [0, 1)", options["lora_dropout"]
+            _is_text(targets) or (isinstance(targets, (list, tuple)) and targets and all(map(_is_text, targets))),
+            "plora option target_modules must be a name or a list of names",
+            targets,
         )
         return options
 
     def _checked_distillation(self) -> dict:
-        options = asdict(_options(DistillationOptions, dict(self.distillation or {}), "distillation"))
+        given = {} if self.distillation is None else self.distillation
+        options = asdict(_options(DistillationOptions, given, "distillation"))
         one_to_one = self.adapter["type"] == "cformer"
         for name in ("input_kl", "quantity"):
             if options[name] is None:
                 options[name] = float(one_to_one)
         for name, value in options.items():
-            _require(
-                isinstance(value, (int, float)) and value >= 0, f"distillation option {name} must be at least 0", value
-            )
+            _require(_is_number(value) and value >= 0, f"distillation option {name} must be at least 0", value)
         _require(options["temperature"] > 0, "distillation option temperature must be above 0", options["temperature"])
         if not one_to_one:
             for name in ("input_kl", "quantity", "transcript_ce"):
@@ -360,18 +405,14 @@ class BlspKdConfig(PreTrainedConfig):
         return options
 
     def _checked_timestamps(self) -> dict:
-        options = asdict(_options(TimestampOptions, dict(self.timestamps or {}), "timestamps"))
+        options = asdict(_options(TimestampOptions, {} if self.timestamps is None else self.timestamps, "timestamps"))
         delay_s, silence = options["delay_s"], options["silence"]
         _require(
-            isinstance(delay_s, (int, float)) and -1 <= delay_s <= 1,
+            _is_number(delay_s) and -1 <= delay_s <= 1,
             "timestamps option delay_s must lie in [-1, 1] (seconds)",
             delay_s,
         )
-        _require(
-            isinstance(silence, (int, float)) and 0 <= silence < 1,
-            "timestamps option silence must lie in [0, 1)",
-            silence,
-        )
+        _require(_is_share(silence), "timestamps option silence must lie in [0, 1)", silence)
         return options
 
 

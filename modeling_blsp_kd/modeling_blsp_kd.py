@@ -23,6 +23,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .adapters import CFormer, Subsampler
 from .backbones import load_audio_tower, load_language_model, without_folder
+from .checkpoint_files import CHECK_CONFIG, check_folder, explained, misfits
 from .configuration_blsp_kd import BlspKdConfig
 from .distillation_step import RESPONSE_TOKENS, DistillationStep, frozen
 from .generation_blsp_kd import BlspKdGenerationMixin
@@ -134,10 +135,12 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, DistillationStep, BlspKdGeneratio
     def __init__(self, config: BlspKdConfig, audio_tower=None, language_model=None):
         super().__init__(config)
         speech_config, text_config = config.speech_config, config.text_config
-        self.audio_tower = audio_tower or build_speech_encoder(speech_config)
+        with explained("The speech encoder of speech_config cannot be built", CHECK_CONFIG):
+            self.audio_tower = audio_tower or build_speech_encoder(speech_config)
         if isinstance(self.audio_tower, TrueLengthWhisperEncoder):
             self.audio_tower.pad_to_window = config.speech_padding == "max_length"
-        self.language_model = language_model or AutoModelForCausalLM.from_config(text_config)
+        with explained("The LLM of text_config cannot be built", CHECK_CONFIG):
+            self.language_model = language_model or AutoModelForCausalLM.from_config(text_config)
         options = dict(config.adapter)
         adapter_class = ADAPTER_CLASSES[options.pop("type")]
         if adapter_class is CFormer:
@@ -211,7 +214,13 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, DistillationStep, BlspKdGeneratio
         """Load a checkpoint, full or thin; see `PreTrainedModel.from_pretrained` for all arguments.
 
         Quantisation is for the LLM: speech encoder, adapter and partial LoRA keep their precision.
+
+        Raises:
+            OSError: a file is missing or cannot be read.
+            ValueError: a file is broken, or weights do not fit the config.
         """
+        files = {name: kwargs[name] for name in ("subfolder", "variant") if name in kwargs}
+        check_folder(pretrained_model_name_or_path, **files)
         if is_thin(cls.config_class, pretrained_model_name_or_path, **kwargs):
             return load_thin(cls, pretrained_model_name_or_path, *args, **kwargs)
         if kwargs.get("quantization_config") is not None:
@@ -227,6 +236,14 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, DistillationStep, BlspKdGeneratio
                 "parallelism, or a model with plora off."
             )
         return result
+
+    @staticmethod
+    def _finalize_model_loading(model, load_config, loading_info):
+        # transformers would first allocate what does not fit, however large, and its error names no weight.
+        wrong = [(name, tuple(stored), tuple(own)) for name, stored, own in loading_info.mismatched_keys]
+        if wrong and not load_config.ignore_mismatched_sizes:
+            raise ValueError(misfits(load_config.pretrained_model_name_or_path, wrong))
+        return PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
 
     def save_pretrained(self, save_directory, *args, full: bool = False, **kwargs):
         """Save a checkpoint; see `PreTrainedModel.save_pretrained` for the other arguments.

@@ -30,6 +30,9 @@ WINDOW_LENGTHS = {
     "parakeet_encoder": 3000,  # log-mel frames (N, length, num_mel_bins)
 }
 MEL_HOP_S = 0.01
+# Whisper's convolutions run on multiples of this. torch and oneDNN prepare a convolution for every length that it meets
+# and keep it (1,024 of them, 20 to 100 kB each): clips of ever new lengths would be slow and fill the memory.
+MEL_FRAMES_STEP = 50
 
 
 @dataclass
@@ -93,9 +96,7 @@ class TrueLengthWhisperEncoder(WhisperEncoder):
             input_features = WhisperModel._mask_input_features(self, input_features.clone(), mel_mask.long())
         if self.pad_to_window:
             input_features, mel_mask = _follow_by_silence(input_features, mel_mask, max_mel_frames)
-        hidden_states = (input_features * mel_mask[:, None]).to(self.conv1.weight.dtype)
-        hidden_states = nn.functional.gelu(self.conv1(hidden_states)) * mel_mask[:, None]
-        hidden_states = nn.functional.gelu(self.conv2(hidden_states)).transpose(1, 2)
+        hidden_states = self._convolve(input_features, mel_mask)
         # Called, not indexed: an offloaded table is fetched by a call.
         positions = torch.arange(hidden_states.shape[1], device=hidden_states.device)
         hidden_states = hidden_states + self.embed_positions(positions)
@@ -108,6 +109,16 @@ class TrueLengthWhisperEncoder(WhisperEncoder):
             hidden_states = layer(hidden_states, attention_mask, **kwargs)
         hidden_states = self.layer_norm(hidden_states)[:, : frame_mask.shape[1]]
         return SpeechEncoderOutput(last_hidden_state=hidden_states, frame_mask=frame_mask)
+
+    def _convolve(self, input_features, mel_mask):
+        """Log-mel (N, num_mel_bins, num_mel_frames), zeros where the mask is, to (N, T, H)."""
+        num_frames = mel_mask[:, ::2].shape[1]
+        missing = -mel_mask.shape[1] % MEL_FRAMES_STEP
+        is_valid = nn.functional.pad(mel_mask, (0, missing))[:, None]
+        hidden_states = (nn.functional.pad(input_features, (0, missing)) * is_valid).to(self.conv1.weight.dtype)
+        hidden_states = nn.functional.gelu(self.conv1(hidden_states)) * is_valid
+        hidden_states = nn.functional.gelu(self.conv2(hidden_states))[..., :num_frames]
+        return hidden_states.transpose(1, 2)
 
 
 def _follow_by_silence(log_mel, mel_mask, num_mel_frames: int):

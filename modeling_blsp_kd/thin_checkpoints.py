@@ -13,9 +13,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers import AutoQuantizationConfig
+from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils.hub import cached_file, extract_commit_hash, get_checkpoint_shard_files
 
 from .backbones import load_audio_tower, load_language_model, without_folder
+from .checkpoint_files import misfits
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin")
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -128,6 +130,9 @@ def load_thin(
             f"The weights of {name_or_path} do not fit its config: missing are {missing[:5]}, and unknown are "
             f"{unexpected[:5]} ({len(missing)} and {len(unexpected)} in all). Load it with its own config."
         )
+    kinds = [(name, _kind_of(tensor), _kind_of(current[name])) for name, tensor in weights.items()]
+    if wrong := [each for each in kinds if each[1] != each[2]]:
+        raise ValueError(misfits(name_or_path, wrong))
     model.load_state_dict(
         {
             name: tensor.to(
@@ -143,13 +148,17 @@ def load_thin(
         # What its user had unfrozen stays so, or the next checkpoint would lose it.
         if name in weights:
             parameter.requires_grad_(True)
-    try:
+    if cached_file(name_or_path, GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub):
         model.generation_config = GenerationConfig.from_pretrained(name_or_path, **hub)
-    except OSError:
+    else:
         model.generation_config = GenerationConfig.from_dict(language_model.generation_config.to_dict())
     model.eval()
     loading_info = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
     return (model, loading_info) if output_loading_info else model
+
+
+def _kind_of(tensor: torch.Tensor) -> str:
+    return f"{'floating point' if tensor.is_floating_point() else 'integer'} {tuple(tensor.shape)}"
 
 
 def _load_quantised(name_or_path, config, quantization_config, device_map, **kwargs):

@@ -191,6 +191,7 @@ class BlspKdPipeline(ChunkPipeline):
     def _as_prompt(self, messages: list[dict], waveforms: list[np.ndarray]) -> dict:
         rate = self.processor.feature_extractor.sampling_rate
         text = self.processor.apply_chat_template(messages, add_generation_prompt=True)
+        self.processor.check_unicode([text])
         clips = [self.processor.extract_features([(waveform, rate)]) for waveform in waveforms]
         return {"text": text, "features": [clip["input_features"][0] for clip in clips]}
 

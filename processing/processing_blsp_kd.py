@@ -8,6 +8,7 @@ training batches, see `data_collator.py`.
 import numbers
 import os
 import re
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -90,7 +91,7 @@ class BlspKdProcessor(ProcessorMixin):
         audio_token=AUDIO_TOKEN,
         transcription_instruction=TRANSCRIPTION_INSTRUCTION,
     ):
-        if audio_token not in tokenizer.get_vocab():
+        if not isinstance(audio_token, str) or audio_token not in tokenizer.get_vocab():
             raise ValueError(
                 f"The tokenizer does not know the audio token {audio_token!r}. Build the processor with "
                 "BlspKdProcessor.from_backbones, which adds it."
@@ -140,6 +141,16 @@ class BlspKdProcessor(ProcessorMixin):
             chat_template = flatten + (chat_template or PLAIN_TEMPLATE)
         return cls(feature_extractor, tokenizer, chat_template, audio_token, transcription_instruction)
 
+    @classmethod
+    def get_processor_dict(cls, pretrained_model_name_or_path, **kwargs):
+        with _explained(pretrained_model_name_or_path):
+            return super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        with _explained(pretrained_model_name_or_path):
+            return super()._get_arguments_from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
     @property
     def model_input_names(self):
         return ["input_ids", "attention_mask", "input_features", "input_features_mask"]
@@ -181,6 +192,7 @@ class BlspKdProcessor(ProcessorMixin):
         prompts = [text] if isinstance(text, str) else list(text)
         if not all(isinstance(prompt, str) for prompt in prompts):
             raise TypeError(f"Expected text as a string or a list of strings, got {type(text)}. Pass clips as audio=.")
+        self.check_unicode(prompts)
         num_placeholders = [prompt.count(self.audio_token) for prompt in prompts]
         clips = [] if audio is None else _as_clips(audio)
         if sum(num_placeholders) != len(clips):
@@ -198,6 +210,21 @@ class BlspKdProcessor(ProcessorMixin):
         if clips:
             data |= self.extract_features(clips, sampling_rate)
         return BatchFeature(data, tensor_type=return_tensors)
+
+    @staticmethod
+    def check_unicode(texts: list[str]):
+        """
+        Raises:
+            ValueError: a text holds half of a surrogate pair, as JSON may; tokenizers take it for no text at all.
+        """
+        for text in texts:
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(
+                    f"The text {text!r:.80} is no Unicode: character {error.start} is half of a surrogate pair. Decode "
+                    "what it came from with errors='replace', or leave that character out."
+                ) from error
 
     def extract_features(self, clips: list, sampling_rate: int | None = None) -> dict[str, np.ndarray]:
         """Features of clips, each on its true length, then zero-padded to the longest.
@@ -358,6 +385,22 @@ class BlspKdProcessor(ProcessorMixin):
         return [], [], audio, {}
 
 
+@contextmanager
+def _explained(name_or_path):
+    """Turn what other libraries raise over broken files into a ValueError that says where to look."""
+    try:
+        yield
+    except (OSError, ImportError):  # these name the file, or the library that is missing
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"The tokenizer or feature extractor of {name_or_path} cannot be read (tokenizer_config.json, "
+            "tokenizer.json, processor_config.json or preprocessor_config.json): "
+            f"{type(error).__name__}: {str(error)[:500]}. Copy the files again from where they came, or save the "
+            "processor anew (save_pretrained)."
+        ) from error
+
+
 def _check_chat(chat):
     """
     Raises:
@@ -375,6 +418,9 @@ def _check_chat(chat):
                 "The content of a message is a text or a list of blocks such as {'type': 'text', 'text': '...'}, but "
                 f"got {content!r:.80}."
             )
+        for block in content if is_blocks else ():
+            if block.get("type") == "text" and not isinstance(block.get("text"), str):
+                raise ValueError(f"A block of type 'text' needs a 'text' that is a string, but got {block!r:.80}.")
 
 
 def _known_arguments() -> set[str]:

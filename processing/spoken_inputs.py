@@ -24,6 +24,8 @@ def as_inputs(inputs):
         raise ValueError(f"There is nothing to hear: expected a clip, a chat, or several of them, got {inputs!r}.")
     if isinstance(inputs, list) and isinstance(inputs[0], Number):
         return np.asarray(inputs)  # the samples of one clip
+    if isinstance(inputs, list) and not is_valid_message(inputs[0]):
+        return [as_chat(item) for item in inputs]  # transformers looks for chats by the first input alone
     is_one = isinstance(inputs, (str, bytes, bytearray, dict, list, tuple, np.ndarray, torch.Tensor, Chat))
     if is_one or hasattr(inputs, "read") or not isinstance(inputs, Iterable):
         return inputs

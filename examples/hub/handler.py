@@ -20,7 +20,9 @@ import io
 import os
 from numbers import Real
 
-# Of torch's convolutions. Clips of ever new lengths fill the cache of 1,024 shapes, 100 kB each, and seldom use it.
+# torch and oneDNN keep 1,024 prepared convolutions each, up to 100 kB of memory for every one. Encoders that hear the
+# waveform meet an ever new length with every clip.
+os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 import soundfile
@@ -100,6 +102,7 @@ class EndpointHandler:
                 content = message["content"]
                 texts += [content] if isinstance(content, str) else [block.get("text", "") for block in content]
         tokenizer, texts = self.answers.processor.tokenizer, [text for text in texts if text]
+        self.answers.processor.check_unicode(texts)
         num_text_tokens = sum(len(ids) for ids in tokenizer(texts)["input_ids"]) if texts else 0
         num_tokens = num_text_tokens + parameters.get("max_new_tokens", 0)
         if num_tokens > MAX_TOTAL_TOKENS:

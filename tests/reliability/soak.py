@@ -11,6 +11,7 @@ Leaves out: requests at the same time, which a handler does not get.
 # ruff: noqa: T201 (a command talks to the terminal)
 import argparse
 import collections
+import ctypes
 import importlib.util
 import io
 import json
@@ -41,7 +42,7 @@ from processing.pipeline_blsp_kd import BlspKdPipeline  # noqa: E402
 
 # How much the memory may grow from the end of the warm-up to the end, by a straight line through what was measured.
 MAX_GROWTH_BYTES = 64 * 2**20
-WARM_UP = 0.25  # of the time
+WARM_UP = 0.25  # of the requests, since these and not the time fill caches
 NEW_TOKENS = (1, 32)
 # What the tiny world's LLM has a tokenizer for, and what it does not.
 INSTRUCTIONS = (
@@ -242,7 +243,7 @@ def run(requests: Requests, probe, minutes: float, probe_every: int, each_probe)
             answers = probe()
             if answers != expected:
                 drifts.append({"request": num_requests, "expected": expected, "got": answers})
-            memory.append((round(elapsed_s, 1), num_requests, resident_bytes()))
+            memory.append((round(elapsed_s, 1), num_requests, resident_bytes(), allocated_bytes()))
             found = {
                 "minutes": elapsed_s / 60,
                 "requests": num_requests,
@@ -274,21 +275,44 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def memory_facts(points: list[tuple[float, int, int]]) -> dict:
-    """What memory did after the warm-up: points are (seconds, requests, bytes)."""
-    end_s = points[-1][0]
-    after = [(seconds, held) for seconds, _, held in points if seconds >= WARM_UP * end_s]
-    slope = statistics.linear_regression(*zip(*after)).slope if len(after) > 1 else 0.0
+class MallocInfo(ctypes.Structure):
+    """glibc's `struct mallinfo2`."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+    ]
+
+
+def allocated_bytes() -> int:
+    """What was allocated and not freed. Resident beyond it: files, and freed pages that the C library keeps."""
+    mallinfo2 = ctypes.CDLL(None).mallinfo2
+    mallinfo2.restype = MallocInfo
+    info = mallinfo2()
+    return info.uordblks + info.hblkhd
+
+
+def memory_facts(points: list[tuple[float, int, int, int]]) -> dict:
+    """What memory did after the warm-up: points are (seconds, requests, resident bytes, allocated bytes)."""
+    warm_up = WARM_UP * points[-1][1]
+    _, requests, resident, allocated = zip(*(point for point in points if point[1] >= warm_up))
+    held = [point[2] for point in points]
     return {
         "points": points,
-        "warm_up_s": WARM_UP * end_s,
-        "after_warm_up_bytes": after[0][1],
-        "end_bytes": points[-1][2],
-        "peak_bytes": max(held for _, _, held in points),
-        "slope_bytes_per_hour": 3600 * slope,
-        "growth_bytes": slope * (after[-1][0] - after[0][0]),
+        "warm_up_requests": warm_up,
+        "after_warm_up_bytes": resident[0],
+        "end_bytes": held[-1],
+        "peak_bytes": max(held),
+        "growth_bytes": growth(requests, resident),
+        "allocated_growth_bytes": growth(requests, allocated),
         "bound_bytes": MAX_GROWTH_BYTES,
     }
+
+
+def growth(requests, held) -> float:
+    """From the first to the last, by a straight line through all."""
+    slope = statistics.linear_regression(requests, held).slope if len(held) > 1 else 0.0
+    return slope * (requests[-1] - requests[0])
 
 
 def verdict(found: dict) -> list[str]:
@@ -308,14 +332,14 @@ def write(folder: Path, found: dict) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     memory, wrong = found["memory"], verdict(found)
     (folder / "soak.json").write_text(json.dumps({**found, "wrong": wrong}, indent=1))
-    mib = {name: value / 2**20 for name, value in memory.items() if name not in ("points", "warm_up_s")}
+    mib = {name: value / 2**20 for name, value in memory.items() if name.endswith("_bytes")}
     lines = [
         f"{found['requests']} requests in {found['minutes']:.1f} minutes, {len(found['unexpected'])} ended badly.",
         f"Probe asked {found['probes']} times, {len(found['drifts'])} answers differ from the first.",
-        f"Resident memory: {mib['after_warm_up_bytes']:.0f} MiB after warm-up ({memory['warm_up_s'] / 60:.1f} min), "
+        f"Resident memory: {mib['after_warm_up_bytes']:.0f} MiB after {memory['warm_up_requests']:.0f} requests, "
         f"{mib['end_bytes']:.0f} at the end, {mib['peak_bytes']:.0f} at most.",
-        f"Slope {mib['slope_bytes_per_hour']:+.1f} MiB/h, which is {mib['growth_bytes']:+.1f} MiB in this run (at most "
-        f"{mib['bound_bytes']:.0f}).",
+        f"Growth by a straight line: {mib['growth_bytes']:+.1f} MiB (at most {mib['bound_bytes']:.0f}); of what is "
+        f"allocated {mib['allocated_growth_bytes']:+.1f} MiB.",
         "",
         "| request | answered | refused | failed |",
         "|---|---|---|---|",
@@ -336,10 +360,11 @@ def plot(path: Path, memory: dict):
 
     figure = Figure(figsize=(7, 3), layout="constrained")
     axes = figure.subplots()
-    seconds, _, held = zip(*memory["points"])
-    axes.plot([each / 60 for each in seconds], [each / 2**20 for each in held], linewidth=1)
-    axes.axvline(memory["warm_up_s"] / 60, color="grey", linewidth=0.8, linestyle="--", label="end of warm-up")
-    axes.set(xlabel="minutes", ylabel="resident memory, MiB", ylim=(0, 1.1 * max(held) / 2**20))
+    _, requests, *held = zip(*memory["points"])
+    for name, series in zip(("resident", "allocated"), held):
+        axes.plot(requests, [each / 2**20 for each in series], linewidth=1, label=name)
+    axes.axvline(memory["warm_up_requests"], color="grey", linewidth=0.8, linestyle="--", label="end of warm-up")
+    axes.set(xlabel="requests", ylabel="memory, MiB", ylim=(0, 1.1 * memory["peak_bytes"] / 2**20))
     axes.legend(loc="lower right")
     figure.savefig(path, dpi=120)
 

@@ -1,0 +1,112 @@
+"""Looks over the files of a model's folder before transformers reads them, whose errors would not name the file.
+
+Follows the formats of safetensors and of transformers' index of shards; of weights it reads the headers alone. Leaves
+out: the Hub, whose files huggingface_hub checks when it fetches them, and pickles, which torch refuses by itself.
+"""
+
+import json
+import os
+from collections.abc import Iterable
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from transformers import GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME
+
+CHECK_CONFIG = "Check its options against those of a model of that type."
+REMEDY = "Copy the folder again from where it came, or save the model anew (save_pretrained)."
+# What another library raises over the machine, not over what it reads; an OSError names its file besides.
+NOT_OF_CONTENT = (OSError, ImportError, MemoryError, RuntimeError)
+
+
+@contextmanager
+def explained(problem: str, remedy: str = REMEDY):
+    """Turn what another library raises over the content of a file into a ValueError that says which content it is."""
+    try:
+        yield
+    except NOT_OF_CONTENT:
+        raise
+    except Exception as error:
+        raise ValueError(f"{problem}: {type(error).__name__}: {str(error)[:500]}. {remedy}") from error
+
+
+def check_folder(name_or_path, subfolder: str = "", variant: str | None = None):
+    """Check what `from_pretrained` would read from a folder beside its config: weights and generation config.
+
+    Args:
+        name_or_path (`str` or `os.PathLike`): folder; a Hub id passes unchecked.
+        subfolder (`str`), variant (`str`, *optional*): as in `from_pretrained`.
+
+    Raises:
+        FileNotFoundError: an index of shards names a file that is not there.
+        ValueError: a file is broken, or an index names a file outside the folder.
+    """
+    if name_or_path is None or not os.path.isdir(name_or_path):
+        return
+    folder = Path(name_or_path, subfolder)
+    weights = folder / _of_variant(SAFE_WEIGHTS_NAME, variant)
+    if weights.is_file():
+        _tensor_names(weights)
+    else:
+        for name in (SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME):
+            if (index := folder / _of_variant(name, variant)).is_file():
+                _check_shards(index, is_safetensors=name == SAFE_WEIGHTS_INDEX_NAME)
+    if (generation_config := folder / GENERATION_CONFIG_NAME).is_file():
+        with explained(f"{generation_config} cannot be read"):
+            GenerationConfig.from_pretrained(folder)
+
+
+def _tensor_names(path: Path) -> set[str]:
+    """Names of the tensors in a safetensors file, whose header must be right and fit the file's length."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return set(file.keys())
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} ({path.stat().st_size} bytes) is no whole safetensors file: {error}. {REMEDY}"
+        ) from error
+
+
+def _check_shards(index: Path, is_safetensors: bool):
+    with explained(f"{index} cannot be read"):
+        content = json.loads(index.read_bytes())
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    is_index = isinstance(weight_map, dict) and len(weight_map) > 0 and isinstance(content.get("metadata"), dict)
+    if not is_index or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ValueError(
+            f"{index} must hold an object of 'metadata', an object, and 'weight_map', from names of tensors to names "
+            f"of files. {REMEDY}"
+        )
+    for name in sorted(set(weight_map.values())):
+        shard = index.parent / name
+        if Path(name).name != name:
+            raise ValueError(
+                f"{index} names the file {name!r:.200}, but shards are read only from the folder of their index. "
+                "If you trust that file, put it there."
+            )
+        if not shard.is_file():
+            raise FileNotFoundError(f"{shard} is missing, which {index.name} names. {REMEDY}")
+        if not is_safetensors:
+            continue
+        missing = {tensor for tensor, file in weight_map.items() if file == name} - _tensor_names(shard)
+        if missing:
+            raise ValueError(
+                f"{shard} lacks {sorted(missing)[:5]} ({len(missing)} in all), which {index.name} says it holds. "
+                f"{REMEDY}"
+            )
+
+
+def misfits(name_or_path, weights: Iterable[tuple]) -> str:
+    """What to say of weights that do not fit their config: (name, what is stored, what the model has) of each."""
+    listed = [f"{name} is {stored} instead of {own}" for name, stored, own in sorted(weights)]
+    return (
+        f"The weights of {name_or_path} do not fit its config: {'; '.join(listed[:5])} ({len(listed)} in all). Load "
+        "them with their own config, or save the model anew."
+    )
+
+
+def _of_variant(name: str, variant: str | None) -> str:
+    """As transformers names them: model.safetensors -> model.fp16.safetensors."""
+    stem, suffix = name.rsplit(".", 1)
+    return name if variant is None else f"{stem}.{variant}.{suffix}"
