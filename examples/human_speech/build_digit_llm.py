@@ -1,0 +1,97 @@
+"""Train a text LLM for strings of digits from nothing, score it on held-out strings, and save it.
+
+The tiny world's Qwen2 of 0.9 M parameters, trained in the same way, with one token per word: what somebody says has as
+many tokens as digits. Leaves out: speech, and dialogues of several turns.
+
+    cd examples && python -m human_speech.build_digit_llm --output_dir ../outputs/digit_llm
+"""
+
+import argparse
+import json
+import random
+from pathlib import Path
+
+import torch
+from tiny_world.build_llm import CHAT_TEMPLATE, SPECIAL_TOKENS, batches, build_model, print_scores, score, train
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from .digits import DIGITS, INSTRUCTIONS, KINDS, draw_question, draw_string, kinds_of, number_in_words
+
+# Text is never quite even: after a digit the LLM finds the next one likelier, so that input KL can tell digits apart.
+RUN_SHARE = 0.3
+
+
+def build_tokenizer():
+    """One token per word or punctuation mark of the questions and answers; white space only separates them."""
+    words = Tokenizer(models.WordLevel(unk_token="<|unk|>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.decoder = decoders.WordPiece(prefix="##", cleanup=False)  # nothing has the prefix: words between spaces
+    instructions = [text.format(digit) for texts in INSTRUCTIONS.values() for text in texts for digit in DIGITS]
+    numbers = [number_in_words(number) for number in range(100)]
+    words.train_from_iterator(
+        instructions + numbers, trainers.WordLevelTrainer(special_tokens=list(SPECIAL_TOKENS), show_progress=False)
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        pad_token="<|pad|>",
+        unk_token="<|unk|>",
+        eos_token="<|end|>",
+        additional_special_tokens=["<|system|>", "<|user|>", "<|assistant|>"],
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=512,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def draw_dialogues(num, rng, run_share=RUN_SHARE):
+    """`num` lists of chat messages: a question about a string of the training split, and its answer."""
+    dialogues = []
+    for _ in range(num):
+        words = draw_string("train", rng, min_digits=1, run_share=run_share)
+        question = draw_question(words, rng.choice(kinds_of(words)), rng)
+        dialogues.append(
+            [
+                {"role": "user", "content": f"{question.instruction}\n{' '.join(words)}"},
+                {"role": "assistant", "content": question.answer},
+            ]
+        )
+    return dialogues
+
+
+def held_out_prompts(split, num_per_kind, rng):
+    """kind -> pairs of a user's turn about a string of a split, whose digits follow no habit, and the right answer."""
+    prompts = {kind: [] for kind in KINDS}
+    while any(len(asked) < num_per_kind for asked in prompts.values()):
+        words = draw_string(split, rng)
+        for kind in kinds_of(words):
+            if len(prompts[kind]) < num_per_kind:
+                question = draw_question(words, kind, rng)
+                prompts[kind].append((f"{question.instruction}\n{' '.join(words)}", question.answer))
+    return prompts
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--num_steps", type=int, default=4000, help="training steps of 64 questions")
+    parser.add_argument("--split", default="test", help="strings to score on: validation or test")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(1)  # on a model this small more threads wait for each other longer than they work
+    rng = random.Random(args.seed)
+    tokenizer = build_tokenizer()
+    model = build_model(tokenizer)
+    train(model, batches(tokenizer, lambda num: draw_dialogues(num, rng), rng, batch_size=64), args.num_steps)
+    model.save_pretrained(args.output_dir)
+    tokenizer.save_pretrained(args.output_dir)
+    table = score(model, tokenizer, held_out_prompts(args.split, 200, random.Random(args.seed + 1)))
+    (args.output_dir / "scores.json").write_text(json.dumps(table, indent=2) + "\n")
+    print_scores(table)
+
+
+if __name__ == "__main__":
+    main()
