@@ -3,7 +3,9 @@
 The tiny world's Qwen2 of 0.9 M parameters, trained in the same way, with one token per word: what somebody says has as
 many tokens as digits. Leaves out: speech, and dialogues of several turns.
 
-    cd examples && python -m human_speech.build_digit_llm --output_dir ../outputs/digit_llm
+    cd examples && python -m human_speech.build_digit_llm --output_dir ../outputs/digit_llm_1
+    cd examples && python -m human_speech.build_digit_llm --output_dir ../outputs/digit_llm --seed 1 \\
+        --start_from ../outputs/digit_llm_1
 """
 
 import argparse
@@ -14,7 +16,7 @@ from pathlib import Path
 import torch
 from tiny_world.build_llm import CHAT_TEMPLATE, SPECIAL_TOKENS, batches, build_model, print_scores, score, train
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from .digits import DIGITS, INSTRUCTIONS, KINDS, draw_question, draw_string, kinds_of, number_in_words
 
@@ -75,7 +77,10 @@ def held_out_prompts(split, num_per_kind, rng):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--num_steps", type=int, default=4000, help="training steps of 64 questions")
+    parser.add_argument(
+        "--start_from", type=Path, help="folder of an earlier round; goes on at half the learning rates"
+    )
+    parser.add_argument("--num_steps", type=int, default=2000, help="training steps of 64 questions")
     parser.add_argument("--split", default="test", help="strings to score on: validation or test")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -84,8 +89,9 @@ def main():
     torch.set_num_threads(1)  # on a model this small more threads wait for each other longer than they work
     rng = random.Random(args.seed)
     tokenizer = build_tokenizer()
-    model = build_model(tokenizer)
-    train(model, batches(tokenizer, lambda num: draw_dialogues(num, rng), rng, batch_size=64), args.num_steps)
+    model = AutoModelForCausalLM.from_pretrained(args.start_from) if args.start_from else build_model(tokenizer)
+    questions = batches(tokenizer, lambda num: draw_dialogues(num, rng), rng, batch_size=64)
+    train(model, questions, args.num_steps, rate=0.5 if args.start_from else 1.0)
     model.save_pretrained(args.output_dir)
     tokenizer.save_pretrained(args.output_dir)
     table = score(model, tokenizer, held_out_prompts(args.split, 200, random.Random(args.seed + 1)))
