@@ -27,8 +27,10 @@ from human_speech.digits import (
     split_of,
 )
 from human_speech.error_analysis import as_markdown, describe, read_rows
+from tiny_world.build_llm import build_model
 from training_input.augmentation import Augmentation
 from training_input.frames import KeptFrames
+from transformers import AutoTokenizer
 
 
 @pytest.mark.parametrize(
@@ -88,14 +90,19 @@ def test_runs_count_on_as_often_as_they_should():
     assert abs(share - (0.3 + 0.7 * 0.1)) < 0.03
 
 
-def test_a_digit_is_one_token_and_answers_survive_the_tokenizer():
-    tokenizer = build_tokenizer()
+def test_a_word_is_one_token_for_who_loads_the_llm(tmp_path):
+    # AutoTokenizer gives a Qwen2 its own tokenizer, whatever was saved.
+    saved = build_tokenizer()
+    build_model(saved).save_pretrained(tmp_path)
+    saved.save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     rng = random.Random(0)
     for question, answer in draw_dialogues(300, rng):
         for text in (question["content"], answer["content"]):
-            assert tokenizer.unk_token_id not in tokenizer(text)["input_ids"], text
+            assert tokenizer(text)["input_ids"] == saved(text)["input_ids"]
+            assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
         ids = tokenizer(answer["content"], add_special_tokens=False)["input_ids"]
-        assert tokenizer.decode(ids) == answer["content"] and len(ids) == len(answer["content"].split())
+        assert len(ids) == len(answer["content"].split())
         words = question["content"].split("\n")[1].split()
         assert split_of(words) == "train"
     prompts = held_out_prompts("validation", 20, rng)

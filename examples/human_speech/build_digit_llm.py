@@ -16,26 +16,29 @@ from pathlib import Path
 import torch
 from tiny_world.build_llm import CHAT_TEMPLATE, SPECIAL_TOKENS, batches, build_model, print_scores, score, train
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from .digits import DIGITS, INSTRUCTIONS, KINDS, draw_question, draw_string, kinds_of, number_in_words
 
 # Text is never quite even: after a digit the LLM finds the next one likelier, so that input KL can tell digits apart.
 RUN_SHARE = 0.3
+# What takes longest to learn is asked more often.
+WEIGHTS = {"sort": 2, "sum": 6, "occurrences": 4}
 
 
 def build_tokenizer():
-    """One token per word or punctuation mark of the questions and answers; white space only separates them."""
-    words = Tokenizer(models.WordLevel(unk_token="<|unk|>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    words.decoder = decoders.WordPiece(prefix="##", cleanup=False)  # nothing has the prefix: words between spaces
+    """A byte-level BPE, as Qwen2's tokenizer has to be, that has merged every word of the questions and answers."""
+    bpe = Tokenizer(models.BPE(unk_token="<|unk|>"))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
     instructions = [text.format(digit) for texts in INSTRUCTIONS.values() for text in texts for digit in DIGITS]
     numbers = [number_in_words(number) for number in range(100)]
-    words.train_from_iterator(
-        instructions + numbers, trainers.WordLevelTrainer(special_tokens=list(SPECIAL_TOKENS), show_progress=False)
+    bpe.train_from_iterator(
+        [*instructions, *numbers, *(f" {digit}" for digit in DIGITS)],
+        trainers.BpeTrainer(special_tokens=list(SPECIAL_TOKENS), initial_alphabet=["Ġ", "Ċ"], show_progress=False),
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=words,
+        tokenizer_object=bpe,
         pad_token="<|pad|>",
         unk_token="<|unk|>",
         eos_token="<|end|>",
@@ -52,7 +55,9 @@ def draw_dialogues(num, rng, run_share=RUN_SHARE):
     dialogues = []
     for _ in range(num):
         words = draw_string("train", rng, min_digits=1, run_share=run_share)
-        question = draw_question(words, rng.choice(kinds_of(words)), rng)
+        kinds = kinds_of(words)
+        (kind,) = rng.choices(kinds, [WEIGHTS.get(kind, 1) for kind in kinds])
+        question = draw_question(words, kind, rng)
         dialogues.append(
             [
                 {"role": "user", "content": f"{question.instruction}\n{' '.join(words)}"},
@@ -94,6 +99,9 @@ def main():
     train(model, questions, args.num_steps, rate=0.5 if args.start_from else 1.0)
     model.save_pretrained(args.output_dir)
     tokenizer.save_pretrained(args.output_dir)
+    # As its users will load it.
+    model = AutoModelForCausalLM.from_pretrained(args.output_dir)
+    tokenizer = AutoTokenizer.from_pretrained(args.output_dir)
     table = score(model, tokenizer, held_out_prompts(args.split, 200, random.Random(args.seed + 1)))
     (args.output_dir / "scores.json").write_text(json.dumps(table, indent=2) + "\n")
     print_scores(table)
