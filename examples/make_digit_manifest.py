@@ -7,19 +7,44 @@
 `metadata.jsonl` has one object per recording with `file_name` (relative to it), `text` ("seven") and `speaker`, as the
 Free Spoken Digit Dataset does after a small conversion; other texts are left out, and said so. Strings of 2 to 6 digits
 are joined from recordings of one speaker, with short pauses, at the recordings' own rate. No recording is in both
-manifests. Questions about the strings are those of the tiny world.
+manifests. Questions about the strings are those of the tiny world, or with `--questions digits` those of
+`human_speech/digits.py`, whose test strings are in no training string either.
+
+Training clips, and only they, can be varied: `--speeds` per digit, `--quietest` per digit, `--noise` per string, and
+`--synthetic_share` of the strings said by synthetic voices.
 """
 
 import argparse
 import json
 import random
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import soundfile
+from human_speech.digits import draw_question, draw_string, kinds_of
 from tiny_world.world import DIGITS, digit_sentence, questions
 from tqdm import tqdm
+from training_input.augmentation import Augmentation
+
+LOUDNESS = 0.5  # of each digit's loudest sample
+
+
+@dataclass
+class Variation:
+    """How digits are joined.
+
+    Args:
+        pauses_s: shortest and longest silence before, between and after them.
+        of_digits, of_strings: what changes each recording, and the whole.
+        quietest_db: a digit is quieter than `LOUDNESS` by up to this much.
+    """
+
+    pauses_s: tuple[float, float] = (0.05, 0.25)
+    of_digits: Augmentation | None = None
+    of_strings: Augmentation | None = None
+    quietest_db: float = 0.0
 
 
 def main():
@@ -27,13 +52,24 @@ def main():
     parser.add_argument("--recordings", required=True, help="metadata.jsonl of the recordings")
     parser.add_argument("--output", required=True, help="folder for clips and manifests")
     parser.add_argument("--held_out_speaker", help="default: the last in alphabetical order")
+    parser.add_argument("--left_out_speaker", help="neither trained nor tested on, until all choices are made")
     parser.add_argument("--num_train", type=int, default=4000, help="training strings")
     parser.add_argument("--num_test", type=int, default=400, help="test strings, half of them of the held-out speaker")
+    parser.add_argument("--questions", choices=sorted(DRAWS), default="tiny_world", help="what is asked")
+    parser.add_argument("--test_split", choices=("validation", "test"), default="test", help="with --questions digits")
+    parser.add_argument("--repeat_share", type=float, default=0.5, help="of the training questions")
     parser.add_argument("--seed", type=int, default=0)
+    training = parser.add_argument_group("training clips alone")
+    training.add_argument("--pauses_s", type=float, nargs=2, default=Variation.pauses_s, help="shortest, longest")
+    training.add_argument("--speeds", type=float, nargs="+", default=[], help="one is drawn for each digit")
+    training.add_argument("--quietest_db", type=float, default=0.0, help="digits are quieter by up to this much")
+    training.add_argument("--noise", help="in half of the strings: white, or a folder of recordings of noise")
+    training.add_argument("--synthetic_share", type=float, default=0.0, help="of the strings: said by espeak-ng")
     options = parser.parse_args()
 
     rng = random.Random(options.seed)
     pool = read_recordings(Path(options.recordings))
+    pool.pop(options.left_out_speaker, None)
     speakers = sorted(pool)
     held_out = options.held_out_speaker or speakers[-1]
     if held_out not in pool:
@@ -41,11 +77,32 @@ def main():
     seen = [speaker for speaker in speakers if speaker != held_out]
     train_pool, test_pool = split_recordings(pool, seen, rng)
 
-    output = Path(options.output)
-    write_rows(output / "train.jsonl", make_rows(output, "train", train_pool, seen, options.num_train, rng, 0.5))
-    num_held_out = options.num_test // 2
-    rows = make_rows(output, "test", pool, [held_out], num_held_out, rng)
-    rows += make_rows(output, "test", test_pool, seen, options.num_test - num_held_out, rng)
+    output, draw = Path(options.output), DRAWS[options.questions]
+    variation = Variation(
+        options.pauses_s,
+        of_digits=Augmentation(speeds=options.speeds),
+        of_strings=Augmentation(noise=options.noise),
+        quietest_db=options.quietest_db,
+    )
+
+    def train_rows(pool, num):
+        questions = (draw("train", rng, options.repeat_share) for _ in range(num))
+        return make_rows(output, "train", pool, sorted(pool), questions, num, rng, variation)
+
+    def test_rows(pool, speakers, num):
+        questions = (draw(options.test_split, rng) for _ in range(num))
+        return make_rows(output, "test", pool, speakers, questions, num, rng, Variation())
+
+    num_synthetic, num_held_out = round(options.synthetic_share * options.num_train), options.num_test // 2
+    rows = train_rows(train_pool, options.num_train - num_synthetic)
+    if num_synthetic:
+        # Imported here: it needs espeakng-loader.
+        from human_speech.synthetic import synthesize_recordings
+
+        rate = soundfile.info(train_pool[seen[0]][DIGITS[0]][0]).samplerate
+        rows += train_rows(synthesize_recordings(output / "synthetic", rate, rng), num_synthetic)
+    write_rows(output / "train.jsonl", rows)
+    rows = test_rows(pool, [held_out], num_held_out) + test_rows(test_pool, seen, options.num_test - num_held_out)
     write_rows(output / "test.jsonl", rows)
     print(f"Wrote {output / 'train.jsonl'} and {output / 'test.jsonl'}; held out: {held_out}.")
 
@@ -77,24 +134,40 @@ def split_recordings(pool, speakers, rng, test_share=0.1):
     return train, test
 
 
-def make_rows(output, split, pool, speakers, num, rng, repeat_share=None):
-    """Write `num` clips and return their rows, with speakers in turn."""
+def draw_of_tiny_world(split, rng, repeat_share=None):
+    """Words, and one of the tiny world's questions about them; `repeat_share` of these ask for all the words."""
+    words = [rng.choice(DIGITS) for _ in range(rng.randint(2, 6))]
+    suitable = questions(digit_sentence(words))
+    if repeat_share is not None:
+        repeats = rng.random() < repeat_share
+        suitable = [question for question in suitable if (question.kind == "repeat") == repeats]
+    return words, rng.choice(suitable)
+
+
+def draw_of_digits(split, rng, repeat_share=None):
+    """As above, of the strings of one split, with questions of `human_speech/digits.py`."""
+    words = draw_string(split, rng)
+    kinds = kinds_of(words)
+    if repeat_share is not None:
+        kinds = ["repeat"] if rng.random() < repeat_share else [kind for kind in kinds if kind != "repeat"]
+    return words, draw_question(words, rng.choice(kinds), rng)
+
+
+DRAWS = {"tiny_world": draw_of_tiny_world, "digits": draw_of_digits}
+
+
+def make_rows(output, split, pool, speakers, drawn, num, rng, variation):
+    """Write `num` clips of words and questions and return their rows, with speakers in turn."""
     (output / split).mkdir(parents=True, exist_ok=True)
     rows = []
-    for index in tqdm(range(num), desc=f"{split} {' '.join(speakers)}"):
+    for index, (words, question) in enumerate(tqdm(drawn, total=num, desc=f"{split}, {len(speakers)} speakers")):
         speaker = speakers[index % len(speakers)]
-        digits = [rng.choice(DIGITS) for _ in range(rng.randint(2, 6))]
-        path = Path(split) / f"{speaker}_{index:05d}.flac"
-        join([rng.choice(pool[speaker][digit]) for digit in digits], output / path, rng)
-        suitable = questions(digit_sentence(digits))
-        if repeat_share is not None:
-            repeats = rng.random() < repeat_share
-            suitable = [question for question in suitable if (question.kind == "repeat") == repeats]
-        question = rng.choice(suitable)
+        path = Path(split) / f"{speaker}_{index:05d}.flac".replace(" ", "_")
+        join([rng.choice(pool[speaker][word]) for word in words], output / path, rng, variation)
         rows.append(
             {
                 "audio": str(path),
-                "text": " ".join(digits),
+                "text": " ".join(words),
                 "voice": speaker,
                 "kind": question.kind,
                 "instruction": question.instruction,
@@ -104,16 +177,27 @@ def make_rows(output, split, pool, speakers, num, rng, repeat_share=None):
     return rows
 
 
-def join(recordings, path, rng):
-    """Join recordings of one rate, each at the same loudness, with pauses of 50 to 250 ms around them."""
-    pieces, rate = [], soundfile.info(recordings[0]).samplerate
+def join(recordings, path, rng, variation):
+    """Join recordings of one rate with pauses around them."""
+    generator = np.random.default_rng(rng.getrandbits(64))
+    rate = soundfile.info(recordings[0]).samplerate
+
+    def pause():
+        return np.zeros(int(rng.uniform(*variation.pauses_s) * rate), np.float32)
+
+    pieces = []
     for recording in recordings:
         samples, own_rate = soundfile.read(recording, dtype="float32")
         if own_rate != rate:
             raise SystemExit(f"{recording} has {own_rate} Hz, the recording before it {rate} Hz; resample them first.")
-        pieces += [np.zeros(int(rng.uniform(0.05, 0.25) * rate), np.float32), samples * (0.5 / np.abs(samples).max())]
-    pieces.append(np.zeros(int(rng.uniform(0.05, 0.25) * rate), np.float32))
-    soundfile.write(path, np.concatenate(pieces), rate, subtype="PCM_16")
+        if variation.of_digits:
+            samples = variation.of_digits(samples, rate, generator)
+        loudness = LOUDNESS * 10 ** (-rng.uniform(0, variation.quietest_db) / 20)
+        pieces += [pause(), samples * (loudness / np.abs(samples).max())]
+    joined = np.concatenate([*pieces, pause()])
+    if variation.of_strings:
+        joined = variation.of_strings(joined, rate, generator)
+    soundfile.write(path, joined.clip(-1, 1), rate, subtype="PCM_16")
 
 
 def write_rows(path, rows):

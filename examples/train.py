@@ -35,6 +35,7 @@ from datasets import Dataset
 from training_input.batches import TrainingInputTrainer, data_seed
 from training_input.clips import duration_s
 from training_input.data import SKIPPED_FILE, training_data, training_sources
+from training_input.frames import KeptFrames
 from training_input.manifests import read_manifest
 from training_input.mixtures import read_sources
 from training_input.options import DataOptions
@@ -85,6 +86,13 @@ class ModelOptions:
     speech_padding: str = field(
         default="do_not_pad", metadata={"help": "do_not_pad, or max_length: Whisper hears each clip padded to 30 s."}
     )
+    kept_frames: str | None = field(
+        default=None,
+        metadata={
+            "help": "File (safetensors) for the frames of a frozen Whisper encoder: each clip is encoded once, in this "
+            "and in later runs."
+        },
+    )
     thin: bool = field(
         default=False, metadata={"help": "Save only what was trained; checkpoints name the two backbones."}
     )
@@ -128,6 +136,7 @@ def main():
     start = time.time()
     trainer, _, eval_rows = make_trainer(model_options, data_options, args)
     model, processor = trainer.model, trainer.processing_class
+    kept_frames = KeptFrames(model.audio_tower, model_options.kept_frames) if model_options.kept_frames else None
     training_start = time.time()
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     results = {"train_seconds": round(time.time() - training_start, 1)}
@@ -136,6 +145,8 @@ def main():
     if data_options.skip_bad_audio and trainer.is_world_process_zero():
         results["skipped_rows"] = trainer.train_dataset.hear.skipped.finish()
         print(f"{results['skipped_rows']} training rows with bad audio were skipped: {args.output_dir}/{SKIPPED_FILE}")
+    if kept_frames is not None and trainer.is_world_process_zero():
+        kept_frames.save()
     trainer.save_model()
     if not eval_rows:
         if trainer.is_world_process_zero():

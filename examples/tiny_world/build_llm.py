@@ -113,16 +113,18 @@ def draw_dialogue(sentence, rng):
     return messages
 
 
-def batches(tokenizer, corpus, batch_size, rng):
+def batches(tokenizer, draw_dialogues, rng, batch_size=16):
     """Endless batches of dialogues of similar length.
+
+    Args:
+        draw_dialogues: a number to so many lists of chat messages.
 
     Yields:
         `input_ids` (B, T) and `is_answer` (B, T), True at the answers' tokens and the <|end|> after each.
     """
     user_id, assistant_id = tokenizer.convert_tokens_to_ids(["<|user|>", "<|assistant|>"])
     while True:
-        dialogues = [draw_dialogue(sentence, rng) for sentence in rng.sample(corpus, 16 * batch_size)]
-        texts = tokenizer.apply_chat_template(dialogues, tokenize=False)
+        texts = tokenizer.apply_chat_template(draw_dialogues(16 * batch_size), tokenize=False)
         rows = sorted(tokenizer(texts, add_special_tokens=False)["input_ids"], key=len)
         groups = [rows[first : first + batch_size] for first in range(0, len(rows), batch_size)]
         rng.shuffle(groups)
@@ -135,14 +137,19 @@ def batches(tokenizer, corpus, batch_size, rng):
             yield input_ids, in_answer & (input_ids != assistant_id) & (input_ids != tokenizer.pad_token_id)
 
 
-def train(model, tokenizer, corpus, num_steps, rate=1.0, batch_size=16, prompt_weight=0.2, seed=0):
+def batches_about(tokenizer, corpus, seed):
+    """Batches of dialogues about the sentences of a corpus."""
+    rng = random.Random(seed)
+    corpus = corpus + [sentence for sentence in corpus if sentence.kind in ("digits", "sum")]  # the hardest ones twice
+    return batches(tokenizer, lambda num: [draw_dialogue(sentence, rng) for sentence in rng.sample(corpus, num)], rng)
+
+
+def train(model, batches, num_steps, rate=1.0, prompt_weight=0.2):
     """Next-token training on every token; the prompt's tokens, most of them not predictable, weigh less.
 
     Muon for the matrices inside the layers and AdamW for the rest; small batches, many steps; `rate` scales both
     learning rates, which fall to zero over the second half. The model is left in evaluation mode.
     """
-    rng = random.Random(seed)
-    corpus = corpus + [sentence for sentence in corpus if sentence.kind in ("digits", "sum")]  # the hardest ones twice
     matrices = [parameter for parameter in model.model.layers.parameters() if parameter.ndim == 2]
     others = [*model.model.embed_tokens.parameters(), *model.model.norm.parameters()]
     others += [parameter for parameter in model.model.layers.parameters() if parameter.ndim == 1]
@@ -159,11 +166,11 @@ def train(model, tokenizer, corpus, num_steps, rate=1.0, batch_size=16, prompt_w
     model.train()
     progress = tqdm(range(num_steps), desc="training the LLM", mininterval=5)
     mean_answer_loss = None
-    for _, (input_ids, is_answer) in zip(progress, batches(tokenizer, corpus, batch_size, rng)):
+    for _, (input_ids, is_answer) in zip(progress, batches):
         logits = model(input_ids=input_ids).logits[:, :-1]
         losses = nn.functional.cross_entropy(logits.transpose(1, 2), input_ids[:, 1:], reduction="none")
         is_answer = is_answer[:, 1:]
-        weights = torch.where(is_answer, 1.0, prompt_weight) * (input_ids[:, 1:] != tokenizer.pad_token_id)
+        weights = torch.where(is_answer, 1.0, prompt_weight) * (input_ids[:, 1:] != model.config.pad_token_id)
         ((losses * weights).sum() / weights.sum()).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, schedule in zip(optimizers, schedules, strict=True):
@@ -176,21 +183,30 @@ def train(model, tokenizer, corpus, num_steps, rate=1.0, batch_size=16, prompt_w
     model.eval()
 
 
-@torch.no_grad()
-def score(model, tokenizer, num_sentences=1500, max_per_kind=200, seed=1):
-    """Exact-match share of greedy single-turn answers about held-out sentences.
-
-    Returns:
-        dict: kind -> (share of correct answers, number of prompts).
-    """
+def score_on_held_out(model, tokenizer, num_sentences=1500, max_per_kind=200, seed=1):
+    """Score single-turn answers about held-out sentences; see [`score`]."""
     prompts = {kind: [] for kind in KINDS}
     rng = random.Random(seed)
     for sentence in sentences("test", num_sentences, seed):
         for question in questions(sentence):
             prompts[question.kind].append((f"{question.instruction}\n{sentence.text}", question.answer))
+    return score(
+        model, tokenizer, {kind: rng.sample(asked, min(max_per_kind, len(asked))) for kind, asked in prompts.items()}
+    )
+
+
+@torch.no_grad()
+def score(model, tokenizer, prompts):
+    """Exact-match share of greedy answers.
+
+    Args:
+        prompts: kind -> pairs of a user's turn and the right answer.
+
+    Returns:
+        dict: kind -> (share of correct answers, number of prompts).
+    """
     table = {}
-    for kind in tqdm(KINDS, desc="scoring the LLM"):
-        asked = rng.sample(prompts[kind], min(max_per_kind, len(prompts[kind])))
+    for kind, asked in tqdm(prompts.items(), desc="scoring the LLM"):
         texts = tokenizer.apply_chat_template(
             [[{"role": "user", "content": content}] for content, _ in asked], tokenize=False, add_generation_prompt=True
         )
@@ -200,6 +216,13 @@ def score(model, tokenizer, num_sentences=1500, max_per_kind=200, seed=1):
         num_right = sum(answer == right for answer, (_, right) in zip(answers, asked, strict=True))
         table[kind] = (num_right / len(asked), len(asked))
     return table
+
+
+def print_scores(table):
+    for kind, (share, num_prompts) in table.items():
+        print(f"{kind:10} {share:.3f} of {num_prompts} held-out prompts")
+    mean_share = sum(share * num for share, num in table.values()) / sum(num for _, num in table.values())
+    print(f"{'all':10} {mean_share:.3f}")
 
 
 def check_tokens_are_the_same_alone_and_in_prompts(tokenizer, num_sentences=3000):
@@ -233,20 +256,17 @@ def main():
     tokenizer = build_tokenizer(seed=args.seed)
     check_tokens_are_the_same_alone_and_in_prompts(tokenizer)
     model = build_model(tokenizer)
-    train(model, tokenizer, sentences("train", 15_000, args.seed), args.num_steps, seed=args.seed)
+    corpus = sentences("train", 15_000, args.seed)
+    train(model, batches_about(tokenizer, corpus, args.seed), args.num_steps)
     # A small draw holds a fuller share of the few short digit strings than a large one without repetition.
-    draws = [sentences("train", 500, args.seed + 1 + draw) for draw in range(30)]
-    train(model, tokenizer, [*chain(*draws)], args.num_steps, rate=0.5, seed=args.seed + 1)
+    corpus = [*chain(*(sentences("train", 500, args.seed + 1 + draw) for draw in range(30)))]
+    train(model, batches_about(tokenizer, corpus, args.seed + 1), args.num_steps, rate=0.5)
     model.save_pretrained(args.output_dir)
     tokenizer.save_pretrained(args.output_dir)
 
     model = AutoModelForCausalLM.from_pretrained(args.output_dir)
     tokenizer = AutoTokenizer.from_pretrained(args.output_dir)
-    table = score(model, tokenizer)
-    for kind, (share, num_prompts) in table.items():
-        print(f"{kind:10} {share:.3f} of {num_prompts} held-out prompts")
-    mean_share = sum(share * num for share, num in table.values()) / sum(num for _, num in table.values())
-    print(f"{'all':10} {mean_share:.3f}")
+    print_scores(score_on_held_out(model, tokenizer))
 
 
 if __name__ == "__main__":

@@ -38,6 +38,10 @@ class DataOptions:
             "response; 0: by audio alone."
         },
     )
+    keep_features: bool = field(
+        default=False,
+        metadata={"help": "Keep the features of all training clips in memory (some 30 kB per second of speech)."},
+    )
     speeds: list[float] = field(
         default_factory=list, metadata={"help": "Play each training clip at one of these speeds, e.g. 0.9 1.0 1.1."}
     )

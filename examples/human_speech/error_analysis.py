@@ -1,0 +1,175 @@
+"""Which digits are misheard, and what that does to answers: from the predictions of `examples/evaluate.py`.
+
+    cd examples && python -m human_speech.error_analysis --evaluations ../outputs/digits_1_evaluation \\
+        ../outputs/digits_2_evaluation --output human_speech/results
+
+The evaluations (of several seeds, say) hold the systems text and speech and the tasks answers and transcripts. What was
+heard, the answer to "Repeat the words.", is aligned with what was said by jiwer. Leaves out: intervals, which
+`evaluate.py` gives.
+"""
+
+import argparse
+import json
+from collections import Counter
+from pathlib import Path
+
+import jiwer
+
+OUTCOMES = ("right", "heard right, answered wrong", "count right, digits misheard", "count wrong")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--evaluations", type=Path, nargs="+", required=True, help="output folders of evaluate.py")
+    parser.add_argument("--output", type=Path, required=True, help="folder for errors.json and errors.md")
+    options = parser.parse_args()
+    runs = [read_rows(folder) for folder in options.evaluations]
+    groups = {}
+    for name in sorted({row["voice_group"] for row in runs[0]}):
+        groups[name] = describe([[row for row in rows if row["voice_group"] == name] for rows in runs])
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / "errors.json").write_text(json.dumps(groups, indent=2) + "\n")
+    (options.output / "errors.md").write_text(as_markdown(groups))
+    print(as_markdown(groups))
+
+
+def read_rows(folder: Path) -> list[dict]:
+    """What was said, asked, heard and answered, of each row of one evaluation.
+
+    Raises:
+        ValueError: the evaluation lacks a system or a task.
+    """
+    predicted = {}
+    for system in ("text", "speech"):
+        path = folder / "predictions" / f"{system}.jsonl"
+        if not path.exists():
+            raise ValueError(f"{path} is missing. Run evaluate.py with --systems text,speech.")
+        predicted[system] = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = []
+    for text, speech in zip(predicted["text"], predicted["speech"], strict=True):
+        if missing := {"answers", "transcripts"} - speech["predicted"].keys():
+            raise ValueError(f"{folder}, row {speech['id']} lacks {sorted(missing)}: predict answers and transcripts.")
+        rows.append(
+            {
+                "said": speech["text"],
+                "heard": speech["predicted"]["transcripts"],
+                "kind": speech["kind"],
+                "voice": speech["voice"],
+                "voice_group": speech.get("voice_group", "all voices"),
+                "is_right": speech["predicted"]["answers"] == speech["answer"],
+                "text_is_right": text["predicted"]["answers"] == text["answer"],
+            }
+        )
+    return rows
+
+
+def outcome(row: dict) -> str:
+    """One of `OUTCOMES`."""
+    if row["is_right"]:
+        return "right"
+    if row["heard"] == row["said"]:
+        return "heard right, answered wrong"
+    is_count_right = len(row["heard"].split()) == len(row["said"].split())
+    return "count right, digits misheard" if is_count_right else "count wrong"
+
+
+def shares(rows: list[dict], key) -> dict:
+    """Right answers from text and from speech, by what `key` makes of a row."""
+    table = {}
+    for name in sorted({key(row) for row in rows}):
+        chosen = [row for row in rows if key(row) == name]
+        right = sum(row["is_right"] for row in chosen)
+        text_right = sum(row["text_is_right"] for row in chosen)
+        table[str(name)] = {
+            "rows": len(chosen),
+            "text": text_right / len(chosen),
+            "speech": right / len(chosen),
+            "share_of_text": right / text_right if text_right else None,
+        }
+    return table
+
+
+def edits(rows: list[dict]) -> dict:
+    """What became of each digit that was said, and digits that nobody said."""
+    said, misheard, missed, made_up = Counter(), Counter(), Counter(), Counter()
+    output = jiwer.process_words([row["said"] for row in rows], [row["heard"] for row in rows])
+    for words, heard, chunks in zip(output.references, output.hypotheses, output.alignments):
+        said.update(words)
+        for chunk in chunks:
+            of_said = words[chunk.ref_start_idx : chunk.ref_end_idx]
+            of_heard = heard[chunk.hyp_start_idx : chunk.hyp_end_idx]
+            if chunk.type == "substitute":
+                misheard.update(zip(of_said, of_heard))
+            elif chunk.type == "delete":
+                missed.update(of_said)
+            elif chunk.type == "insert":
+                made_up.update(of_heard)
+    by_digit = {
+        digit: {
+            "said": said[digit],
+            "misheard": {heard: times for (of, heard), times in misheard.most_common() if of == digit},
+            "missed": missed[digit],
+            "made_up": made_up[digit],
+        }
+        for digit in sorted(said | made_up)
+    }
+    total = said.total()
+    rates = {"misheard": misheard.total(), "missed": missed.total(), "made_up": made_up.total()}
+    return {
+        "digits_said": total,
+        **{name: num / total for name, num in rates.items()},
+        "strings_heard_right": sum(row["heard"] == row["said"] for row in rows) / len(rows),
+        "by_digit": by_digit,
+    }
+
+
+def describe(runs: list[list[dict]]) -> dict:
+    """All figures of several runs over the same rows, pooled."""
+    rows = [row for run in runs for row in run]
+    outcomes = Counter(outcome(row) for row in rows)
+    return {
+        "by_run": [shares(run, lambda row: "all")["all"] for run in runs],
+        "answers": {name: outcomes[name] / len(rows) for name in OUTCOMES},
+        "digits": edits(rows),
+        "by_voice": shares(rows, lambda row: row["voice"]),
+        "by_kind": shares(rows, lambda row: row["kind"]),
+        "by_length": shares(rows, lambda row: len(row["said"].split())),
+    }
+
+
+def as_markdown(groups: dict) -> str:
+    lines = ["# Digit strings: what goes wrong"]
+    for name, group in groups.items():
+        lines += [
+            "",
+            f"## {name}",
+            "",
+            "| answers | rows | text | speech | speech over text |",
+            "|---|---|---|---|---|",
+        ]
+        tables = {f"run {number}": run for number, run in enumerate(group["by_run"], start=1)}
+        tables |= group["by_voice"] | group["by_kind"]
+        tables |= {f"{length} digits": share for length, share in group["by_length"].items()}
+        for label, share in tables.items():
+            ratio = "" if share["share_of_text"] is None else f"{share['share_of_text']:.3f}"
+            lines.append(f"| {label} | {share['rows']} | {share['text']:.3f} | {share['speech']:.3f} | {ratio} |")
+        lines += ["", "| what became of questions | share |", "|---|---|"]
+        lines += [f"| {label} | {share:.3f} |" for label, share in group["answers"].items()]
+        digits = group["digits"]
+        lines += [
+            "",
+            f"Of {digits['digits_said']} digits {digits['misheard']:.1%} were misheard, {digits['missed']:.1%} missed "
+            f"and {digits['made_up']:.1%} heard where none was; {digits['strings_heard_right']:.1%} of the strings "
+            "were heard right.",
+            "",
+            "| digit | said | misheard as | missed | made up |",
+            "|---|---|---|---|---|",
+        ]
+        for digit, row in digits["by_digit"].items():
+            misheard = ", ".join(f"{heard} {times}" for heard, times in row["misheard"].items())
+            lines.append(f"| {digit} | {row['said']} | {misheard} | {row['missed']} | {row['made_up']} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

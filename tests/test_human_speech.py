@@ -1,0 +1,237 @@
+"""Digit strings: their text, tokens and clips, frames that are kept, and the analysis of errors."""
+
+import json
+import random
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import clip, make_model
+
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+
+import make_digit_manifest
+from human_speech.build_digit_llm import build_tokenizer, draw_dialogues, held_out_prompts
+from human_speech.digits import (
+    DIGITS,
+    KINDS,
+    MAX_SUMMED,
+    draw_question,
+    draw_string,
+    kinds_of,
+    number_in_words,
+    split_of,
+)
+from human_speech.error_analysis import as_markdown, describe, read_rows
+from tiny_world.build_llm import build_model
+from training_input.augmentation import Augmentation
+from training_input.frames import KeptFrames
+from transformers import AutoTokenizer
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("repeat", "seven zero nine seven"),
+        ("reverse", "seven nine zero seven"),
+        ("sort", "zero seven seven nine"),
+        ("next", "eight one zero eight"),
+        ("largest", "nine"),
+        ("smallest", "zero"),
+        ("sum", "twenty three"),
+        ("count", "four"),
+        ("first", "seven"),
+        ("last", "seven"),
+    ],
+)
+def test_questions_have_the_right_answer(kind, expected):
+    assert draw_question("seven zero nine seven".split(), kind, random.Random(0)).answer == expected
+
+
+def test_occurrences_are_counted_of_digits_that_were_said_and_of_others():
+    rng, words = random.Random(0), "two five two".split()
+    for question in (draw_question(words, "occurrences", rng) for _ in range(50)):
+        (counted,) = [digit for digit in DIGITS if digit in question.instruction.replace(".", "").split()]
+        assert question.answer == number_in_words(words.count(counted))
+    answers = Counter(draw_question(words, "occurrences", rng).answer for _ in range(300))
+    assert set(answers) == {"zero", "one", "two"} and min(answers.values()) > 40
+
+
+def test_numbers_in_words():
+    assert [number_in_words(number) for number in (0, 9, 10, 19, 20, 36, 99)] == [
+        "zero", "nine", "ten", "nineteen", "twenty", "thirty six", "ninety nine"
+    ]  # fmt: skip
+    assert len({number_in_words(number) for number in range(100)}) == 100
+
+
+def test_strings_stay_in_their_split_and_long_ones_are_not_summed():
+    rng = random.Random(3)
+    drawn = {split: [draw_string(split, rng) for _ in range(300)] for split in ("train", "validation", "test")}
+    for split, strings in drawn.items():
+        assert {split_of(words) for words in strings} == {split}
+        assert {len(words) for words in strings} == {2, 3, 4, 5, 6}
+    everything = [split_of([*words, digit]) for words in drawn["train"] for digit in DIGITS]
+    assert 0.03 < everything.count("validation") / len(everything) < 0.07
+    assert 0.07 < everything.count("test") / len(everything) < 0.13
+    assert all(("sum" in kinds_of(words)) == (len(words) <= MAX_SUMMED) for words in drawn["train"])
+    with pytest.raises(ValueError, match="'dev'"):
+        draw_string("dev", rng)
+
+
+def test_runs_count_on_as_often_as_they_should():
+    rng = random.Random(0)
+    strings = [draw_string("train", rng, min_digits=6, run_share=0.3) for _ in range(600)]
+    pairs = [pair for words in strings for pair in zip(words, words[1:])]
+    share = np.mean([(DIGITS.index(first) + 1) % 10 == DIGITS.index(second) for first, second in pairs])
+    assert abs(share - (0.3 + 0.7 * 0.1)) < 0.03
+
+
+def test_a_word_is_one_token_for_who_loads_the_llm(tmp_path):
+    # AutoTokenizer gives a Qwen2 its own tokenizer, whatever was saved.
+    saved = build_tokenizer()
+    build_model(saved).save_pretrained(tmp_path)
+    saved.save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    rng = random.Random(0)
+    for question, answer in draw_dialogues(300, rng):
+        for text in (question["content"], answer["content"]):
+            assert tokenizer(text)["input_ids"] == saved(text)["input_ids"]
+            assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+        ids = tokenizer(answer["content"], add_special_tokens=False)["input_ids"]
+        assert len(ids) == len(answer["content"].split())
+        words = question["content"].split("\n")[1].split()
+        assert split_of(words) == "train"
+    prompts = held_out_prompts("validation", 20, rng)
+    assert set(prompts) == set(KINDS) and all(len(asked) == 20 for asked in prompts.values())
+    assert all(split_of(text.split("\n")[1].split()) == "validation" for asked in prompts.values() for text, _ in asked)
+
+
+def test_varied_digits_keep_their_order_and_change_speed_and_loudness(tmp_path):
+    """Each digit is a tone of its own pitch, so that they can be told apart in the joined clip."""
+    rate, recordings = 8000, []
+    for number, pitch in enumerate((500, 1000, 1500)):
+        tone = np.sin(2 * np.pi * pitch * np.arange(rate // 2) / rate).astype(np.float32)
+        soundfile.write(tmp_path / f"{number}.flac", tone * 0.9, rate)
+        recordings.append(tmp_path / f"{number}.flac")
+    variation = make_digit_manifest.Variation((0.1, 0.1), of_digits=Augmentation(speeds=[1.25]), quietest_db=12)
+    make_digit_manifest.join(recordings, tmp_path / "joined.flac", random.Random(0), variation)
+    joined, _ = soundfile.read(tmp_path / "joined.flac")
+    assert abs(len(joined) / rate - (4 * 0.1 + 3 * 0.5 / 1.25)) < 0.01
+    loudest = []
+    for number, pitch in enumerate((500, 1000, 1500)):
+        start = round((0.1 + number * (0.1 + 0.4)) * rate)
+        digit = joined[start : start + round(0.4 * rate)]
+        heard = np.fft.rfft(digit * np.hanning(len(digit)))
+        assert abs(np.abs(heard).argmax() * rate / len(digit) - 1.25 * pitch) < 10
+        loudest.append(np.abs(digit).max())
+    assert max(loudest) <= 0.51 and min(loudest) > 0.5 * 10 ** (-12 / 20) - 0.01 and np.ptp(loudest) > 0.02
+
+
+def test_kept_frames_are_those_of_the_encoder_and_are_made_once(tmp_path):
+    model = make_model().eval()
+    tower, num_encoded = model.audio_tower, []
+    tower.requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(3, tower.config.num_mel_bins, 40, generator=generator)
+    mask = torch.arange(40)[None] < torch.tensor([40, 23, 31])[:, None]
+    features = features * mask[:, None]
+    with torch.no_grad():
+        expected = tower(features, mask)
+        kept = KeptFrames(tower, tmp_path / "frames.safetensors")
+        encode = kept.encode
+        kept.encode = lambda features, mask: num_encoded.append(len(features)) or encode(features, mask)
+        tower(features[1:2, :, :23], mask[1:2, :23])  # alone, without the padding of a batch
+        for _ in range(2):
+            heard = tower(features, mask)
+            assert torch.equal(heard.frame_mask, expected.frame_mask)
+            difference = (heard.last_hidden_state - expected.last_hidden_state)[expected.frame_mask]
+            assert difference.abs().max() < 5e-3, "float16"
+        assert num_encoded == [1, 2]
+        kept.save()
+        tower.forward = encode
+        again = KeptFrames(tower, tmp_path / "frames.safetensors")
+        again.encode = None
+        assert torch.equal(tower(features, mask).last_hidden_state, heard.last_hidden_state)
+        tower.forward = encode
+        tower.conv1.bias += 0.1
+        assert KeptFrames(tower, tmp_path / "frames.safetensors").identity != kept.identity
+
+
+def test_an_encoder_that_is_trained_cannot_keep_its_frames(tmp_path):
+    tower = make_model().audio_tower
+    tower.requires_grad_(True)
+    with pytest.raises(ValueError, match="--freeze_speech_encoder"):
+        KeptFrames(tower, tmp_path / "frames.safetensors")
+
+
+def write_predictions(folder, rows):
+    """Rows of (said, heard, answered from speech, right answer, answered from text)."""
+    (folder / "predictions").mkdir(parents=True)
+    for system in ("text", "speech"):
+        with (folder / "predictions" / f"{system}.jsonl").open("w") as file:
+            for number, (said, heard, answered, answer, from_text) in enumerate(rows):
+                predicted = {"answers": answered if system == "speech" else from_text, "transcripts": heard}
+                line = {"id": str(number), "text": said, "kind": "first", "voice": "ann", "answer": answer}
+                file.write(json.dumps({**line, "predicted": predicted}) + "\n")
+
+
+def test_errors_are_told_apart(tmp_path):
+    rows = [
+        ("one two three", "one two three", "one", "one", "one"),
+        ("one two three", "one two three", "two", "one", "one"),  # heard right, answered wrong
+        ("five two three", "nine two three", "nine", "five", "five"),  # misheard
+        ("five two", "five", "six", "five", "five"),  # two missed
+        ("six", "six eight", "eight", "six", "five"),  # eight made up
+    ]
+    write_predictions(tmp_path / "one", rows)
+    write_predictions(tmp_path / "two", rows)
+    runs = [read_rows(tmp_path / name) for name in ("one", "two")]
+    group = describe(runs)
+    assert group["answers"] == {
+        "right": 0.2,
+        "heard right, answered wrong": 0.2,
+        "count right, digits misheard": 0.2,
+        "count wrong": 0.4,
+    }
+    digits = group["digits"]
+    assert digits["digits_said"] == 24 and digits["by_digit"]["five"]["misheard"] == {"nine": 2}
+    assert (digits["misheard"], digits["missed"], digits["made_up"]) == (2 / 24, 2 / 24, 2 / 24)
+    assert digits["by_digit"]["two"]["missed"] == 2 and digits["by_digit"]["eight"]["made_up"] == 2
+    assert group["by_run"][1] == {"rows": 5, "text": 0.8, "speech": 0.2, "share_of_text": 0.25}
+    assert group["by_length"]["3"]["rows"] == 6
+    written = as_markdown({"all voices": group})
+    assert "| five | 4 | nine 2 | 0 | 0 |" in written and "| count wrong | 0.400 |" in written
+    (tmp_path / "two" / "predictions" / "text.jsonl").unlink()
+    with pytest.raises(ValueError, match="--systems text,speech"):
+        read_rows(tmp_path / "two")
+
+
+def test_manifest_of_digit_questions_leaves_a_speaker_out_and_varies_training_clips(tmp_path, monkeypatch):
+    recordings = []
+    for speaker in ("ann", "bob", "cas", "dan"):
+        for digit, word in enumerate(DIGITS):
+            for take in range(2):
+                name = f"{speaker}_{digit}_{take}.flac"
+                soundfile.write(tmp_path / name, clip(0.3, seed=digit, rate=8000), 8000)
+                recordings.append({"file_name": name, "text": word, "speaker": speaker})
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in recordings))
+    arguments = ["--recordings", tmp_path / "metadata.jsonl", "--output", tmp_path / "digits", "--questions", "digits"]
+    arguments += ["--left_out_speaker", "dan", "--held_out_speaker", "ann", "--num_train", 30, "--num_test", 20]
+    arguments += ["--test_split", "validation", "--speeds", 0.8, 1.2, "--noise", "white", "--synthetic_share", 0.5]
+    monkeypatch.setattr(sys, "argv", ["make_digit_manifest.py", *map(str, arguments)])
+    make_digit_manifest.main()
+    train, test = (
+        [json.loads(line) for line in (tmp_path / "digits" / f"{name}.jsonl").open()] for name in ("train", "test")
+    )
+    assert {row["voice"] for row in train[:15]} == {"bob", "cas"}
+    assert all(row["voice"].startswith("espeak") for row in train[15:])
+    assert Counter(row["voice"] for row in test) == {"ann": 10, "bob": 5, "cas": 5}
+    for rows, split in ((train, "train"), (test, "validation")):
+        for row in rows:
+            assert split_of(row["text"].split()) == split
+            assert soundfile.info(tmp_path / "digits" / row["audio"]).samplerate == 8000
+    assert 3 < sum(row["kind"] == "repeat" for row in train) < 27
