@@ -85,7 +85,7 @@ def main():
     parser.add_argument(
         "--start_from", type=Path, help="folder of an earlier round; goes on at half the learning rates"
     )
-    parser.add_argument("--num_steps", type=int, default=2000, help="training steps of 64 questions")
+    parser.add_argument("--num_steps", type=int, default=6000, help="training steps of 64 questions")
     parser.add_argument("--split", default="test", help="strings to score on: validation or test")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
