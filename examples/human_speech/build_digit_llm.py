@@ -14,9 +14,9 @@ import random
 from pathlib import Path
 
 import torch
-from tiny_world.build_llm import CHAT_TEMPLATE, SPECIAL_TOKENS, batches, build_model, print_scores, score, train
+from tiny_world.build_llm import SPECIAL_TOKENS, batches, build_model, for_chats, print_scores, score, train
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .digits import DIGITS, INSTRUCTIONS, KINDS, draw_question, draw_string, kinds_of, number_in_words
 
@@ -37,17 +37,7 @@ def build_tokenizer():
         [*instructions, *numbers, *(f" {digit}" for digit in DIGITS)],
         trainers.BpeTrainer(special_tokens=list(SPECIAL_TOKENS), initial_alphabet=["Ġ", "Ċ"], show_progress=False),
     )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        pad_token="<|pad|>",
-        unk_token="<|unk|>",
-        eos_token="<|end|>",
-        additional_special_tokens=["<|system|>", "<|user|>", "<|assistant|>"],
-        chat_template=CHAT_TEMPLATE,
-        model_max_length=512,
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
-    )
+    return for_chats(bpe)
 
 
 def draw_dialogues(num, rng, run_share=RUN_SHARE):

@@ -55,6 +55,11 @@ def build_tokenizer(num_pieces=384, seed=0):
             show_progress=False,
         ),
     )
+    return for_chats(bpe)
+
+
+def for_chats(bpe):
+    """The tokenizer of transformers that makes dialogues of `SPECIAL_TOKENS` and what `bpe` makes of the words."""
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         pad_token="<|pad|>",
