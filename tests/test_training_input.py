@@ -159,11 +159,11 @@ def test_two_processes_share_the_rows_and_resume(manifests, tmp_path, processor)
         whole, resumed = zip(*(rank[streaming] for rank in ranks))
         for seen, again in zip(whole, resumed):
             assert again == seen[9:], streaming
-    # In memory 22 rows are 6 batches, 3 of each process; the last one is filled up with two rows.
+    # In memory 22 rows are 6 batches, 3 of each process; what fills up the last one is left out again.
     whole = [rank["False"][0] for rank in ranks]
     for start in (0, 3, 6, 9):
         rows = Counter(row for seen in whole for batch, _ in seen[start : start + 3] for row in batch)
-        assert set(rows) == set(range(1, NUM_ROWS + 1)) and rows.total() == 24
+        assert rows == Counter(range(1, NUM_ROWS + 1))
     streamed = Counter(row for rank in ranks for batch, _ in rank["True"][0] for row in batch)
     assert set(streamed.values()) <= {4, 5, 6}, "112 rows of 22, a part of 24 of them not yet used"
 

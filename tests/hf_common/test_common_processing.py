@@ -4,6 +4,7 @@ Leaves out: images and videos, which the processor does not take.
 """
 
 import unittest
+from itertools import chain
 from unittest.mock import patch
 
 import pytest
@@ -21,9 +22,14 @@ VIDEO_OPTIONS = ("num_frames", "fps")
 apply_chat_template = BlspKdProcessor.apply_chat_template
 
 
-def apply_without_video_options(self, *args, processor_kwargs=None, **kwargs):
+def apply_in_our_terms(self, conversations, *args, processor_kwargs=None, **kwargs):
+    """Without options for video, and with files as `path`."""
     processor_kwargs = {name: value for name, value in (processor_kwargs or {}).items() if name not in VIDEO_OPTIONS}
-    return apply_chat_template(self, *args, processor_kwargs=processor_kwargs, **kwargs)
+    for message in chain.from_iterable(conversations):
+        for block in message["content"]:
+            if "url" in block:
+                block["path"] = block.pop("url")
+    return apply_chat_template(self, conversations, *args, processor_kwargs=processor_kwargs, **kwargs)
 
 
 class CommonProcessorTests(ProcessorTesterMixin):
@@ -54,8 +60,9 @@ class CommonProcessorTests(ProcessorTesterMixin):
         return None
 
     def _test_apply_chat_template(self, *args):
-        # The test gives every processor options for video, and ours refuses what it does not know.
-        with patch.object(BlspKdProcessor, "apply_chat_template", apply_without_video_options):
+        # The test gives every processor options for video, and ours refuses what it does not know. It names files as
+        # `url`, which ours takes for what a stranger wrote.
+        with patch.object(BlspKdProcessor, "apply_chat_template", apply_in_our_terms):
             super()._test_apply_chat_template(*args)
 
     test_chat_template_audio_sampling_rate = skip(
