@@ -10,7 +10,7 @@ are joined from recordings of one speaker, with short pauses, at the recordings'
 manifests. Questions about the strings are those of the tiny world, or with `--questions digits` those of
 `human_speech/digits.py`, whose test strings are in no training string either.
 
-Training clips, and only they, can be varied: `--speeds` per digit, `--quietest` per digit, `--noise` per string, and
+Training clips, and only they, can be varied: `--speeds` and `--quietest_db` per digit, `--noise` per string, and
 `--synthetic_share` of the strings said by synthetic voices.
 """
 
@@ -66,10 +66,13 @@ def main():
     training.add_argument("--noise", help="in half of the strings: white, or a folder of recordings of noise")
     training.add_argument("--synthetic_share", type=float, default=0.0, help="of the strings: said by espeak-ng")
     options = parser.parse_args()
+    if options.test_split != "test" and options.questions != "digits":
+        parser.error("--test_split goes with --questions digits: the tiny world's questions have no splits of strings.")
 
     rng = random.Random(options.seed)
     pool = read_recordings(Path(options.recordings))
-    pool.pop(options.left_out_speaker, None)
+    if options.left_out_speaker is not None and pool.pop(options.left_out_speaker, None) is None:
+        parser.error(f"--left_out_speaker {options.left_out_speaker!r} is not among {sorted(pool)}.")
     speakers = sorted(pool)
     held_out = options.held_out_speaker or speakers[-1]
     if held_out not in pool:

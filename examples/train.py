@@ -133,6 +133,11 @@ def main():
         # `accelerate launch` allows one thread per process, and would leave the other cores idle. What a user sets
         # for a single process stands.
         torch.set_num_threads(max(1, os.cpu_count() // args.world_size))
+    if model_options.kept_frames and (data_options.speeds or data_options.noise):
+        raise ValueError(
+            "--kept_frames encodes each clip once, but --speeds and --noise make another clip of it in every epoch. "
+            "Leave out the one or the other."
+        )
     start = time.time()
     trainer, _, eval_rows = make_trainer(model_options, data_options, args)
     model, processor = trainer.model, trainer.processing_class

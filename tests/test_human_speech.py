@@ -15,6 +15,7 @@ from conftest import clip, make_model
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 
 import make_digit_manifest
+import train
 from human_speech.build_digit_llm import build_tokenizer, draw_dialogues, held_out_prompts
 from human_speech.digits import (
     DIGITS,
@@ -166,6 +167,27 @@ def test_an_encoder_that_is_trained_cannot_keep_its_frames(tmp_path):
     tower.requires_grad_(True)
     with pytest.raises(ValueError, match="--freeze_speech_encoder"):
         KeptFrames(tower, tmp_path / "frames.safetensors")
+
+
+def test_clips_that_change_cannot_keep_their_frames(tmp_path, monkeypatch):
+    options = ["--kept_frames", str(tmp_path / "frames"), "--speeds", "0.9", "1.1", "--output_dir", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["train.py", *options])
+    with pytest.raises(ValueError, match="--speeds and --noise make another clip"):
+        train.main()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(["--left_out_speaker", "eve"], "'eve' is not among"), (["--test_split", "validation"], "goes with --questions")],
+)
+def test_options_that_would_do_nothing_are_told(options, message, tmp_path, monkeypatch, capsys):
+    soundfile.write(tmp_path / "one.wav", clip(0.3), 8000)
+    (tmp_path / "all.jsonl").write_text(json.dumps({"file_name": "one.wav", "text": "one", "speaker": "ann"}) + "\n")
+    arguments = ["--recordings", str(tmp_path / "all.jsonl"), "--output", str(tmp_path / "digits"), *options]
+    monkeypatch.setattr(sys, "argv", ["make_digit_manifest.py", *arguments])
+    with pytest.raises(SystemExit):
+        make_digit_manifest.main()
+    assert message in capsys.readouterr().err
 
 
 def write_predictions(folder, rows):

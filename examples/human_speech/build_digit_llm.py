@@ -18,7 +18,7 @@ from tiny_world.build_llm import SPECIAL_TOKENS, batches, build_model, for_chats
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from .digits import DIGITS, INSTRUCTIONS, KINDS, draw_question, draw_string, kinds_of, number_in_words
+from .digits import DIGITS, INSTRUCTIONS, KINDS, SPLITS, draw_question, draw_string, kinds_of, number_in_words
 
 # Text is never quite even: after a digit the LLM finds the next one likelier, so that input KL can tell digits apart.
 RUN_SHARE = 0.3
@@ -40,11 +40,11 @@ def build_tokenizer():
     return for_chats(bpe)
 
 
-def draw_dialogues(num, rng, run_share=RUN_SHARE):
+def draw_dialogues(num, rng):
     """`num` lists of chat messages: a question about a string of the training split, and its answer."""
     dialogues = []
     for _ in range(num):
-        words = draw_string("train", rng, min_digits=1, run_share=run_share)
+        words = draw_string("train", rng, min_digits=1, run_share=RUN_SHARE)
         kinds = kinds_of(words)
         (kind,) = rng.choices(kinds, [WEIGHTS.get(kind, 1) for kind in kinds])
         question = draw_question(words, kind, rng)
@@ -76,7 +76,7 @@ def main():
         "--start_from", type=Path, help="folder of an earlier round; goes on at half the learning rates"
     )
     parser.add_argument("--num_steps", type=int, default=6000, help="training steps of 64 questions")
-    parser.add_argument("--split", default="test", help="strings to score on: validation or test")
+    parser.add_argument("--split", choices=SPLITS[1:], default="test", help="strings to score on")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 

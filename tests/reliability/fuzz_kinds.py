@@ -25,7 +25,7 @@ from handler import EndpointHandler, read_inputs  # noqa: E402
 from spoken_cases import base64_of, encode, make_repository  # noqa: E402
 from training_data.sources import ManifestSource, OutsideFolderError, check_audio  # noqa: E402
 
-from modeling_blsp_kd import BlspKdForCausalLM  # noqa: E402
+from modeling_blsp_kd import BlspKdConfig, BlspKdForCausalLM  # noqa: E402
 from modeling_blsp_kd.speech_encoder import TrueLengthWhisperEncoder  # noqa: E402
 from processing import BlspKdProcessor  # noqa: E402
 from processing.audio_loading import MAX_DURATION_S, load_audio  # noqa: E402
@@ -250,6 +250,8 @@ def configs(material: Material) -> Kind:
         name, contents = case
         folder = copy_of(material.repository, material.scratch, without=name)
         write(folder / name, contents)
+        if name == "config.json":
+            BlspKdConfig.from_pretrained(folder)
         if name in ("config.json", "generation_config.json"):
             BlspKdForCausalLM.from_pretrained(folder)
         else:
