@@ -18,6 +18,14 @@ from processing import BlspKdDataCollator, BlspKdProcessor
 
 torch.set_num_threads(1)
 
+
+@pytest.fixture(autouse=True)
+def _one_thread_for_the_next_test():
+    """A training run inside a test sets its own number, and processes forked later would hang with more than one."""
+    yield
+    torch.set_num_threads(1)
+
+
 SAMPLING_RATE = 16_000
 VOCAB_SIZE = 300  # of the tokenizer, without the audio token
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "phi3", "gpt_neox")
