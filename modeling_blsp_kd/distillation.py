@@ -15,6 +15,8 @@ from torch.autograd.function import once_differentiable
 # Logits that go through the softmax together on a CPU: 1 MB in float32, which memory allocators hand out again, while
 # larger blocks come as new pages each time. An accelerator takes large tiles better.
 TILE_SIZE = 2**18
+# Few rows in one chunk would hold more logits than all else in the step; of many, larger chunks save no time.
+FEWEST_CHUNK_ROWS, MOST_CHUNK_ROWS = 32, 192
 
 
 def predicts_next(selected: torch.Tensor) -> torch.Tensor:
@@ -102,7 +104,7 @@ def linear_kl_of_rows(
     lm_head_bias=None,
     scale: float = 1.0,
     softcap: float | None = None,
-    chunk_rows: int = 192,
+    chunk_rows: int | None = None,
 ) -> torch.Tensor:
     """[`linear_kl`] of each row by itself, so that rows of several losses go through the vocabulary in one pass.
 
@@ -121,6 +123,8 @@ def linear_kl_of_rows(
             "linear_kl gives no gradient to the output head, but lm_head_weight.requires_grad is True. The LLM is "
             "the teacher: freeze it (requires_grad_(False)), and adapt it with partial LoRA instead."
         )
+    if chunk_rows is None:
+        chunk_rows = min(max(-(-len(student_hidden) // 5), FEWEST_CHUNK_ROWS), MOST_CHUNK_ROWS)
     device, dtype = lm_head_weight.device.type, student_hidden.dtype
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
@@ -142,7 +146,7 @@ def linear_kl(
     scale: float = 1.0,
     softcap: float | None = None,
     reduction: str = "mean",
-    chunk_rows: int = 192,
+    chunk_rows: int | None = None,
 ) -> torch.Tensor:
     """Forward KL(teacher || student) of the next-token distributions, straight from hidden states.
 
@@ -159,7 +163,8 @@ def linear_kl(
         scale (`float`): factor on the logits (Cohere, Granite).
         softcap (`float`, *optional*): tanh soft-capping of the logits (Gemma-2).
         reduction (`str`): `"mean"` or `"sum"` over the rows.
-        chunk_rows (`int`): rows whose logits exist at one time, student's and teacher's each.
+        chunk_rows (`int`, *optional*):
+            rows whose logits exist at one time, student's and teacher's each. Omitted: a fifth of them, within limits.
 
     Returns:
         `torch.FloatTensor`: float32 scalar, in nats.

@@ -39,7 +39,7 @@ def literal_kl(student, teacher, weight, temperature, bias=None, scale=1.0, soft
     return total
 
 
-@pytest.mark.parametrize("chunk_rows", [1, 3, 128])
+@pytest.mark.parametrize("chunk_rows", [1, 3, 128, None])
 @pytest.mark.parametrize(
     "options", [{}, {"scale": 0.25}, {"softcap": 2.0}, {"scale": 3.0, "softcap": 1.5, "bias": True}]
 )

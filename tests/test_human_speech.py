@@ -1,4 +1,4 @@
-"""Digit strings: their text, tokens and clips, frames that are kept, and the analysis of errors."""
+"""Human speech: digit strings, read sentences, frames that are kept, the analysis of errors, the learning curve."""
 
 import json
 import random
@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import clip, make_model
+from conftest import SAMPLING_RATE, clip, make_model
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 
 import make_digit_manifest
 import train
+from human_speech import build_sentence_llm, learning_curve, sentences
 from human_speech.build_digit_llm import build_tokenizer, draw_dialogues, held_out_prompts
 from human_speech.digits import (
     DIGITS,
@@ -257,3 +258,110 @@ def test_manifest_of_digit_questions_leaves_a_speaker_out_and_varies_training_cl
             assert split_of(row["text"].split()) == split
             assert soundfile.info(tmp_path / "digits" / row["audio"]).samplerate == 8000
     assert 3 < sum(row["kind"] == "repeat" for row in train) < 27
+
+
+@pytest.fixture
+def read_sentences_of(tmp_path, monkeypatch):
+    """Manifests of ten speakers of four sentences of 6 to 9 seconds and a word each."""
+    recordings = []
+    for speaker in "abcdefghij":
+        for number in range(5):
+            name = f"{speaker}{number}.flac"
+            soundfile.write(tmp_path / name, clip(0.3), SAMPLING_RATE)
+            text = "WELL" if number == 4 else f"IT'S {speaker} AND {DIGITS[number]}".upper()
+            recordings.append({"file_name": name, "text": text, "speaker": speaker, "seconds": 6.0 + number})
+    (tmp_path / "all.jsonl").write_text("".join(json.dumps(row) + "\n" for row in recordings))
+
+    def make(*options):
+        arguments = ["--recordings", tmp_path / "all.jsonl", "--output", tmp_path / "sentences", *options]
+        monkeypatch.setattr(sys, "argv", ["sentences.py", *map(str, arguments)])
+        sentences.main()
+        return {
+            path.stem: [json.loads(line) for line in path.open()] for path in (tmp_path / "sentences").glob("*.jsonl")
+        }
+
+    return make
+
+
+def test_sentences_hold_speakers_out_and_small_sets_lie_in_large_ones(read_sentences_of, tmp_path):
+    manifests = read_sentences_of("--minutes", 1.5, 1, "--longest_s", 8.5)
+    assert set(manifests) == {"train_1", "train_1.5", "train", "validation", "test"}
+    voices = {name: {row["voice"] for row in rows} for name, rows in manifests.items()}
+    assert [len(voices[name]) for name in ("train", "validation", "test")] == [5, 2, 3]
+    assert len(voices["train"] | voices["validation"] | voices["test"]) == 10
+    assert voices["train_1"] == voices["train"], "speakers in turn"
+    assert manifests["train_1"] == manifests["train_1.5"][: len(manifests["train_1"])]
+    assert manifests["train_1.5"] == manifests["train"][: len(manifests["train_1.5"])]
+    for minutes in (1, 1.5):
+        seconds = sum(row["duration"] for row in manifests[f"train_{minutes}"])
+        assert 60 * minutes - 8 < seconds <= 60 * minutes
+    for row in manifests["train"]:
+        assert row["text"] == row["answer"] == row["text"].lower() and row["duration"] <= 8
+        assert (tmp_path / "sentences" / row["audio"]).is_file()
+    assert {row["instruction"] for row in manifests["test"]} == {"Repeat the words."}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--num_test_speakers", "9"], "11 speakers are to be held out, but 10 speak"),
+        (["--minutes", "30"], "to be below the 2.5 that there are, got 30"),
+    ],
+)
+def test_sentences_that_there_are_not_are_told(read_sentences_of, options, message, capsys):
+    with pytest.raises(SystemExit):
+        read_sentences_of(*options)
+    assert message in capsys.readouterr().err
+
+
+def test_sentences_of_one_file_name_or_too_long_are_errors(read_sentences_of, tmp_path):
+    with pytest.raises(ValueError, match="no sentence of up to 2 s"):
+        read_sentences_of("--longest_s", 2)
+    row = {"file_name": "again/a0.flac", "text": "TWO WORDS", "speaker": "a", "seconds": 3.0}
+    with (tmp_path / "all.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match="one name in several folders"):
+        read_sentences_of()
+
+
+def test_words_to_repeat_are_read_and_shuffled():
+    words = [f"w{number}" for number in range(200)]
+    num_in_order = 0
+    for question, answer in build_sentence_llm.draw_dialogues(400, words, random.Random(0)):
+        said = question["content"].split("\n")[1]
+        assert said == answer["content"] and 1 <= len(said.split()) <= build_sentence_llm.MAX_WORDS
+        num_in_order += said in " ".join(words) and len(said.split()) > 1
+    assert 160 < num_in_order < 240
+
+
+def write_evaluation(folder, minutes, wer, manifest=True):
+    folder.mkdir()
+    rows = [{"duration": 30.0}] * (2 * minutes)
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    score = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 9}
+    wer = {"value": wer, "low": wer - 0.1, "high": wer + 0.1, "n": 9}
+    alignment = {name: score for _, task, name, _, _ in learning_curve.SCORES if task == "alignment"}
+    systems = {
+        "speech": {"transcripts": {"wer": wer, "cer": score}, "alignment": alignment},
+        "text": {"transcripts": {"wer": {**score, "value": 0.125}}},
+    }
+    settings = {"data": "test.jsonl", "train_manifest": str(folder / "train.jsonl") if manifest else None}
+    (folder / "results.json").write_text(json.dumps({"settings": settings, "systems": systems}))
+
+
+def test_learning_curve_has_a_point_per_evaluation_and_the_change_with_each_doubling(tmp_path, monkeypatch):
+    for minutes, wer in ((20, 0.6), (5, 0.9), (10, 0.75)):
+        write_evaluation(tmp_path / f"{minutes}", minutes, wer)
+    evaluations = [str(tmp_path / f"{minutes}") for minutes in (20, 5, 10)]
+    arguments = ["--evaluations", *evaluations, "--output", str(tmp_path / "curve")]
+    monkeypatch.setattr(sys, "argv", ["learning_curve.py", *arguments])
+    learning_curve.main()
+    curve = json.loads((tmp_path / "curve/learning_curve.json").read_text())
+    assert [(point["minutes"], point["sentences"]) for point in curve["points"]] == [(5, 10), (10, 20), (20, 40)]
+    assert curve["per_doubling"]["wer"] == pytest.approx(-0.15) and abs(curve["per_doubling"]["cer"]) < 1e-9
+    table = (tmp_path / "curve/learning_curve.md").read_text()
+    assert "| 10 | 20 | 75.0 [65.0, 85.0] |" in table and "| -15.0 |" in table and "WER is 12.5 %" in table
+    assert (tmp_path / "curve/learning_curve.png").stat().st_size > 1000
+    write_evaluation(tmp_path / "unknown", 3, 0.5, manifest=False)
+    with pytest.raises(ValueError, match="Evaluate with --train_manifest"):
+        learning_curve.read_point(tmp_path / "unknown")

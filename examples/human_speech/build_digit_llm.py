@@ -1,24 +1,20 @@
 """Train a text LLM for strings of digits from nothing, score it on held-out strings, and save it.
 
-The tiny world's Qwen2 of 0.9 M parameters, trained in the same way, with one token per word: what somebody says has as
-many tokens as digits. Leaves out: speech, and dialogues of several turns.
+Has one token per word: what somebody says has as many tokens as digits. Leaves out: speech, and dialogues of several
+turns.
 
     cd examples && python -m human_speech.build_digit_llm --output_dir ../outputs/digit_llm_1
     cd examples && python -m human_speech.build_digit_llm --output_dir ../outputs/digit_llm --seed 1 \\
         --start_from ../outputs/digit_llm_1
 """
 
-import argparse
-import json
 import random
-from pathlib import Path
 
-import torch
-from tiny_world.build_llm import SPECIAL_TOKENS, batches, build_model, for_chats, print_scores, score, train
+from tiny_world.build_llm import SPECIAL_TOKENS, for_chats
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .digits import DIGITS, INSTRUCTIONS, KINDS, SPLITS, draw_question, draw_string, kinds_of, number_in_words
+from .llm import build_llm, llm_parser
 
 # Text is never quite even: after a digit the LLM finds the next one likelier, so that input KL can tell digits apart.
 RUN_SHARE = 0.3
@@ -70,31 +66,12 @@ def held_out_prompts(split, num_per_kind, rng):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument(
-        "--start_from", type=Path, help="folder of an earlier round; goes on at half the learning rates"
-    )
-    parser.add_argument("--num_steps", type=int, default=6000, help="training steps of 64 questions")
+    parser = llm_parser(__doc__.split("\n")[0], num_steps=6000)
     parser.add_argument("--split", choices=SPLITS[1:], default="test", help="strings to score on")
-    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-
-    torch.manual_seed(args.seed)
-    torch.set_num_threads(1)  # on a model this small more threads wait for each other longer than they work
     rng = random.Random(args.seed)
-    tokenizer = build_tokenizer()
-    model = AutoModelForCausalLM.from_pretrained(args.start_from) if args.start_from else build_model(tokenizer)
-    questions = batches(tokenizer, lambda num: draw_dialogues(num, rng), rng, batch_size=64)
-    train(model, questions, args.num_steps, rate=0.5 if args.start_from else 1.0)
-    model.save_pretrained(args.output_dir)
-    tokenizer.save_pretrained(args.output_dir)
-    # As its users will load it.
-    model = AutoModelForCausalLM.from_pretrained(args.output_dir)
-    tokenizer = AutoTokenizer.from_pretrained(args.output_dir)
-    table = score(model, tokenizer, held_out_prompts(args.split, 200, random.Random(args.seed + 1)))
-    (args.output_dir / "scores.json").write_text(json.dumps(table, indent=2) + "\n")
-    print_scores(table)
+    prompts = held_out_prompts(args.split, 200, random.Random(args.seed + 1))
+    build_llm(args, build_tokenizer(), lambda num: draw_dialogues(num, rng), prompts, rng)
 
 
 if __name__ == "__main__":

@@ -32,16 +32,21 @@ CHAT_TEMPLATE = (
 
 
 def build_tokenizer(num_pieces=384, seed=0):
-    """Train a byte-level BPE in which content words take one to five pieces.
+    """The tokenizer of [`train_tokenizer`] in which content words take one to five pieces."""
+    corpus = [*SYSTEM_MESSAGES, *[text for wordings in INSTRUCTIONS.values() for text in wordings]] * 40
+    for sentence in sentences("train", 6000, seed):
+        corpus += [sentence.text, sentence.answers.get("spanish", "")]
+    return train_tokenizer(corpus, num_pieces)
+
+
+def train_tokenizer(corpus, num_pieces):
+    """Train a byte-level BPE on lines of text.
 
     A token never reaches over a line end or a special token, so a sentence has the same tokens alone and in a prompt.
 
     Returns:
         `PreTrainedTokenizerFast` of `num_pieces` tokens; a character outside ASCII becomes `<|unk|>`.
     """
-    corpus = [*SYSTEM_MESSAGES, *[text for wordings in INSTRUCTIONS.values() for text in wordings]] * 40
-    for sentence in sentences("train", 6000, seed):
-        corpus += [sentence.text, sentence.answers.get("spanish", "")]
     bpe = Tokenizer(models.BPE(unk_token="<|unk|>"))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
