@@ -57,10 +57,11 @@ def _line(heading: str, scores: list[dict | None], num_rows: int, factor: float 
     counts = {score["n"] for score in scores if score is not None}
     if counts and counts != {num_rows}:
         heading += f" ({max(counts)} rows)"
-    return [heading, *(_shown(score, factor, decimals) for score in scores)]
+    return [heading, *(shown(score, factor, decimals) for score in scores)]
 
 
-def _shown(score: dict | None, factor: float, decimals: int) -> str:
+def shown(score: dict | None, factor: float, decimals: int) -> str:
+    """A score with its interval; nothing where there is none."""
     if score is None:
         return ""
     value, low, high = (f"{factor * score[name]:.{decimals}f}" for name in ("value", "low", "high"))

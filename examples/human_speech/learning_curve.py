@@ -13,17 +13,12 @@ import json
 from pathlib import Path
 
 import numpy as np
+from evaluation.report import COLUMNS, shown
 from matplotlib.figure import Figure
 
-# Heading, task, score, factor, decimals.
-SCORES = (
-    ("WER %", "transcripts", "wer", 100, 1),
-    ("CER %", "transcripts", "cer", 100, 1),
-    ("token count error", "alignment", "token_count_error", 1, 2),
-    ("token count right", "alignment", "token_count_accuracy", 1, 3),
-    ("input KL", "alignment", "input_kl", 1, 3),
-    ("response KL", "alignment", "response_kl", 1, 3),
-)
+TASKS = ("transcripts", "alignment")
+SCORES = [column for column in COLUMNS if column[1] in TASKS]
+PLOTTED = ("wer", "token_count_error", "input_kl")
 
 
 def main():
@@ -52,7 +47,7 @@ def read_point(folder: Path) -> dict:
     settings, scores = results["settings"], results["systems"]["speech"]
     if not settings["train_manifest"]:
         raise ValueError(f"{folder} does not say on what the model was trained. Evaluate with --train_manifest.")
-    if missing := sorted({task for _, task, _, _, _ in SCORES} - scores.keys()):
+    if missing := sorted(set(TASKS) - scores.keys()):
         raise ValueError(f"{folder} lacks scores of {missing}. Evaluate with --tasks transcripts,alignment.")
     rows = [json.loads(line) for line in Path(settings["train_manifest"]).read_text().splitlines()]
     return {
@@ -78,10 +73,7 @@ def as_markdown(curve: dict) -> str:
         "|---|---|" + "---|" * len(SCORES),
     ]
     for point in curve["points"]:
-        cells = []
-        for _, _, name, factor, decimals in SCORES:
-            value, low, high = (f"{factor * point[name][key]:.{decimals}f}" for key in ("value", "low", "high"))
-            cells.append(f"{value} [{low}, {high}]")
+        cells = (shown(point[name], factor, decimals) for _, _, name, factor, decimals in SCORES)
         lines.append(f"| {point['minutes']:g} | {point['sentences']} | " + " | ".join(cells) + " |")
     changes = (curve["per_doubling"][name] for _, _, name, _, _ in SCORES)
     cells = [
@@ -95,7 +87,7 @@ def as_markdown(curve: dict) -> str:
 
 
 def plot(points: list[dict], path: Path):
-    chosen = SCORES[0], SCORES[2], SCORES[4]
+    chosen = [score for score in SCORES if score[2] in PLOTTED]
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     for axes, (heading, _, name, factor, _) in zip(figure.subplots(1, len(chosen)), chosen):
         values, lows, highs = (
