@@ -15,7 +15,8 @@ from torch.autograd.function import once_differentiable
 # Logits that go through the softmax together on a CPU: 1 MB in float32, which memory allocators hand out again, while
 # larger blocks come as new pages each time. An accelerator takes large tiles better.
 TILE_SIZE = 2**18
-# Few rows in one chunk would hold more logits than all else in the step; of many, larger chunks save no time.
+# Products of more rows at once are quicker, the wider the LLM the more so. Their logits take memory, which counts where
+# rows are few and the LLM is small: then a chunk is a fifth of the rows, or as much as a sixth of the output head.
 FEWEST_CHUNK_ROWS, MOST_CHUNK_ROWS = 32, 192
 
 
@@ -124,7 +125,8 @@ def linear_kl_of_rows(
             "the teacher: freeze it (requires_grad_(False)), and adapt it with partial LoRA instead."
         )
     if chunk_rows is None:
-        chunk_rows = min(max(-(-len(student_hidden) // 5), FEWEST_CHUNK_ROWS), MOST_CHUNK_ROWS)
+        num_rows, width = student_hidden.shape
+        chunk_rows = min(max(-(-num_rows // 5), -(-width // 12), FEWEST_CHUNK_ROWS), MOST_CHUNK_ROWS)
     device, dtype = lm_head_weight.device.type, student_hidden.dtype
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
@@ -164,7 +166,7 @@ def linear_kl(
         softcap (`float`, *optional*): tanh soft-capping of the logits (Gemma-2).
         reduction (`str`): `"mean"` or `"sum"` over the rows.
         chunk_rows (`int`, *optional*):
-            rows whose logits exist at one time, student's and teacher's each. Omitted: a fifth of them, within limits.
+            rows whose logits exist at one time, student's and teacher's each. Omitted: 32 to 192.
 
     Returns:
         `torch.FloatTensor`: float32 scalar, in nats.

@@ -1,10 +1,11 @@
 """Where the time of the default training run goes, part by part.
 
-    python -m tests.benchmarks.training_profile --steps 60
+    python -m tests.benchmarks.training_profile
 
-Runs steps of `examples/train.py` as they are, on two parts of the default data. Marks stand where one part hands over
-to the next, forward and backward, and the time between two marks belongs to the part that just ended. Leaves out: what
-a step costs beside its floor (`training_step.py`).
+Runs steps of `examples/train.py` as they are, on a part of the default data. Marks stand where one part hands over
+to the next, forward and backward, and the time between two marks belongs to the part that just ended. Counts the epochs
+after the first, which finds the features of all clips kept; of the first it tells how long it waits for them. Leaves
+out: what a step costs beside its floor (`training_step.py`).
 """
 
 # ruff: noqa: T201 (a command talks to the terminal)
@@ -27,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 import train
 
 NUM_WARMUP_STEPS = 5
+WAITING = "waiting for the next batch"
 
 
 class Marks(TrainerCallback):
@@ -68,7 +70,7 @@ class Marks(TrainerCallback):
             self.mark("LLM as teacher")
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self.mark("waiting for the next batch")
+        self.mark(WAITING)
         self.steps.append(defaultdict(float))
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
@@ -84,15 +86,12 @@ def main():
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--num_utterances", type=int, default=1500, help="of the tiny world")
+    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--num_utterances", type=int, default=960, help="of the tiny world")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--dataloader_num_workers", type=int, default=0, help="processes that read ahead")
     parser.add_argument("--output", type=Path, default=Path("outputs/benchmarks"), help="folder for the results")
     options = parser.parse_args()
-    if options.steps <= NUM_WARMUP_STEPS:
-        parser.error(f"--steps must be above {NUM_WARMUP_STEPS}, which are not counted")
-
     torch.set_num_threads(options.threads)
     args = train.Arguments(
         output_dir=str(options.output / "profiled_run"),
@@ -103,18 +102,32 @@ def main():
     )
     set_seed(args.seed)
     data = train.DataOptions(num_utterances=options.num_utterances, num_eval_utterances=1)
+    epoch = -(-options.num_utterances // args.per_device_train_batch_size)
+    if not NUM_WARMUP_STEPS < epoch < options.steps:
+        parser.error(
+            f"--num_utterances {options.num_utterances} make an epoch of {epoch} steps, which is to be longer than "
+            f"{NUM_WARMUP_STEPS} and shorter than the {options.steps} --steps."
+        )
     trainer, _, _ = train.make_trainer(train.ModelOptions(), data, args)
     marks = Marks(trainer)
     where = machine(args.device, torch.float32, "wall")
     trainer.train()
 
-    steps = marks.steps[NUM_WARMUP_STEPS:]
+    first, steps = marks.steps[NUM_WARMUP_STEPS:epoch], marks.steps[epoch:]
     total = statistics.median(sum(step.values()) for step in steps)
     parts = {part: statistics.median(step[part] for step in steps) for part in steps[-2]}
     rows = sorted(parts.items(), key=lambda item: -item[1])
     lines = [f"| median of {len(steps)} steps | ms | share |", "|---|---|---|"]
     lines += [f"| {part} | {1000 * seconds:.1f} | {seconds / total:.0%} |" for part, seconds in rows]
-    text = "\n".join([*lines, f"| whole step | {1000 * total:.1f} | |"]) + "\n"
+    waiting, whole = (
+        statistics.median(times) for times in zip(*((step[WAITING], sum(step.values())) for step in first))
+    )
+    lines += [
+        f"| whole step | {1000 * total:.1f} | |",
+        "",
+        f"In the first epoch, {WAITING} took {1000 * waiting:.1f} of {1000 * whole:.1f} ms ({waiting / whole:.0%}).",
+    ]
+    text = "\n".join(lines) + "\n"
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "training_profile.md").write_text(text)
     data = {"machine": where, "steps": [dict(step) for step in marks.steps]}
