@@ -216,7 +216,7 @@ def open_page(browser, url):
 
     def open_page(viewport=None):
         contexts.append(browser.new_context(viewport=viewport or {"width": 1280, "height": 900}))
-        contexts[-1].set_default_timeout(20_000)
+        contexts[-1].set_default_timeout(60_000)
         page = contexts[-1].new_page()
         page.on("request", lambda sent: strangers.append(sent.url) if not _is_local(sent.url, url) else None)
         page.goto(url)
