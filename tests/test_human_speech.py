@@ -332,6 +332,11 @@ def test_words_to_repeat_are_read_and_shuffled():
         assert said == answer["content"] and 1 <= len(said.split()) <= build_sentence_llm.MAX_WORDS
         num_in_order += said in " ".join(words) and len(said.split()) > 1
     assert 160 < num_in_order < 240
+    said = {
+        question["content"].split("\n")[1]
+        for question, _ in build_sentence_llm.draw_dialogues(400, ["a", "b"], random.Random(0))
+    }
+    assert said == {"a", "b", "a a", "a b", "b a", "b b"}, "few words, the last one too"
 
 
 def write_evaluation(folder, minutes, wer, manifest=True):
@@ -365,3 +370,8 @@ def test_learning_curve_has_a_point_per_evaluation_and_the_change_with_each_doub
     write_evaluation(tmp_path / "unknown", 3, 0.5, manifest=False)
     with pytest.raises(ValueError, match="Evaluate with --train_manifest"):
         learning_curve.read_point(tmp_path / "unknown")
+    results = json.loads((tmp_path / "5/results.json").read_text())
+    del results["systems"]["text"]
+    (tmp_path / "5/results.json").write_text(json.dumps(results))
+    with pytest.raises(ValueError, match=r"lacks the systems \['text'\]"):
+        learning_curve.read_point(tmp_path / "5")

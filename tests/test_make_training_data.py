@@ -505,7 +505,7 @@ def killed(script, arguments, hook):
     process.start()
     process.join(timeout=120)
     if process.is_alive():
-        process.terminate()  # else the test run would wait for it at its own end
+        process.kill()  # else the test run would wait for it at its own end
         pytest.fail("the forked process hangs")
     assert process.exitcode in (0, -signal.SIGKILL)
     return process.exitcode != 0

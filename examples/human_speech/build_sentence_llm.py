@@ -28,9 +28,9 @@ def draw_dialogues(num, words, rng):
     """
     dialogues = []
     for _ in range(num):
-        length = rng.randint(1, MAX_WORDS)
+        length = rng.randint(1, min(MAX_WORDS, len(words)))
         if rng.random() < 0.5:
-            first = rng.randrange(len(words) - length)
+            first = rng.randint(0, len(words) - length)
             said = words[first : first + length]
         else:
             said = rng.choices(words, k=length)

@@ -41,10 +41,13 @@ def read_point(folder: Path) -> dict:
     """Minutes of training speech and all scores of one evaluation.
 
     Raises:
-        ValueError: it does not say on what the model was trained, or lacks a score.
+        ValueError: it does not say on what the model was trained, or lacks a system or a score.
     """
     results = json.loads((folder / "results.json").read_text())
-    settings, scores = results["settings"], results["systems"]["speech"]
+    settings, systems = results["settings"], results["systems"]
+    if missing := sorted({"text", "speech"} - systems.keys()):
+        raise ValueError(f"{folder} lacks the systems {missing}. Evaluate with --systems text,speech.")
+    scores = systems["speech"]
     if not settings["train_manifest"]:
         raise ValueError(f"{folder} does not say on what the model was trained. Evaluate with --train_manifest.")
     if missing := sorted(set(TASKS) - scores.keys()):
@@ -54,7 +57,7 @@ def read_point(folder: Path) -> dict:
         "minutes": round(sum(row["duration"] for row in rows) / 60, 1),
         "sentences": len(rows),
         "data": Path(settings["data"]).name,
-        "text_wer": results["systems"]["text"]["transcripts"]["wer"],
+        "text_wer": systems["text"]["transcripts"]["wer"],
         **{name: scores[task][name] for _, task, name, _, _ in SCORES},
     }
 
