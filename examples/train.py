@@ -114,12 +114,18 @@ class Arguments(TrainingArguments):
     save_steps: float = 600
     save_total_limit: int | None = 2
     train_sampling_strategy: str = "group_by_length"
+    dataloader_num_workers: int = 1  # reads ahead, so that the model does not wait
+    dataloader_persistent_workers: bool = True  # and still has the features that it keeps in the next epoch
     dataloader_pin_memory: bool = torch.cuda.is_available()
     remove_unused_columns: bool = False
     seed: int = 1
     non_finite_loss: str = field(
         default="stop", metadata={"help": "stop or skip: what becomes of a step whose loss or gradient is NaN or inf."}
     )
+
+    def __post_init__(self):
+        self.dataloader_persistent_workers &= self.dataloader_num_workers > 0  # DataLoader refuses none that persist
+        super().__post_init__()
 
 
 def main():

@@ -2,12 +2,14 @@
 
 import json
 import logging
+import multiprocessing
 import os
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -32,6 +34,7 @@ RANDOM = {
     "plora": {"lora_dropout": 0.2},
     "speech": {"apply_spec_augment": True, "mask_time_prob": 0.2, "mask_time_length": 3, "mask_feature_prob": 0.1},
 }
+WORKERS = {"dataloader_num_workers": 2, "dataloader_persistent_workers": True}
 
 
 def trainer_of(folder, processor, collator, seed=0, model=None, **options):
@@ -83,10 +86,12 @@ def run_folder(saved, tmp_path):
     return Path(shutil.copytree(saved[0], tmp_path / "run"))
 
 
+@pytest.mark.parametrize("workers", [{}, WORKERS])
 @pytest.mark.parametrize("logging_steps", [1, 5])
-def test_a_resumed_run_is_the_uninterrupted_one(logging_steps, tmp_path, processor, collator):
+def test_a_resumed_run_is_the_uninterrupted_one(logging_steps, workers, tmp_path, processor, collator):
     """Means that were logged after a resume left out the steps between the last log and the checkpoint."""
     options = {"logging_steps": logging_steps, "eval_strategy": "steps", "eval_steps": 3, "num_train_epochs": 2}
+    options |= workers
     whole = trainer_of(tmp_path, processor, collator, **options)
     whole.train()
     assert len(means(whole)) == 6 // logging_steps + 2
@@ -94,6 +99,21 @@ def test_a_resumed_run_is_the_uninterrupted_one(logging_steps, tmp_path, process
         resumed = trainer_of(tmp_path, processor, collator, seed=9, **options)
         resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
         assert_same_run(resumed, whole)
+
+
+def test_each_evaluation_reads_the_rows_that_it_is_given_in_their_order(tmp_path, processor, collator):
+    """The Trainer keeps a loader whose workers persist: all evaluations were over the first one's rows."""
+    rows = make_trainer(tmp_path, processor, collator).eval_dataset
+    rows = rows.add_column("length", list(range(len(rows))))
+    seen = {}
+    for name, workers in (("alone", {}), ("workers", WORKERS)):
+        trainer = trainer_of(tmp_path, processor, collator, train_sampling_strategy="group_by_length", **workers)
+        seen[name] = [
+            [batch["input_ids"].tolist() for batch in trainer.get_eval_dataloader(dataset)]
+            for dataset in (rows, rows.select([0]), rows)
+        ]
+    assert seen["workers"] == seen["alone"]
+    assert len(seen["alone"][0]) > 1 == len(seen["alone"][1]), "batches"
 
 
 def damage(checkpoint: Path, how: str):
@@ -299,18 +319,33 @@ def test_skipping_without_end_stops(tmp_path, processor, collator):
         trainer.train()
 
 
-def test_sigterm_saves_and_exits_and_the_resumed_run_is_the_uninterrupted_one(saved, tmp_path, processor, collator):
-    trainer = trainer_of(tmp_path, processor, collator, save_strategy="no")
-    trainer.add_callback(At(3, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+@pytest.mark.parametrize("workers", [{}, WORKERS])
+def test_sigterm_saves_and_exits_and_the_resumed_run_is_the_uninterrupted_one(workers, tmp_path, processor, collator):
+    """Sent to all processes, as clusters do: workers that read ahead died of it, and training with them."""
+
+    def terminate():
+        pids = [str(process.pid) for process in [*multiprocessing.active_children(), multiprocessing.current_process()]]
+        subprocess.run(["kill", "-TERM", *pids], check=True)  # a worker takes it otherwise if its parent sends it
+        assert len(pids) > workers.get("dataloader_num_workers", 0)
+        time.sleep(0.5)
+
+    whole = trainer_of(tmp_path, processor, collator, save_strategy="no", **workers)
+    whole.train()
+    trainer = trainer_of(tmp_path, processor, collator, save_strategy="no", **workers)
+    trainer.add_callback(At(3, terminate))
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as exit_:
         trainer.train()
     assert exit_.value.code == 143
     assert signal.getsignal(signal.SIGTERM) == before
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
-    resumed = trainer_of(tmp_path, processor, collator, seed=9)
+    resumed = trainer_of(tmp_path, processor, collator, seed=9, **workers)
     resumed.train(resume_from_checkpoint=True)
-    assert_same_run(resumed, saved[1])
+    assert_same_run(resumed, whole)
+    for worker in multiprocessing.active_children():  # as Python does with those that are left when it exits
+        worker.terminate()
+        worker.join(20)
+        assert worker.exitcode == 0
 
 
 def test_two_processes_agree(tmp_path):

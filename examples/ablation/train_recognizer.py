@@ -21,7 +21,7 @@ from torch import nn
 from tqdm import tqdm
 from train import Arguments, DataOptions, ModelOptions, make_trainer, optimizer_and_options
 from training_input.batches import ReadsTrainingInput
-from transformers import HfArgumentParser, Trainer, set_seed
+from transformers import HfArgumentParser, set_seed
 
 from modeling_blsp_kd.speech_encoder import encode_speech
 
@@ -74,7 +74,7 @@ class CtcRecognizer(nn.Module):
         return [path[path != self.blank].tolist() for path in merged]
 
 
-class CtcTrainer(ReadsTrainingInput, Trainer):
+class CtcTrainer(ReadsTrainingInput):
     """Batches as in a distillation, the recogniser's own loss."""
 
 

@@ -36,7 +36,7 @@ def synthesize_recordings(folder: Path, sampling_rate: int, rng: random.Random, 
         pool[f"espeak {variant}"] = {word: [] for word in DIGITS}
         for word in DIGITS * num_takes:
             voice = f"{rng.choice(ACCENTS)}+{variant}"
-            samples = synthesize(word, voice, speed=rng.randint(130, 260), pitch=rng.randint(20, 80))
+            samples = synthesize(word, voice, speed=rng.randint(80, 260), pitch=rng.randint(20, 80))
             loud = np.flatnonzero(np.abs(samples) > SILENCE)
             samples = soxr.resample(samples[loud[0] : loud[-1] + 1], SAMPLING_RATE, sampling_rate)
             takes = pool[f"espeak {variant}"][word]

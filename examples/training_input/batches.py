@@ -8,7 +8,7 @@ from itertools import count
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from modeling_blsp_kd import BlspKdTrainer
@@ -145,8 +145,8 @@ class StreamedBatches(Sampler):
                 raise ValueError("The training data has no rows.")
 
 
-class ReadsTrainingInput:
-    """What makes a Trainer read [`RowsInMemory`] or [`StreamedRows`]."""
+class ReadsTrainingInput(Trainer):
+    """A Trainer that reads [`RowsInMemory`] or [`StreamedRows`]."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -178,7 +178,7 @@ class ReadsTrainingInput:
         return super()._get_train_sampler(train_dataset) if self.order is None else self.order
 
 
-class TrainingInputTrainer(ReadsTrainingInput, BlspKdTrainer):
+class TrainingInputTrainer(BlspKdTrainer, ReadsTrainingInput):
     """`BlspKdTrainer` over [`RowsInMemory`] or [`StreamedRows`]."""
 
 

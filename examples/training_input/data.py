@@ -44,7 +44,7 @@ def training_data(rows: list[dict], options: DataOptions, args, processor) -> Ro
         processor,
         augmentation=Augmentation(options.speeds, options.noise, options.noise_snr_db, options.noise_share),
         skipped=skipped,
-        # The tiny world's clips fit in memory, and their features take longer to make than the model takes for them.
+        # The tiny world's clips fit in memory.
         keep=options.keep_features or not training_sources(options),
         seed=seed,
     )
