@@ -28,7 +28,10 @@ KL_OF = {"response": "response_kl", "content": "input_kl"}
 
 @contextmanager
 def frozen(module: nn.Module):
-    """Run a frozen module: no gradient, and no dropout whatever the mode of the model around it."""
+    """Run a frozen module: no gradient, and no dropout whatever the mode of the model around it.
+
+    Not in inference mode: FSDP2 keeps what it gathers there, and may not write to it in the student's forward.
+    """
     was_training = [(child, child.training) for child in module.modules()]
     module.eval()
     try:
