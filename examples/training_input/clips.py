@@ -110,7 +110,8 @@ class ClipFeatures:
         augmentation ([`Augmentation`], *optional*).
         skipped ([`SkippedClips`], *optional*): leave out rows whose audio cannot be used and note them here; omitted,
             the first one is an error.
-        keep (`bool`): keep each clip's features in memory (some 30 kB per second of speech). Not with augmentation.
+        keep (`bool`): keep each clip's features in memory (some 30 kB per second of speech), which is that of a data
+            loader worker where there is one. Not with augmentation.
         seed (`int`): of the augmentation.
     """
 

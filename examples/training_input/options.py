@@ -40,7 +40,10 @@ class DataOptions:
     )
     keep_features: bool = field(
         default=False,
-        metadata={"help": "Keep the features of all training clips in memory (some 30 kB per second of speech)."},
+        metadata={
+            "help": "Keep the features of all training clips in memory, some 30 kB per second of speech in each data "
+            "loader worker, as long as it lives (--dataloader_persistent_workers)."
+        },
     )
     speeds: list[float] = field(
         default_factory=list, metadata={"help": "Play each training clip at one of these speeds, e.g. 0.9 1.0 1.1."}
