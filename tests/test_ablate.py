@@ -1,6 +1,7 @@
 """The ablation: that the matrix compares what it says, that no run is lost or repeated, and what verdicts mean."""
 
 import json
+import re
 import runpy
 import sys
 from dataclasses import replace
@@ -455,6 +456,19 @@ def test_end_to_end(tmp_path, monkeypatch, capsys):
     assert str(tmp_path) not in json.dumps(result)
     ablate.main()
     assert scripts.count("evaluate.py") == 5, "a second call runs nothing"
+
+
+def test_figures_of_the_results_page_stand_in_the_tables_that_it_names():
+    examples = Path(train.__file__).parent
+    page = (examples / "RESULTS.md").read_text().split("Settings were chosen")[0]
+    tables = "".join((examples / name).read_text() for name in re.findall(r"\]\(([^)]+\.md)\)", page))
+    figures = re.findall(r"(?<![\d.])[-+]?\d\.\d{3}(?: \[[^]]+\])?|\d+\.\d %", page)
+    assert len(figures) > 20
+    missing = [figure for figure in figures if figure not in tables and figure.replace(" %", "%") not in tables]
+    # In the table of claims, differences and intervals have columns of their own.
+    assert all(figure.replace(" [", " | [") in tables for figure in missing), missing
+    for claim in CLAIMS:
+        assert f"| {claim.text} |" in page
 
 
 def test_unknown_configurations_are_named(monkeypatch, capsys):
