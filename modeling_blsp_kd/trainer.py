@@ -118,8 +118,9 @@ class BlspKdTrainer(Trainer):
         loader = super().get_train_dataloader()
         if self.args.dataloader_persistent_workers:
             # They draw their seed when they start, in the first epoch of an uninterrupted run and another one of a
-            # resumed run: so not from the generator that dropout goes on with.
-            loader.base_dataloader.generator = torch.Generator().manual_seed(self.args.seed)
+            # resumed run: so here instead, before the generator that dropout goes on with is restored.
+            seed = torch.empty((), dtype=torch.int64).random_().item()
+            loader.base_dataloader.generator = torch.Generator().manual_seed(seed)
         return self.notice.spare_workers(loader)
 
     def get_eval_dataloader(self, eval_dataset=None):
