@@ -84,7 +84,7 @@ class BlspKdTrainer(Trainer):
         self._non_finite_steps = self._skipped_in_a_row = 0
         self.args.logging_nan_inf_filter = False
         self._is_writing_aside = False
-        self.notice = TerminationNotice()
+        self._notice = TerminationNotice()
         self._notices = None  # how many processes had a notice when the step began
         self._is_terminating = False
 
@@ -102,7 +102,7 @@ class BlspKdTrainer(Trainer):
         self._loss_parts["train"], self._step_parts = {}, {}
         self._non_finite_steps = self._skipped_in_a_row = 0
         self._is_terminating = False
-        with self.notice:
+        with self._notice:
             output = super().train(resume_from_checkpoint, *args, **kwargs)
         if self._is_terminating:
             logger.warning(
@@ -110,7 +110,7 @@ class BlspKdTrainer(Trainer):
                 "goes on from there."
             )
             raise SystemExit(128 + signal.SIGTERM)
-        if self.notice.came:
+        if self._notice.came:
             signal.raise_signal(signal.SIGTERM)  # after the last step: no longer ours
         return output
 
@@ -121,15 +121,17 @@ class BlspKdTrainer(Trainer):
             # resumed run: so here instead, before the generator that dropout goes on with is restored.
             seed = torch.empty((), dtype=torch.int64).random_().item()
             loader.base_dataloader.generator = torch.Generator().manual_seed(seed)
-        return self.notice.spare_workers(loader)
+        return self._notice.spare_workers(loader)
 
     def get_eval_dataloader(self, eval_dataset=None):
         # With persistent workers the Trainer keeps the first loader: later evaluations would get its rows, whatever
         # they ask for, and in another order each time, which a resume forgets.
         persistent_workers, self.args.dataloader_persistent_workers = self.args.dataloader_persistent_workers, False
-        loader = super().get_eval_dataloader(eval_dataset)
-        self.args.dataloader_persistent_workers = persistent_workers
-        return self.notice.spare_workers(loader)
+        try:
+            loader = super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_persistent_workers = persistent_workers
+        return self._notice.spare_workers(loader)
 
     def _prepare_for_training(self, *args, **kwargs):
         prepared = super()._prepare_for_training(*args, **kwargs)
@@ -176,7 +178,7 @@ class BlspKdTrainer(Trainer):
             counts[1] += batch["teacher_is_content"].sum().to(device)
             counts[2] += len(batch["input_features"])
         # Notices of SIGTERM travel with the counts, at no cost: all processes must end at the same step.
-        counts[3] = self.notice.came
+        counts[3] = self._notice.came
         totals = self.accelerator.reduce(counts, reduction="sum") if self.args.world_size > 1 else counts
         self._notices = totals[3]
         return (totals if self.args.average_tokens_across_devices else counts)[:3]
@@ -239,7 +241,7 @@ class BlspKdTrainer(Trainer):
     def _maybe_log_save_evaluate(self, *args, **kwargs):
         if self._is_terminating and not float(self.state.epoch).is_integer():
             return  # called at the end of an epoch, which is not over
-        notices = self.notice.came if self.args.world_size == 1 else self._notices.item()
+        notices = self._notice.came if self.args.world_size == 1 else self._notices.item()
         if notices:
             self._is_terminating = True
             self.control.should_save = self.control.should_training_stop = True

@@ -89,7 +89,12 @@ def main():
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--num_utterances", type=int, default=960, help="of the tiny world")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--dataloader_num_workers", type=int, default=1, help="processes that read ahead")
+    parser.add_argument(
+        "--dataloader_num_workers",
+        type=int,
+        default=train.Arguments.dataloader_num_workers,
+        help="processes that read ahead",
+    )
     parser.add_argument("--output", type=Path, default=Path("outputs/benchmarks"), help="folder for the results")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
