@@ -45,14 +45,21 @@ def _run_layers(layers, config, hidden_states, mask):
 
 
 def _run_layers_in_stretches(layers, config, hidden_states, mask, length: int):
-    """As `_run_layers`, with attention inside stretches of `length` frames only."""
+    """As `_run_layers`, with attention inside stretches of `length` frames only.
+
+    Every other layer's stretches begin half a stretch earlier, so that what a border cuts in one is whole in the next
+    (Liu et al., 2021).
+    """
     num_rows, num_frames, _ = hidden_states.shape
-    missing = -num_frames % length
-    hidden_states = nn.functional.pad(hidden_states, (0, 0, 0, missing)).unflatten(1, (-1, length)).flatten(0, 1)
-    mask = nn.functional.pad(mask, (0, missing)).unflatten(1, (-1, length)).flatten(0, 1)
-    # A stretch of padding must attend to something, or softmax gives NaN; nothing reads it.
-    hidden_states = _run_layers(layers, config, hidden_states, mask | ~mask.any(1, keepdim=True))
-    return hidden_states.unflatten(0, (num_rows, -1)).flatten(1, 2)[:, :num_frames]
+    for index, layer in enumerate(layers):
+        before = length // 2 if index % 2 else 0
+        padding = (before, -(before + num_frames) % length)
+        stretches = nn.functional.pad(hidden_states, (0, 0, *padding)).unflatten(1, (-1, length)).flatten(0, 1)
+        stretch_mask = nn.functional.pad(mask, padding).unflatten(1, (-1, length)).flatten(0, 1)
+        # A stretch of padding must attend to something, or softmax gives NaN; nothing reads it.
+        stretches = _run_layers([layer], config, stretches, stretch_mask | ~stretch_mask.any(1, keepdim=True))
+        hidden_states = stretches.unflatten(0, (num_rows, -1)).flatten(1, 2)[:, before : before + num_frames]
+    return hidden_states
 
 
 class FrameStacking(nn.Module):
@@ -92,7 +99,8 @@ class CFormer(nn.Module):
         num_pre_layers, num_post_layers (`int`): layers before and after CIF.
         num_attention_heads (`int`), ffn_dim (`int`), dropout (`float`): of these layers.
         frame_stride (`int`): frames that are joined to one for the layers before CIF, see [`FrameStacking`].
-        attention_window (`int` or None): joined frames that the layers before CIF attend within; None: all.
+        attention_window (`int` or None): joined frames that the layers before CIF attend within, in stretches that
+            shift by half from layer to layer; None: all.
         attn_implementation (`str`): attention of these layers, as in transformers.
     """
 

@@ -30,8 +30,8 @@ class CFormerOptions:
         frame_stride (`int`): encoder frames that are joined to one for the pre-CIF layers, at least 1. Their cost falls
             in proportion; CIF integrates all frames as before.
         attention_window (`int`, *optional*): joined frames, at least 1. The pre-CIF layers attend within stretches of
-            this length, so that their cost grows with the length of a clip, not with its square. Omitted: they attend
-            to the whole clip (at most 30 s).
+            this length, which begin half a stretch earlier in every other layer, so that their cost grows with the
+            length of a clip, not with its square. Omitted: they attend to the whole clip (at most 30 s).
     """
 
     num_pre_layers: int = 4

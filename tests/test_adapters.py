@@ -87,17 +87,26 @@ def test_layers_on_joined_frames_are_a_loop_over_groups_and_cif_integrates_singl
     torch.testing.assert_close(output.speech_embeds, tokens, rtol=1e-4, atol=1e-5)
 
 
-def test_attention_stays_inside_its_stretch():
+@pytest.mark.parametrize(
+    "num_layers, reached",
+    [
+        (1, range(5, 10)),  # of stretches 0-5, 5-10, 10-12
+        (2, range(3, 12)),  # and of 0-3, 3-8, 8-12: the second layer's begin half a stretch earlier
+        (3, range(12)),
+    ],
+)
+def test_attention_stays_inside_stretches_that_shift_from_layer_to_layer(num_layers, reached):
     torch.manual_seed(0)
-    adapter = CFormer(16, 24, 2, 0, 2, 32, 0.0, "sdpa", attention_window=5).eval()
+    adapter = CFormer(16, 24, num_layers, 0, 2, 32, 0.0, "sdpa", attention_window=5).eval()
     for parameter in adapter.pre_layers.parameters():
         parameter.data.normal_(std=0.3)
     mask = torch.ones(1, 12, dtype=torch.bool)
     alphas = adapter(frames(12), mask).alphas
     changed = frames(12)
-    changed[:, 7] = frames(1, seed=1)  # in the second stretch
+    changed[:, 7] = frames(1, seed=1)
     differs = (adapter(changed, mask).alphas - alphas).abs()[0] > 1e-6
-    assert differs.tolist() == [5 <= frame < 10 for frame in range(12)]
+    assert differs.nonzero().flatten().tolist() == list(reached)
+    adapter.pre_layers = adapter.pre_layers[:1]
     for length in (12, 40):
         adapter.attention_window = length
         wide = adapter(frames(12), mask).alphas

@@ -15,7 +15,7 @@ from modeling_blsp_kd.speech_windows import is_within, per_clip, regroup, split_
 WINDOW = 100  # mel frames that the tiny encoder takes at once, one second
 ADAPTERS = [
     {"type": "cformer", "num_pre_layers": 1, "num_post_layers": 1},
-    {"type": "cformer", "num_pre_layers": 1, "num_post_layers": 1, "frame_stride": 3, "attention_window": 5},
+    {"type": "cformer", "num_pre_layers": 2, "num_post_layers": 1, "frame_stride": 3, "attention_window": 5},
     {"type": "subsampler", "bottleneck_dim": 8},
 ]
 ADAPTER_NAMES = ["cformer", "cheaper cformer", "subsampler"]
@@ -196,6 +196,14 @@ def test_a_long_clip_among_short_ones_is_the_same_alone(adapter):
         torch.testing.assert_close(logits[row, -len(expected) :], expected, rtol=1e-3, atol=1e-3)
 
 
+def split_for_layer(index, frames, length):
+    """The stretches that the layer at `index` attends within: every other layer's first is half as long."""
+    if length is None:
+        return [frames]
+    first = length - length // 2 if index % 2 else length
+    return [frames[:, :first], *frames[:, first:].split(length, dim=1)] if frames.shape[1] > first else [frames]
+
+
 def unrolled(model, features):
     """One clip window by window, by hand: (U, D)."""
     adapter = model.adapter
@@ -214,8 +222,8 @@ def unrolled(model, features):
             for frames in encoded
         ]
         encoded = [torch.cat([stacking.join_proj(group.flatten(1)) for group in window])[None] for window in groups]
-    for layer in adapter.pre_layers:
-        stretches = [frames.split(adapter.attention_window or WINDOW, dim=1) for frames in encoded]
+    for index, layer in enumerate(adapter.pre_layers):
+        stretches = [split_for_layer(index, frames, adapter.attention_window) for frames in encoded]
         encoded = [torch.cat([layer(stretch, None) for stretch in window], dim=1) for window in stretches]
     if stacking is not None:
         shares = [
