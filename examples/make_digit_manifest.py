@@ -11,7 +11,7 @@ manifests. Questions about the strings are those of the tiny world, or with `--q
 `human_speech/digits.py`, whose test strings are in no training string either.
 
 Training clips, and only they, can be varied: `--speeds` and `--quietest_db` per digit, `--noise` per string, and
-`--synthetic_share` of the strings said by synthetic voices.
+`--synthetic_share` of the strings said by synthetic voices, in equal parts of each of the `--synthesizers`.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 from human_speech.digits import draw_question, draw_string, kinds_of
+from human_speech.synthetic import SYNTHESIZERS, synthesize_recordings
 from tiny_world.world import DIGITS, digit_sentence, questions
 from tqdm import tqdm
 from training_input.augmentation import Augmentation
@@ -64,7 +65,10 @@ def main():
     training.add_argument("--speeds", type=float, nargs="+", default=[], help="one is drawn for each digit")
     training.add_argument("--quietest_db", type=float, default=0.0, help="digits are quieter by up to this much")
     training.add_argument("--noise", help="in half of the strings: white, or a folder of recordings of noise")
-    training.add_argument("--synthetic_share", type=float, default=0.0, help="of the strings: said by espeak-ng")
+    training.add_argument("--synthetic_share", type=float, default=0.0, help="of the strings: said by synthetic voices")
+    training.add_argument(
+        "--synthesizers", nargs="+", choices=sorted(SYNTHESIZERS), default=["espeak-ng"], help="whose"
+    )
     options = parser.parse_args()
     if options.test_split != "test" and options.questions != "digits":
         parser.error("--test_split goes with --questions digits: the tiny world's questions have no splits of strings.")
@@ -96,14 +100,12 @@ def main():
         questions = (draw(options.test_split, rng) for _ in range(num))
         return make_rows(output, "test", pool, speakers, questions, num, rng, Variation())
 
-    num_synthetic, num_held_out = round(options.synthetic_share * options.num_train), options.num_test // 2
-    rows = train_rows(train_pool, options.num_train - num_synthetic)
-    if num_synthetic:
-        # Imported here: it needs espeakng-loader.
-        from human_speech.synthetic import synthesize_recordings
-
-        rate = soundfile.info(train_pool[seen[0]][DIGITS[0]][0]).samplerate
-        rows += train_rows(synthesize_recordings(output / "synthetic", rate, rng), num_synthetic)
+    num_each = round(options.synthetic_share * options.num_train / len(options.synthesizers))
+    num_held_out = options.num_test // 2
+    rows = train_rows(train_pool, options.num_train - num_each * len(options.synthesizers))
+    rate = soundfile.info(train_pool[seen[0]][DIGITS[0]][0]).samplerate
+    for synthesizer in options.synthesizers if num_each else []:
+        rows += train_rows(synthesize_recordings(synthesizer, output / "synthetic", rate, rng), num_each)
     write_rows(output / "train.jsonl", rows)
     rows = test_rows(pool, [held_out], num_held_out) + test_rows(test_pool, seen, options.num_test - num_held_out)
     write_rows(output / "test.jsonl", rows)

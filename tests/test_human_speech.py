@@ -1,6 +1,7 @@
 """Human speech: digit strings, read sentences, frames that are kept, the analysis of errors, the learning curve."""
 
 import json
+import os
 import random
 import sys
 from collections import Counter
@@ -233,7 +234,9 @@ def test_errors_are_told_apart(tmp_path):
         read_rows(tmp_path / "two")
 
 
-def test_manifest_of_digit_questions_leaves_a_speaker_out_and_varies_training_clips(tmp_path, monkeypatch):
+@pytest.fixture
+def make_digits(tmp_path, monkeypatch):
+    """Training and test rows of strings of digits by ann (held out), bob and cas (seen) and dan (left out)."""
     recordings = []
     for speaker in ("ann", "bob", "cas", "dan"):
         for digit, word in enumerate(DIGITS):
@@ -242,14 +245,23 @@ def test_manifest_of_digit_questions_leaves_a_speaker_out_and_varies_training_cl
                 soundfile.write(tmp_path / name, clip(0.3, seed=digit, rate=8000), 8000)
                 recordings.append({"file_name": name, "text": word, "speaker": speaker})
     (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in recordings))
-    arguments = ["--recordings", tmp_path / "metadata.jsonl", "--output", tmp_path / "digits", "--questions", "digits"]
-    arguments += ["--left_out_speaker", "dan", "--held_out_speaker", "ann", "--num_train", 30, "--num_test", 20]
-    arguments += ["--test_split", "validation", "--speeds", 0.8, 1.2, "--noise", "white", "--synthetic_share", 0.5]
-    monkeypatch.setattr(sys, "argv", ["make_digit_manifest.py", *map(str, arguments)])
-    make_digit_manifest.main()
-    train, test = (
-        [json.loads(line) for line in (tmp_path / "digits" / f"{name}.jsonl").open()] for name in ("train", "test")
-    )
+
+    def make(*options):
+        arguments = ["--recordings", tmp_path / "metadata.jsonl", "--output", tmp_path / "digits"]
+        arguments += ["--questions", "digits", "--left_out_speaker", "dan", "--held_out_speaker", "ann"]
+        arguments += ["--num_train", 30, "--num_test", 20, *options]
+        monkeypatch.setattr(sys, "argv", ["make_digit_manifest.py", *map(str, arguments)])
+        make_digit_manifest.main()
+        return (
+            [json.loads(line) for line in (tmp_path / "digits" / f"{name}.jsonl").open()] for name in ("train", "test")
+        )
+
+    return make
+
+
+def test_manifest_of_digit_questions_leaves_a_speaker_out_and_varies_training_clips(make_digits, tmp_path):
+    variation = ("--speeds", 0.8, 1.2, "--noise", "white", "--synthetic_share", 0.5)
+    train, test = make_digits("--test_split", "validation", *variation)
     assert {row["voice"] for row in train[:15]} == {"bob", "cas"}
     assert all(row["voice"].startswith("espeak") for row in train[15:])
     assert Counter(row["voice"] for row in test) == {"ann": 10, "bob": 5, "cas": 5}
@@ -258,6 +270,29 @@ def test_manifest_of_digit_questions_leaves_a_speaker_out_and_varies_training_cl
             assert split_of(row["text"].split()) == split
             assert soundfile.info(tmp_path / "digits" / row["audio"]).samplerate == 8000
     assert 3 < sum(row["kind"] == "repeat" for row in train) < 27
+
+
+def test_synthesizers_share_the_synthetic_strings_in_equal_parts(make_digits, tmp_path, monkeypatch):
+    soundfile.write(tmp_path / "spoken.wav", np.pad(clip(0.3), 4000), SAMPLING_RATE)
+    program = tmp_path / "flite"  # stands in for the real one: says the same whatever it is asked
+    program.write_text(
+        f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\nfor last; do :; done\ncp {tmp_path}/spoken.wav "$last"\n'
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    train, _ = make_digits("--synthetic_share", 0.8, "--synthesizers", "espeak-ng", "flite")
+    assert Counter(row["voice"].split()[0] for row in train) == {"bob": 3, "cas": 3, "espeak-ng": 12, "flite": 12}
+    assert {row["voice"] for row in train[18:]} == {"flite awb", "flite kal", "flite rms", "flite slt"}
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert len(calls) == len(set(calls)) == 4 * 10 * 20, "another speed and pitch each time"
+    takes = [soundfile.info(path).duration for path in (tmp_path / "digits" / "synthetic").glob("flite_awb_*.flac")]
+    assert len(takes) == 200 and max(takes) < 0.4, "without silence at the ends"
+
+
+def test_missing_flite_is_told(make_digits, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(RuntimeError, match="apt-get install flite"):
+        make_digits("--synthetic_share", 0.5, "--synthesizers", "flite")
 
 
 @pytest.fixture

@@ -1,45 +1,97 @@
-"""Recordings of single digits by all of espeak-ng's voices, as further speakers to train on.
+"""Recordings of single digits by the voices of espeak-ng and flite, as further speakers to train on.
 
-Leaves out: voices that whisper or are hardly to be understood.
+espeak-ng (`espeakng-loader`) has many voices, whose sound is computed from formants; flite (a program, `apt-get install
+flite`) has few, made from people's recordings. Leaves out: voices that whisper or are hardly to be understood.
 """
 
 import random
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
-import espeakng_loader
 import numpy as np
 import soundfile
 import soxr
-from tiny_world.speech import SAMPLING_RATE, synthesize
 from tiny_world.world import DIGITS
 from tqdm import tqdm
 
-ACCENTS = ("en-us", "en", "en-gb-scotland", "en-gb-x-rp", "en-029")
-LEFT_OUT = {"Alien", "Demonic", "Mr serious", "croak", "klatt6", "whisper", "whisperf"}
+ESPEAK_ACCENTS = ("en-us", "en", "en-gb-scotland", "en-gb-x-rp", "en-029")
+ESPEAK_LEFT_OUT = {"Alien", "Demonic", "Mr serious", "croak", "klatt6", "whisper", "whisperf"}
+FLITE_VOICES = ("awb", "kal", "rms", "slt")
 SILENCE = 0.01
 
 
-def synthesize_recordings(folder: Path, sampling_rate: int, rng: random.Random, num_takes: int = 2):
-    """Have every voice say every digit, each time with another accent, speed and pitch.
+def synthesize_recordings(synthesizer: str, folder: Path, sampling_rate: int, rng: random.Random):
+    """Have every voice say every digit, each time with another speed and pitch (and accent, of espeak-ng).
 
     Args:
+        synthesizer: one of `SYNTHESIZERS`.
         folder: for the files, without silence at their ends.
         sampling_rate: of the files, Hz.
 
     Returns:
         voice -> digit -> paths.
+
+    Raises:
+        RuntimeError: the synthesiser is not installed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    variants = sorted(path.name for path in (Path(espeakng_loader.get_data_path()) / "voices" / "!v").iterdir())
+    voices, num_takes = SYNTHESIZERS[synthesizer]()
     pool = {}
-    for variant in tqdm([variant for variant in variants if variant not in LEFT_OUT], desc="synthesising digits"):
-        pool[f"espeak {variant}"] = {word: [] for word in DIGITS}
+    for name, say in tqdm(voices.items(), desc=f"{synthesizer} says digits"):
+        speaker = f"{synthesizer} {name}"
+        pool[speaker] = {word: [] for word in DIGITS}
         for word in DIGITS * num_takes:
-            voice = f"{rng.choice(ACCENTS)}+{variant}"
-            samples = synthesize(word, voice, speed=rng.randint(80, 260), pitch=rng.randint(20, 80))
+            samples, rate = say(word, rng)
             loud = np.flatnonzero(np.abs(samples) > SILENCE)
-            samples = soxr.resample(samples[loud[0] : loud[-1] + 1], SAMPLING_RATE, sampling_rate)
-            takes = pool[f"espeak {variant}"][word]
-            takes.append(folder / f"{variant}_{word}_{len(takes)}.flac")
+            samples = soxr.resample(samples[loud[0] : loud[-1] + 1], rate, sampling_rate)
+            takes = pool[speaker][word]
+            takes.append(folder / f"{speaker}_{word}_{len(takes)}.flac".replace(" ", "_"))
             soundfile.write(takes[-1], samples.clip(-1, 1), sampling_rate, subtype="PCM_16")
     return pool
+
+
+Say = Callable[[str, random.Random], tuple[np.ndarray, int]]
+
+
+def espeak_voices() -> tuple[dict[str, Say], int]:
+    # Imported here: espeakng-loader is an extra.
+    import espeakng_loader
+    from tiny_world.speech import SAMPLING_RATE, synthesize
+
+    def saying(variant):
+        def say(word, rng):
+            voice = f"{rng.choice(ESPEAK_ACCENTS)}+{variant}"
+            return synthesize(word, voice, speed=rng.randint(80, 260), pitch=rng.randint(20, 80)), SAMPLING_RATE
+
+        return say
+
+    variants = sorted(path.name for path in (Path(espeakng_loader.get_data_path()) / "voices" / "!v").iterdir())
+    return {variant: saying(variant) for variant in variants if variant not in ESPEAK_LEFT_OUT}, 2
+
+
+def flite_voices() -> tuple[dict[str, Say], int]:
+    program = shutil.which("flite")
+    if program is None:
+        raise RuntimeError(
+            "The synthetic voices need the program flite, and it is not on the PATH: apt-get install flite."
+        )
+
+    def saying(voice):
+        def say(word, rng):
+            settings = {"duration_stretch": rng.uniform(0.7, 1.5), "int_f0_target_mean": rng.uniform(80, 220)}
+            options = [part for name, value in settings.items() for part in ("--setf", f"{name}={value:.3f}")]
+            with tempfile.NamedTemporaryFile(suffix=".wav") as file:
+                subprocess.run([program, "-voice", voice, *options, "-t", word, "-o", file.name], check=True)
+                samples, rate = soundfile.read(file.name, dtype="float32")
+            # Longer and shorter vocal tracts, as there are few voices.
+            return samples, round(rate * rng.uniform(0.85, 1.2))
+
+        return say
+
+    return {voice: saying(voice) for voice in FLITE_VOICES}, 20
+
+
+SYNTHESIZERS = {"espeak-ng": espeak_voices, "flite": flite_voices}
