@@ -17,7 +17,7 @@ sys.path.append(str(Path(__file__).parents[1] / "examples"))
 
 import make_digit_manifest
 import train
-from human_speech import build_sentence_llm, learning_curve, sentences
+from human_speech import build_sentence_llm, frame_probe, learning_curve, sentences
 from human_speech.build_digit_llm import build_tokenizer, draw_dialogues, held_out_prompts
 from human_speech.digits import (
     DIGITS,
@@ -410,3 +410,54 @@ def test_learning_curve_has_a_point_per_evaluation_and_the_change_with_each_doub
     (tmp_path / "5/results.json").write_text(json.dumps(results))
     with pytest.raises(ValueError, match=r"lacks the systems \['text'\]"):
         learning_curve.read_point(tmp_path / "5")
+
+
+@pytest.mark.parametrize("num_frames", [1, 3, 4, 10])
+def test_parts_of_frames_are_means_of_consecutive_ones_and_none_is_empty(num_frames):
+    frames = torch.randn(num_frames, 5, generator=torch.Generator().manual_seed(0))
+    parts = frame_probe.pool_parts(frames).view(frame_probe.NUM_PARTS, 5)
+    if num_frames == 10:
+        expected = [frames[0:2].mean(0), frames[2:5].mean(0), frames[5:8].mean(0), frames[8:10].mean(0)]
+        torch.testing.assert_close(parts, torch.stack(expected))
+    else:
+        chosen = {1: [0, 0, 0, 0], 3: [0, 1, 2, 2], 4: [0, 1, 2, 3]}[num_frames]
+        torch.testing.assert_close(parts, frames[chosen])
+
+
+def test_probe_is_scored_on_a_voice_that_it_has_not_heard():
+    """Ann and bob say digits alike; cas says each as another one, which only his own recordings can tell."""
+
+    def heard(shift, seed):
+        digits = torch.arange(10).repeat(40)
+        noise = torch.randn(400, 20, generator=torch.Generator().manual_seed(seed))
+        rows = 0.3 * noise
+        rows[torch.arange(400), (digits + shift) % 10] += 3
+        rows[:, 10:] += 3 * (shift > 0)
+        return rows, digits
+
+    people = {"ann": heard(0, 1), "bob": heard(0, 2), "cas": heard(1, 3)}
+    ann, cas = (frame_probe.compare(name, people, [], num_seeds=1)["accuracies"] for name in ("ann", "cas"))
+    assert ann["others"][0] > 0.9
+    assert cas["others"][0] < 0.1 and cas["others_and_own_half"][0] > 0.9
+
+
+def test_probe_of_recordings_writes_a_row_per_speaker(make_digits, backbones, tmp_path, monkeypatch):
+    make_digits()  # for the recordings
+    arguments = ["--recordings", tmp_path / "metadata.jsonl", "--speech_model", backbones[0], "--num_seeds", 1]
+    monkeypatch.setattr(frame_probe, "SYNTHESIZERS", {"espeak-ng": None})
+    monkeypatch.setattr(frame_probe, "synthesize_recordings", lambda *_: few_recordings(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["frame_probe.py", *map(str, arguments), "--output", str(tmp_path / "out")])
+    frame_probe.main()
+    results = json.loads((tmp_path / "out/frame_probe.json").read_text())
+    assert set(results["speakers"]) == {"ann", "bob", "cas", "dan"}
+    for row in results["speakers"].values():
+        assert row["recordings"] == 20 and set(row["accuracies"]) == {
+            "others",
+            "others_and_synthetic",
+            "others_and_own_half",
+        }
+    assert (tmp_path / "out/frame_probe.md").read_text().count("| 20 |") == 4
+
+
+def few_recordings(folder):
+    return {"voice": {word: [folder / f"ann_{digit}_0.flac"] for digit, word in enumerate(DIGITS)}}
