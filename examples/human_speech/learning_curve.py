@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 TASKS = ("transcripts", "alignment")
 SCORES = [column for column in COLUMNS if column[1] in TASKS]
-PLOTTED = ("wer", "token_count_error", "input_kl")
+PLOTTED = ("wer", "response_kl", "input_kl", "token_count_error")
 
 
 def main():
@@ -91,7 +91,7 @@ def as_markdown(curve: dict) -> str:
 
 def plot(points: list[dict], path: Path):
     chosen = [score for score in SCORES if score[2] in PLOTTED]
-    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    figure = Figure(figsize=(13, 3.2), layout="constrained")
     for axes, (heading, _, name, factor, _) in zip(figure.subplots(1, len(chosen)), chosen):
         values, lows, highs = (
             np.array([factor * point[name][key] for point in points]) for key in ("value", "low", "high")
