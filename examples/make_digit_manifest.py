@@ -67,7 +67,7 @@ def main():
     training.add_argument("--noise", help="in half of the strings: white, or a folder of recordings of noise")
     training.add_argument("--synthetic_share", type=float, default=0.0, help="of the strings: said by synthetic voices")
     training.add_argument(
-        "--synthesizers", nargs="+", choices=sorted(SYNTHESIZERS), default=["espeak-ng"], help="whose"
+        "--synthesizers", nargs="+", choices=sorted(SYNTHESIZERS), default=["espeak-ng"], help="of these voices"
     )
     options = parser.parse_args()
     if options.test_split != "test" and options.questions != "digits":

@@ -16,6 +16,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import soundfile
 import torch
 from make_digit_manifest import read_recordings
 from tiny_world.world import DIGITS
@@ -47,11 +48,14 @@ def main():
     torch.set_num_threads(1)
 
     hear = Hearing(options.speech_model, options.speech_padding)
-    people = {speaker: hear(pool, speaker) for speaker, pool in sorted(read_recordings(options.recordings).items())}
+    recordings = read_recordings(options.recordings)
+    people = {speaker: hear(pool, speaker) for speaker, pool in sorted(recordings.items())}
+    # Synthetic voices have the bandwidth of the recordings.
+    rate = soundfile.info(next(iter(recordings.values()))[DIGITS[0]][0]).samplerate
     synthetic, rng = [], random.Random(0)
     with tempfile.TemporaryDirectory() as folder:
         for synthesizer in options.synthesizers:
-            pool = synthesize_recordings(synthesizer, Path(folder), SAMPLING_RATE, rng)
+            pool = synthesize_recordings(synthesizer, Path(folder), rate, rng)
             synthetic.append(join(hear(digits, voice) for voice, digits in pool.items()))
     table = {
         speaker: compare(speaker, people, synthetic, options.num_seeds)
@@ -106,22 +110,26 @@ def pool_parts(frames):
 
 def compare(speaker, people, synthetic, num_seeds) -> dict:
     """Accuracies on one speaker's recordings, per seed, of three kinds of training data, and what was confused."""
-    others = [heard for name, heard in people.items() if name != speaker]
+    others = join(heard for name, heard in people.items() if name != speaker)
     rows, digits = people[speaker]
     scores = {"others": [], "others_and_synthetic": [], "others_and_own_half": []}
     confused = Counter()
     for seed in range(num_seeds):
-        for name, groups in (("others", [join(others)]), ("others_and_synthetic", [join(others), *synthetic])):
-            predicted = train_probe(groups, seed)(rows)
-            scores[name].append((predicted == digits).float().mean().item())
+        scores["others"].append(accuracy(train_probe([others], seed)(rows), digits))
+        predicted = train_probe([others, *synthetic], seed)(rows)
+        scores["others_and_synthetic"].append(accuracy(predicted, digits))
         wrong = predicted != digits
         confused.update(zip(digits[wrong].tolist(), predicted[wrong].tolist()))
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
         own, rest = order[: len(rows) // 2], order[len(rows) // 2 :]
-        predicted = train_probe([join(others), (rows[own], digits[own])], seed)(rows[rest])
-        scores["others_and_own_half"].append((predicted == digits[rest]).float().mean().item())
-    shares = {f"{DIGITS[said]} as {DIGITS[heard]}": num / num_seeds for (said, heard), num in confused.most_common(5)}
-    return {"recordings": len(rows), "accuracies": scores, "most_confused": shares}
+        probe = train_probe([others, (rows[own], digits[own])], seed)
+        scores["others_and_own_half"].append(accuracy(probe(rows[rest]), digits[rest]))
+    per_seed = {f"{DIGITS[said]} as {DIGITS[heard]}": num / num_seeds for (said, heard), num in confused.most_common(5)}
+    return {"recordings": len(rows), "accuracies": scores, "most_confused": per_seed}
+
+
+def accuracy(predicted, digits) -> float:
+    return (predicted == digits).float().mean().item()
 
 
 def join(heard):

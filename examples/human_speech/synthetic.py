@@ -35,7 +35,8 @@ def synthesize_recordings(synthesizer: str, folder: Path, sampling_rate: int, rn
         voice -> digit -> paths.
 
     Raises:
-        RuntimeError: the synthesiser is not installed.
+        ImportError: espeak-ng is not installed.
+        RuntimeError: flite is not.
     """
     folder.mkdir(parents=True, exist_ok=True)
     voices, num_takes = SYNTHESIZERS[synthesizer]()
@@ -53,10 +54,12 @@ def synthesize_recordings(synthesizer: str, folder: Path, sampling_rate: int, rn
     return pool
 
 
+# A word to samples and their rate.
 Say = Callable[[str, random.Random], tuple[np.ndarray, int]]
 
 
 def espeak_voices() -> tuple[dict[str, Say], int]:
+    """Voices by name, and how often each is to say a digit: so that few voices have as much to choose from as many."""
     # Imported here: espeakng-loader is an extra.
     import espeakng_loader
     from tiny_world.speech import SAMPLING_RATE, synthesize
@@ -73,6 +76,7 @@ def espeak_voices() -> tuple[dict[str, Say], int]:
 
 
 def flite_voices() -> tuple[dict[str, Say], int]:
+    """As `espeak_voices`."""
     program = shutil.which("flite")
     if program is None:
         raise RuntimeError(
