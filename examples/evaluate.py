@@ -29,6 +29,7 @@ from evaluation.rows import open_rows
 from evaluation.scoring import Scorer
 from evaluation.systems import SYSTEMS, TASKS, Systems
 from tqdm import tqdm
+from training_input.frames import KeptFrames
 
 from modeling_blsp_kd import BlspKdForCausalLM
 from modeling_blsp_kd.thin_checkpoints import identify
@@ -57,6 +58,7 @@ def main():
     parser.add_argument("--num_utterances", type=int, default=480, help="tiny world: clips per kind of voice")
     parser.add_argument("--cache_dir", default="outputs/tiny_world_speech", help="tiny world: where clips are kept")
     parser.add_argument("--limit", type=int, help="use the first rows only")
+    parser.add_argument("--kept_frames", help="file for frames of a Whisper encoder, see train.py: encodes a clip once")
     parser.add_argument("--batch_size", type=int, default=32, help="rows at once")
     parser.add_argument("--max_new_tokens", type=int, default=64, help="longest answer")
     parser.add_argument("--translation_instruction", help="what to ask where rows have a translation")
@@ -95,6 +97,7 @@ def evaluate(options):
         for system in options.systems
     }
     systems = load_systems(options)
+    kept_frames = KeptFrames(systems.model.audio_tower, options.kept_frames) if options.kept_frames else None
     ids = []
     with tqdm(total=total, unit="row", desc="predicting", mininterval=1) as progress:
         while batch := list(islice(rows, options.batch_size)):
@@ -103,6 +106,8 @@ def evaluate(options):
             progress.update(len(batch))
     if not ids:
         raise ValueError(f"There is no row to evaluate on in {data}.")
+    if kept_frames is not None:
+        kept_frames.save()
 
     results = {
         "settings": {
@@ -132,7 +137,7 @@ def settings_of(system: str, options, data: str) -> dict:
 
 def load_systems(options) -> Systems:
     return Systems(
-        BlspKdForCausalLM.from_pretrained(options.model, device_map="auto"),
+        BlspKdForCausalLM.from_pretrained(options.model, device_map="auto").requires_grad_(False),
         BlspKdProcessor.from_pretrained(options.model),
         tasks=options.tasks,
         recognizer=load_recognizer(options.asr_model) if options.asr_model else None,

@@ -10,6 +10,9 @@ are joined from recordings of one speaker, with short pauses, at the recordings'
 manifests. Questions about the strings are those of the tiny world, or with `--questions digits` those of
 `human_speech/digits.py`, whose test strings are in no training string either.
 
+Several `--held_out_speakers` are held out in turn: `train_without_NAME.jsonl` and `test_NAME.jsonl` for each. Training
+manifests share their clips.
+
 Training clips, and only they, can be varied: `--speeds` and `--quietest_db` per digit, `--noise` per string, and
 `--synthetic_share` of the strings said by synthetic voices, in equal parts of each of the `--synthesizers`.
 """
@@ -52,10 +55,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recordings", required=True, help="metadata.jsonl of the recordings")
     parser.add_argument("--output", required=True, help="folder for clips and manifests")
-    parser.add_argument("--held_out_speaker", help="default: the last in alphabetical order")
+    parser.add_argument("--held_out_speakers", nargs="+", help="default: the last in alphabetical order")
     parser.add_argument("--left_out_speaker", help="neither trained nor tested on, until all choices are made")
-    parser.add_argument("--num_train", type=int, default=4000, help="training strings")
-    parser.add_argument("--num_test", type=int, default=400, help="test strings, half of them of the held-out speaker")
+    parser.add_argument("--num_train", type=int, default=4000, help="training strings of a manifest")
+    parser.add_argument("--num_test", type=int, default=400, help="test strings, half of them the held-out speaker's")
     parser.add_argument("--questions", choices=sorted(DRAWS), default="tiny_world", help="what is asked")
     parser.add_argument("--test_split", choices=("validation", "test"), default="test", help="with --questions digits")
     parser.add_argument("--repeat_share", type=float, default=0.5, help="of the training questions")
@@ -78,11 +81,13 @@ def main():
     if options.left_out_speaker is not None and pool.pop(options.left_out_speaker, None) is None:
         parser.error(f"--left_out_speaker {options.left_out_speaker!r} is not among {sorted(pool)}.")
     speakers = sorted(pool)
-    held_out = options.held_out_speaker or speakers[-1]
-    if held_out not in pool:
-        raise SystemExit(f"--held_out_speaker must be one of {speakers}, got {held_out!r}.")
-    seen = [speaker for speaker in speakers if speaker != held_out]
-    train_pool, test_pool = split_recordings(pool, seen, rng)
+    if len(speakers) < 2:
+        raise SystemExit(f"One speaker is held out and others are trained on, but there is only {speakers}.")
+    held_out = sorted(set(options.held_out_speakers or speakers[-1:]))
+    if not set(held_out) <= set(speakers):
+        raise SystemExit(f"--held_out_speakers must be some of {speakers}, got {held_out}.")
+    trained_on = [speaker for speaker in speakers if [speaker] != held_out]
+    train_pool, test_pool = split_recordings(pool, trained_on, rng)
 
     output, draw = Path(options.output), DRAWS[options.questions]
     variation = Variation(
@@ -96,20 +101,26 @@ def main():
         questions = (draw("train", rng, options.repeat_share) for _ in range(num))
         return make_rows(output, "train", pool, sorted(pool), questions, num, rng, variation)
 
-    def test_rows(pool, speakers, num):
+    def test_rows(name, pool, speakers, num):
         questions = (draw(options.test_split, rng) for _ in range(num))
-        return make_rows(output, "test", pool, speakers, questions, num, rng, Variation())
+        return make_rows(output, name, pool, speakers, questions, num, rng, Variation())
 
     num_each = round(options.synthetic_share * options.num_train / len(options.synthesizers))
-    num_held_out = options.num_test // 2
-    rows = train_rows(train_pool, options.num_train - num_each * len(options.synthesizers))
-    rate = soundfile.info(train_pool[seen[0]][DIGITS[0]][0]).samplerate
+    num_human = options.num_train - num_each * len(options.synthesizers)
+    # A manifest has the strings of all speakers but one.
+    rows = train_rows(train_pool, round(num_human * len(trained_on) / (len(speakers) - 1)))
+    rate = soundfile.info(train_pool[trained_on[0]][DIGITS[0]][0]).samplerate
     for synthesizer in options.synthesizers if num_each else []:
         rows += train_rows(synthesize_recordings(synthesizer, output / "synthetic", rate, rng), num_each)
-    write_rows(output / "train.jsonl", rows)
-    rows = test_rows(pool, [held_out], num_held_out) + test_rows(test_pool, seen, options.num_test - num_held_out)
-    write_rows(output / "test.jsonl", rows)
-    print(f"Wrote {output / 'train.jsonl'} and {output / 'test.jsonl'}; held out: {held_out}.")
+    for speaker in held_out:
+        train, test = ("train", "test") if len(held_out) == 1 else (f"train_without_{speaker}", f"test_{speaker}")
+        write_rows(output / f"{train}.jsonl", [row for row in rows if row["voice"] != speaker])
+        seen = [other for other in speakers if other != speaker]
+        num_held_out = options.num_test // 2
+        tested = test_rows(test, pool, [speaker], num_held_out)
+        tested += test_rows(test, test_pool, seen, options.num_test - num_held_out)
+        write_rows(output / f"{test}.jsonl", tested)
+        print(f"Wrote {output / train}.jsonl and {output / test}.jsonl; held out: {speaker}.")
 
 
 def read_recordings(metadata: Path) -> dict[str, dict[str, list[Path]]]:
@@ -128,7 +139,7 @@ def read_recordings(metadata: Path) -> dict[str, dict[str, list[Path]]]:
 
 
 def split_recordings(pool, speakers, rng, test_share=0.1):
-    """Keep a share of every seen speaker's recordings of every digit for the test."""
+    """Keep a share of every speaker's recordings of every digit for the test."""
     train, test = defaultdict(dict), defaultdict(dict)
     for speaker in speakers:
         for digit in DIGITS:
@@ -161,13 +172,13 @@ def draw_of_digits(split, rng, repeat_share=None):
 DRAWS = {"tiny_world": draw_of_tiny_world, "digits": draw_of_digits}
 
 
-def make_rows(output, split, pool, speakers, drawn, num, rng, variation):
+def make_rows(output, folder, pool, speakers, drawn, num, rng, variation):
     """Write `num` clips of words and questions and return their rows, with speakers in turn."""
-    (output / split).mkdir(parents=True, exist_ok=True)
+    (output / folder).mkdir(parents=True, exist_ok=True)
     rows = []
-    for index, (words, question) in enumerate(tqdm(drawn, total=num, desc=f"{split}, {len(speakers)} speakers")):
+    for index, (words, question) in enumerate(tqdm(drawn, total=num, desc=f"{folder}, {len(speakers)} speakers")):
         speaker = speakers[index % len(speakers)]
-        path = Path(split) / f"{speaker}_{index:05d}.flac".replace(" ", "_")
+        path = Path(folder) / f"{speaker}_{index:05d}.flac".replace(" ", "_")
         join([rng.choice(pool[speaker][word]) for word in words], output / path, rng, variation)
         rows.append(
             {

@@ -37,6 +37,7 @@ from evaluation.rows import check_rows, hub_rows, manifest_rows, open_rows, sche
 from evaluation.scoring import Scorer
 from evaluation.systems import TASKS, Systems
 
+from modeling_blsp_kd.speech_encoder import TrueLengthWhisperEncoder
 from processing.audio_loading import load_audio
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -446,6 +447,28 @@ def test_a_run_that_goes_on_gives_what_one_run_gives(folder, monkeypatch, capsys
     with pytest.raises(SystemExit):
         run("stopped", "--systems", "speech,telepathy")
     assert "expected some of text,speech,blind,cascade, got 'speech,telepathy'" in capsys.readouterr().err
+
+
+def test_kept_frames_stand_for_the_clips_of_a_later_run(folder, monkeypatch):
+    heard = []
+    encode = TrueLengthWhisperEncoder.forward
+
+    def count(self, input_features, input_features_mask):
+        heard.append(len(input_features))
+        return encode(self, input_features, input_features_mask)
+
+    monkeypatch.setattr(TrueLengthWhisperEncoder, "forward", count)
+    for output in ("encoded", "again"):
+        given = ("--kept_frames", folder / "frames", "--systems", "text,speech", "--batch_size", 2)
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments(folder, output, *given)])
+        load_script().main()
+    assert sum(heard) == 3, "each clip once, for all tasks and both runs"
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments(folder, "without", "--systems", "text,speech")])
+    load_script().main()
+    results = [json.loads((folder / name / "results.json").read_text()) for name in ("encoded", "again", "without")]
+    assert results[0]["systems"] == results[1]["systems"]
+    for name, score in results[2]["systems"]["speech"]["alignment"].items():
+        assert results[0]["systems"]["speech"]["alignment"][name]["value"] == pytest.approx(score["value"], rel=0.01)
 
 
 def test_a_clip_that_cannot_be_heard_is_named(folder, monkeypatch, tmp_path):

@@ -147,7 +147,8 @@ def test_kept_frames_are_those_of_the_encoder_and_are_made_once(tmp_path):
         kept = KeptFrames(tower, tmp_path / "frames.safetensors")
         encode = kept.encode
         kept.encode = lambda features, mask: num_encoded.append(len(features)) or encode(features, mask)
-        tower(features[1:2, :, :23], mask[1:2, :23])  # alone, without the padding of a batch
+        twice = tower(features[[1, 1], :, :23], mask[[1, 1], :23])  # in one batch, without the padding of another
+        assert torch.equal(*twice.last_hidden_state)
         for _ in range(2):
             heard = tower(features, mask)
             assert torch.equal(heard.frame_mask, expected.frame_mask)
@@ -213,8 +214,7 @@ def test_errors_are_told_apart(tmp_path):
     ]
     write_predictions(tmp_path / "one", rows)
     write_predictions(tmp_path / "two", rows)
-    runs = [read_rows(tmp_path / name) for name in ("one", "two")]
-    group = describe(runs)
+    group = describe({name: read_rows(tmp_path / name) for name in ("one", "two")})
     assert group["answers"] == {
         "right": 0.2,
         "heard right, answered wrong": 0.2,
@@ -225,7 +225,8 @@ def test_errors_are_told_apart(tmp_path):
     assert digits["digits_said"] == 24 and digits["by_digit"]["five"]["misheard"] == {"nine": 2}
     assert (digits["misheard"], digits["missed"], digits["made_up"]) == (2 / 24, 2 / 24, 2 / 24)
     assert digits["by_digit"]["two"]["missed"] == 2 and digits["by_digit"]["eight"]["made_up"] == 2
-    assert group["by_run"][1] == {"rows": 5, "text": 0.8, "speech": 0.2, "share_of_text": 0.25}
+    assert group["by_run"]["two"] == {"rows": 5, "text": 0.8, "speech": 0.2, "share_of_text": 0.25}
+    assert group["pooled"] == {**group["by_run"]["two"], "rows": 10}
     assert group["by_length"]["3"]["rows"] == 6
     written = as_markdown({"all voices": group})
     assert "| five | 4 | nine 2 | 0 | 0 |" in written and "| count wrong | 0.400 |" in written
@@ -246,15 +247,13 @@ def make_digits(tmp_path, monkeypatch):
                 recordings.append({"file_name": name, "text": word, "speaker": speaker})
     (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in recordings))
 
-    def make(*options):
+    def make(*options, names=("train", "test")):
         arguments = ["--recordings", tmp_path / "metadata.jsonl", "--output", tmp_path / "digits"]
-        arguments += ["--questions", "digits", "--left_out_speaker", "dan", "--held_out_speaker", "ann"]
+        arguments += ["--questions", "digits", "--left_out_speaker", "dan", "--held_out_speakers", "ann"]
         arguments += ["--num_train", 30, "--num_test", 20, *options]
         monkeypatch.setattr(sys, "argv", ["make_digit_manifest.py", *map(str, arguments)])
         make_digit_manifest.main()
-        return (
-            [json.loads(line) for line in (tmp_path / "digits" / f"{name}.jsonl").open()] for name in ("train", "test")
-        )
+        return [[json.loads(line) for line in (tmp_path / "digits" / f"{name}.jsonl").open()] for name in names]
 
     return make
 
@@ -270,6 +269,22 @@ def test_manifest_of_digit_questions_leaves_a_speaker_out_and_varies_training_cl
             assert split_of(row["text"].split()) == split
             assert soundfile.info(tmp_path / "digits" / row["audio"]).samplerate == 8000
     assert 3 < sum(row["kind"] == "repeat" for row in train) < 27
+
+
+def test_speakers_held_out_in_turn_share_the_training_clips_of_the_others(make_digits, tmp_path):
+    speakers = ("ann", "bob", "cas")
+    names = [f"{part}_{speaker}" for speaker in speakers for part in ("train_without", "test")]
+    manifests = make_digits("--synthetic_share", 0.2, "--held_out_speakers", *speakers, names=names)
+    for held_out, train_rows, test_rows in zip(speakers, manifests[::2], manifests[1::2]):
+        others = [speaker for speaker in speakers if speaker != held_out]
+        voices = Counter(row["voice"] for row in train_rows if not row["voice"].startswith("espeak"))
+        assert voices == {speaker: 12 for speaker in others} and len(train_rows) == 30
+        assert Counter(row["voice"] for row in test_rows) == {held_out: 10, **{speaker: 5 for speaker in others}}
+        assert len({row["audio"] for row in train_rows + test_rows}) == 50
+        for row in train_rows + test_rows:
+            assert soundfile.info(tmp_path / "digits" / row["audio"]).samplerate == 8000
+    everything = [row for train_rows in manifests[::2] for row in train_rows]
+    assert len({row["audio"] for row in everything}) == len({json.dumps(row) for row in everything}) == 3 * 12 + 6
 
 
 def test_synthesizers_share_the_synthetic_strings_in_equal_parts(make_digits, tmp_path, monkeypatch):

@@ -23,10 +23,12 @@ def main():
     parser.add_argument("--evaluations", type=Path, nargs="+", required=True, help="output folders of evaluate.py")
     parser.add_argument("--output", type=Path, required=True, help="folder for errors.json and errors.md")
     options = parser.parse_args()
-    runs = [read_rows(folder) for folder in options.evaluations]
+    runs = {folder.resolve().name: read_rows(folder) for folder in options.evaluations}
     groups = {}
-    for name in sorted({row["voice_group"] for row in runs[0]}):
-        groups[name] = describe([[row for row in rows if row["voice_group"] == name] for rows in runs])
+    for name in sorted({row["voice_group"] for rows in runs.values() for row in rows}):
+        groups[name] = describe(
+            {run: [row for row in rows if row["voice_group"] == name] for run, rows in runs.items()}
+        )
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "errors.json").write_text(json.dumps(groups, indent=2) + "\n")
     (options.output / "errors.md").write_text(as_markdown(groups))
@@ -123,12 +125,13 @@ def edits(rows: list[dict]) -> dict:
     }
 
 
-def describe(runs: list[list[dict]]) -> dict:
-    """All figures of several runs over the same rows, pooled."""
-    rows = [row for run in runs for row in run]
+def describe(runs: dict[str, list[dict]]) -> dict:
+    """All figures of several runs, and of their rows pooled."""
+    rows = [row for of_run in runs.values() for row in of_run]
     outcomes = Counter(outcome(row) for row in rows)
     return {
-        "by_run": [shares(run, lambda row: "all")["all"] for run in runs],
+        "by_run": {name: shares(of_run, lambda row: "all")["all"] for name, of_run in runs.items()},
+        "pooled": shares(rows, lambda row: "all")["all"],
         "answers": {name: outcomes[name] / len(rows) for name in OUTCOMES},
         "digits": edits(rows),
         "by_voice": shares(rows, lambda row: row["voice"]),
@@ -144,11 +147,10 @@ def as_markdown(groups: dict) -> str:
             "",
             f"## {name}",
             "",
-            "| answers | rows | text | speech | speech over text |",
+            "| exact match | rows | text | speech | speech over text |",
             "|---|---|---|---|---|",
         ]
-        tables = {f"run {number}": run for number, run in enumerate(group["by_run"], start=1)}
-        tables |= group["by_voice"] | group["by_kind"]
+        tables = group["by_run"] | {"all runs": group["pooled"]} | group["by_voice"] | group["by_kind"]
         tables |= {f"{length} digits": share for length, share in group["by_length"].items()}
         for label, share in tables.items():
             ratio = "" if share["share_of_text"] is None else f"{share['share_of_text']:.3f}"

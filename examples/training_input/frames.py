@@ -42,10 +42,12 @@ class KeptFrames:
     def __call__(self, input_features, input_features_mask) -> SpeechEncoderOutput:
         lengths = input_features_mask.sum(1).tolist()
         keys = [self._key(clip[:, :length]) for clip, length in zip(input_features, lengths)]
-        if new := [index for index, key in enumerate(keys) if key not in self.frames]:
-            encoded = self.encode(input_features[new], input_features_mask[new])
-            for index, frames, mask in zip(new, encoded.last_hidden_state, encoded.frame_mask):
-                self.frames[keys[index]] = frames[mask].to("cpu", torch.float16)
+        # A clip of several questions is in the batch several times.
+        if new := {key: index for index, key in enumerate(keys) if key not in self.frames}:
+            indices = list(new.values())
+            encoded = self.encode(input_features[indices], input_features_mask[indices])
+            for key, frames, mask in zip(new, encoded.last_hidden_state, encoded.frame_mask):
+                self.frames[key] = frames[mask].to("cpu", torch.float16)
         frames = pad_sequence([self.frames[key] for key in keys], batch_first=True).to(input_features.device)
         return SpeechEncoderOutput(last_hidden_state=frames.float(), frame_mask=input_features_mask[:, ::2].bool())
 
