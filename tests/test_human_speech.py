@@ -225,9 +225,16 @@ def test_errors_are_told_apart(tmp_path):
     assert digits["digits_said"] == 24 and digits["by_digit"]["five"]["misheard"] == {"nine": 2}
     assert (digits["misheard"], digits["missed"], digits["made_up"]) == (2 / 24, 2 / 24, 2 / 24)
     assert digits["by_digit"]["two"]["missed"] == 2 and digits["by_digit"]["eight"]["made_up"] == 2
-    assert group["by_run"]["two"] == {"rows": 5, "text": 0.8, "speech": 0.2, "share_of_text": 0.25}
-    assert group["pooled"] == {**group["by_run"]["two"], "rows": 10}
+    assert group["by_run"]["two"] == {
+        "rows": 5,
+        "text": 0.8,
+        "speech": 0.2,
+        "speech_interval": [0.0, pytest.approx(0.6)],
+        "share_of_text": 0.25,
+    }
+    assert group["pooled"] == {**group["by_run"]["two"], "rows": 10}, "two seeds of one clip are no two clips"
     assert group["by_length"]["3"]["rows"] == 6
+    assert group["by_length"]["1"]["speech_interval"] is None
     written = as_markdown({"all voices": group})
     assert "| five | 4 | nine 2 | 0 | 0 |" in written and "| count wrong | 0.400 |" in written
     (tmp_path / "two" / "predictions" / "text.jsonl").unlink()
@@ -456,6 +463,21 @@ def test_probe_is_scored_on_a_voice_that_it_has_not_heard():
     assert cas["others"][0] < 0.1 and cas["others_and_own_half"][0] > 0.9
 
 
+def test_probe_without_means_hears_a_voice_that_is_only_moved():
+    """Dan says digits as the others do, but all his frames lie where a three of theirs does."""
+
+    def heard(offset, seed):
+        digits = torch.arange(10).repeat(40)
+        rows = 0.3 * torch.randn(400, 10, generator=torch.Generator().manual_seed(seed))
+        rows[torch.arange(400), digits] += 3
+        rows[:, 3] += offset
+        return rows, digits
+
+    people = {"ann": heard(0, 1), "bob": heard(0, 2), "dan": heard(30, 3)}
+    dan = frame_probe.compare("dan", people, [[heard(0, 4), heard(0, 5)]], num_seeds=1)["accuracies"]
+    assert dan["others_and_synthetic"][0] < 0.3 and dan["without_means"][0] > 0.95
+
+
 def test_probe_of_recordings_writes_a_row_per_speaker(make_digits, backbones, tmp_path, monkeypatch):
     make_digits()  # for the recordings
     arguments = ["--recordings", tmp_path / "metadata.jsonl", "--speech_model", backbones[0], "--num_seeds", 1]
@@ -469,6 +491,7 @@ def test_probe_of_recordings_writes_a_row_per_speaker(make_digits, backbones, tm
         assert row["recordings"] == 20 and set(row["accuracies"]) == {
             "others",
             "others_and_synthetic",
+            "without_means",
             "others_and_own_half",
         }
     assert (tmp_path / "out/frame_probe.md").read_text().count("| 20 |") == 4

@@ -3,17 +3,19 @@
     cd examples && python -m human_speech.error_analysis --evaluations ../outputs/digits_1_evaluation \\
         ../outputs/digits_2_evaluation --output human_speech/results
 
-The evaluations (of several seeds, say) hold the systems text and speech and the tasks answers and transcripts. What was
-heard, the answer to "Repeat the words.", is aligned with what was said by jiwer. Leaves out: intervals, which
-`evaluate.py` gives.
+The evaluations (of several seeds and held-out speakers) hold the systems text and speech and the tasks answers and
+transcripts. What was heard, the answer to "Repeat the words.", is aligned with what was said by jiwer. Intervals are of
+a bootstrap over clips, each with all its seeds.
 """
 
 import argparse
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import jiwer
+import numpy as np
+from ablation.analysis import bootstrap_over_rows
 
 OUTCOMES = ("right", "heard right, answered wrong", "count right, digits misheard", "count wrong")
 
@@ -53,6 +55,7 @@ def read_rows(folder: Path) -> list[dict]:
             raise ValueError(f"{folder}, row {speech['id']} lacks {sorted(missing)}: predict answers and transcripts.")
         rows.append(
             {
+                "id": speech["id"],
                 "said": speech["text"],
                 "heard": speech["predicted"]["transcripts"],
                 "kind": speech["kind"],
@@ -86,9 +89,21 @@ def shares(rows: list[dict], key) -> dict:
             "rows": len(chosen),
             "text": text_right / len(chosen),
             "speech": right / len(chosen),
+            "speech_interval": interval(chosen),
             "share_of_text": right / text_right if text_right else None,
         }
     return table
+
+
+def interval(rows: list[dict]) -> list[float] | None:
+    """Of the share of right answers from speech; None for a single clip."""
+    by_clip = defaultdict(list)
+    for row in rows:
+        by_clip[row["id"], row["voice"], row["said"]].append(row["is_right"])
+    if len(by_clip) == 1:
+        return None
+    found = bootstrap_over_rows(np.array([np.mean(seeds) for seeds in by_clip.values()])).confidence_interval
+    return [float(found.low), float(found.high)]
 
 
 def edits(rows: list[dict]) -> dict:
@@ -154,7 +169,11 @@ def as_markdown(groups: dict) -> str:
         tables |= {f"{length} digits": share for length, share in group["by_length"].items()}
         for label, share in tables.items():
             ratio = "" if share["share_of_text"] is None else f"{share['share_of_text']:.3f}"
-            lines.append(f"| {label} | {share['rows']} | {share['text']:.3f} | {share['speech']:.3f} | {ratio} |")
+            speech = f"{share['speech']:.3f}"
+            if share["speech_interval"]:
+                low, high = share["speech_interval"]
+                speech += f" [{low:.3f}, {high:.3f}]"
+            lines.append(f"| {label} | {share['rows']} | {share['text']:.3f} | {speech} | {ratio} |")
         lines += ["", "| what became of questions | share |", "|---|---|"]
         lines += [f"| {label} | {share:.3f} |" for label, share in group["answers"].items()]
         digits = group["digits"]

@@ -3,9 +3,10 @@
     cd examples && python -m human_speech.frame_probe --recordings RECORDINGS/metadata.jsonl \\
         --speech_model WHISPER_TINY_EN --synthesizers espeak-ng flite --output human_speech/results
 
-Tells what the frames hold from what an adapter makes of them. Each speaker's recordings are classified by three probes:
-trained on the other speakers, on these and synthetic voices, and on the other speakers and half of his own recordings
-(and scored on the other half). Leaves out: strings, and so the counting of digits.
+Tells what the frames hold from what an adapter makes of them. Each speaker's recordings are classified by four probes:
+trained on the other speakers; on these and synthetic voices; on these after each voice's mean was taken off its frames,
+which takes more than a clip of a voice; and on the other speakers and half of his own recordings (scored on the other
+half). Leaves out: strings, and so the counting of digits.
 """
 
 import argparse
@@ -56,7 +57,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         for synthesizer in options.synthesizers:
             pool = synthesize_recordings(synthesizer, Path(folder), rate, rng)
-            synthetic.append(join(hear(digits, voice) for voice, digits in pool.items()))
+            synthetic.append([hear(digits, voice) for voice, digits in pool.items()])
     table = {
         speaker: compare(speaker, people, synthetic, options.num_seeds)
         for speaker in tqdm(people, desc="training probes")
@@ -109,15 +110,26 @@ def pool_parts(frames):
 
 
 def compare(speaker, people, synthetic, num_seeds) -> dict:
-    """Accuracies on one speaker's recordings, per seed, of three kinds of training data, and what was confused."""
-    others = join(heard for name, heard in people.items() if name != speaker)
+    """Accuracies on one speaker's recordings, per seed, of four kinds of training data, and what was confused.
+
+    Args:
+        speaker: who is held out, of `people`.
+        people: speaker -> (rows, digits), see `Hearing`.
+        synthetic: of each synthesizer a list of the like, one for each voice.
+        num_seeds: probes of each kind.
+    """
+    voices = [[heard for name, heard in people.items() if name != speaker], *synthetic]
+    others, *synthetic = map(join, voices)
+    without_means = [join(map(take_mean_off, group)) for group in voices]
     rows, digits = people[speaker]
-    scores = {"others": [], "others_and_synthetic": [], "others_and_own_half": []}
+    own_without_mean, _ = take_mean_off(people[speaker])
+    scores = {"others": [], "others_and_synthetic": [], "without_means": [], "others_and_own_half": []}
     confused = Counter()
     for seed in range(num_seeds):
         scores["others"].append(accuracy(train_probe([others], seed)(rows), digits))
         predicted = train_probe([others, *synthetic], seed)(rows)
         scores["others_and_synthetic"].append(accuracy(predicted, digits))
+        scores["without_means"].append(accuracy(train_probe(without_means, seed)(own_without_mean), digits))
         wrong = predicted != digits
         confused.update(zip(digits[wrong].tolist(), predicted[wrong].tolist()))
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
@@ -135,6 +147,12 @@ def accuracy(predicted, digits) -> float:
 def join(heard):
     """Pairs of rows and digits, to one pair."""
     return tuple(map(torch.cat, zip(*heard)))
+
+
+def take_mean_off(heard):
+    """Rows and digits of one voice, to what sets its rows apart."""
+    rows, digits = heard
+    return rows - rows.mean(0), digits
 
 
 def train_probe(groups, seed):
@@ -165,9 +183,9 @@ def as_markdown(results: dict) -> str:
         f"Mean [lowest, highest] accuracy of probes of several seeds; `speech_padding` {results['speech_padding']}; "
         f"synthetic voices: {', '.join(results['synthesizers'])}.",
         "",
-        "| speaker | recordings | trained on others | and synthetic voices | others and half of his own "
-        "| with synthetic voices most often mistakes |",
-        "|---|---|---|---|---|---|",
+        "| speaker | recordings | trained on others | and synthetic voices | these, each voice's mean taken off "
+        "| others and half of his own | with synthetic voices most often mistakes |",
+        "|---|---|---|---|---|---|---|",
     ]
     for speaker, row in results["speakers"].items():
         cells = [f"{np.mean(seeds):.3f} [{min(seeds):.3f}, {max(seeds):.3f}]" for seeds in row["accuracies"].values()]
