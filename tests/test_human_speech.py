@@ -215,13 +215,17 @@ def test_errors_are_told_apart(tmp_path):
     write_predictions(tmp_path / "one", rows)
     write_predictions(tmp_path / "two", rows)
     group = describe({name: read_rows(tmp_path / name) for name in ("one", "two")})
-    assert group["answers"] == {
-        "right": 0.2,
-        "heard right, answered wrong": 0.2,
-        "count right, digits misheard": 0.2,
-        "count wrong": 0.4,
-    }
-    digits = group["digits"]
+    assert (
+        group["answers"]["all voices"]
+        == group["answers"]["ann"]
+        == {
+            "right": 0.2,
+            "heard right, answered wrong": 0.2,
+            "count right, digits misheard": 0.2,
+            "count wrong": 0.4,
+        }
+    )
+    digits = group["digits"]["all voices"]
     assert digits["digits_said"] == 24 and digits["by_digit"]["five"]["misheard"] == {"nine": 2}
     assert (digits["misheard"], digits["missed"], digits["made_up"]) == (2 / 24, 2 / 24, 2 / 24)
     assert digits["by_digit"]["two"]["missed"] == 2 and digits["by_digit"]["eight"]["made_up"] == 2
@@ -236,7 +240,10 @@ def test_errors_are_told_apart(tmp_path):
     assert group["by_length"]["3"]["rows"] == 6
     assert group["by_length"]["1"]["speech_interval"] is None
     written = as_markdown({"all voices": group})
-    assert "| five | 4 | nine 2 | 0 | 0 |" in written and "| count wrong | 0.400 |" in written
+    assert "| five | 4 | nine 2 | 0 | 0 |" in written
+    assert (
+        "| ann | 0.200 | 0.200 | 0.200 | 0.400 |" in written and "| ann | 24 | 8.3% | 8.3% | 8.3% | 40.0% |" in written
+    )
     (tmp_path / "two" / "predictions" / "text.jsonl").unlink()
     with pytest.raises(ValueError, match="--systems text,speech"):
         read_rows(tmp_path / "two")

@@ -17,6 +17,7 @@ import jiwer
 import numpy as np
 from ablation.analysis import bootstrap_over_rows
 
+ALL_VOICES = "all voices"
 OUTCOMES = ("right", "heard right, answered wrong", "count right, digits misheard", "count wrong")
 
 
@@ -66,6 +67,12 @@ def read_rows(folder: Path) -> list[dict]:
             }
         )
     return rows
+
+
+def outcomes(rows: list[dict]) -> dict:
+    """Shares of `OUTCOMES`."""
+    counts = Counter(map(outcome, rows))
+    return {name: counts[name] / len(rows) for name in OUTCOMES}
 
 
 def outcome(row: dict) -> str:
@@ -143,12 +150,15 @@ def edits(rows: list[dict]) -> dict:
 def describe(runs: dict[str, list[dict]]) -> dict:
     """All figures of several runs, and of their rows pooled."""
     rows = [row for of_run in runs.values() for row in of_run]
-    outcomes = Counter(outcome(row) for row in rows)
+    voices = {ALL_VOICES: rows}
+    voices |= {
+        voice: [row for row in rows if row["voice"] == voice] for voice in sorted({row["voice"] for row in rows})
+    }
     return {
         "by_run": {name: shares(of_run, lambda row: "all")["all"] for name, of_run in runs.items()},
         "pooled": shares(rows, lambda row: "all")["all"],
-        "answers": {name: outcomes[name] / len(rows) for name in OUTCOMES},
-        "digits": edits(rows),
+        "answers": {voice: outcomes(of_voice) for voice, of_voice in voices.items()},
+        "digits": {voice: edits(of_voice) for voice, of_voice in voices.items()},
         "by_voice": shares(rows, lambda row: row["voice"]),
         "by_kind": shares(rows, lambda row: row["kind"]),
         "by_length": shares(rows, lambda row: len(row["said"].split())),
@@ -174,18 +184,19 @@ def as_markdown(groups: dict) -> str:
                 low, high = share["speech_interval"]
                 speech += f" [{low:.3f}, {high:.3f}]"
             lines.append(f"| {label} | {share['rows']} | {share['text']:.3f} | {speech} | {ratio} |")
-        lines += ["", "| what became of questions | share |", "|---|---|"]
-        lines += [f"| {label} | {share:.3f} |" for label, share in group["answers"].items()]
-        digits = group["digits"]
+        lines += ["", f"| what became of questions | {' | '.join(OUTCOMES)} |", "|---|---|---|---|---|"]
+        for voice, of_voice in group["answers"].items():
+            lines.append(f"| {voice} | {' | '.join(f'{share:.3f}' for share in of_voice.values())} |")
         lines += [
             "",
-            f"Of {digits['digits_said']} digits {digits['misheard']:.1%} were misheard, {digits['missed']:.1%} missed "
-            f"and {digits['made_up']:.1%} heard where none was; {digits['strings_heard_right']:.1%} of the strings "
-            "were heard right.",
-            "",
-            "| digit | said | misheard as | missed | made up |",
-            "|---|---|---|---|---|",
+            "| digits | said | misheard | missed | made up | strings heard right |",
+            "|---|---|---|---|---|---|",
         ]
+        for voice, digits in group["digits"].items():
+            rates = (digits[name] for name in ("misheard", "missed", "made_up", "strings_heard_right"))
+            lines.append(f"| {voice} | {digits['digits_said']} | {' | '.join(f'{rate:.1%}' for rate in rates)} |")
+        lines += ["", "| digit | said | misheard as | missed | made up |", "|---|---|---|---|---|"]
+        digits = group["digits"][ALL_VOICES]
         for digit, row in digits["by_digit"].items():
             misheard = ", ".join(f"{heard} {times}" for heard, times in row["misheard"].items())
             lines.append(f"| {digit} | {row['said']} | {misheard} | {row['missed']} | {row['made_up']} |")
