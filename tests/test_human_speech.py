@@ -17,7 +17,7 @@ sys.path.append(str(Path(__file__).parents[1] / "examples"))
 
 import make_digit_manifest
 import train
-from human_speech import build_sentence_llm, frame_probe, learning_curve, sentences
+from human_speech import build_sentence_llm, error_analysis, frame_probe, learning_curve, sentences
 from human_speech.build_digit_llm import build_tokenizer, draw_dialogues, held_out_prompts
 from human_speech.digits import (
     DIGITS,
@@ -247,6 +247,17 @@ def test_errors_are_told_apart(tmp_path):
     (tmp_path / "two" / "predictions" / "text.jsonl").unlink()
     with pytest.raises(ValueError, match="--systems text,speech"):
         read_rows(tmp_path / "two")
+
+
+def test_evaluations_of_one_name_are_refused(tmp_path, monkeypatch, capsys):
+    rows = [("one", "one", "one", "one", "one")]
+    folders = [tmp_path / "first" / "evaluation", tmp_path / "second" / "evaluation"]
+    for folder in folders:
+        write_predictions(folder, rows)
+    monkeypatch.setattr(sys, "argv", ["error_analysis.py", "--output", "out", "--evaluations", *map(str, folders)])
+    with pytest.raises(SystemExit):
+        error_analysis.main()
+    assert "told apart by the last part of their names, but these are ['evaluation']" in capsys.readouterr().err
 
 
 @pytest.fixture

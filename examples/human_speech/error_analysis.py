@@ -1,7 +1,7 @@
 """Which digits are misheard, and what that does to answers: from the predictions of `examples/evaluate.py`.
 
-    cd examples && python -m human_speech.error_analysis --evaluations ../outputs/digits_1_evaluation \\
-        ../outputs/digits_2_evaluation --output human_speech/results
+    cd examples && python -m human_speech.error_analysis --evaluations ../outputs/digits_*_evaluation \\
+        --output human_speech/results
 
 The evaluations (of several seeds and held-out speakers) hold the systems text and speech and the tasks answers and
 transcripts. What was heard, the answer to "Repeat the words.", is aligned with what was said by jiwer. Intervals are of
@@ -11,6 +11,7 @@ a bootstrap over clips, each with all its seeds.
 import argparse
 import json
 from collections import Counter, defaultdict
+from itertools import chain
 from pathlib import Path
 
 import jiwer
@@ -27,6 +28,8 @@ def main():
     parser.add_argument("--output", type=Path, required=True, help="folder for errors.json and errors.md")
     options = parser.parse_args()
     runs = {folder.resolve().name: read_rows(folder) for folder in options.evaluations}
+    if len(runs) < len(options.evaluations):
+        parser.error(f"--evaluations are told apart by the last part of their names, but these are {sorted(runs)}.")
     groups = {}
     for name in sorted({row["voice_group"] for rows in runs.values() for row in rows}):
         groups[name] = describe(
@@ -175,9 +178,9 @@ def as_markdown(groups: dict) -> str:
             "| exact match | rows | text | speech | speech over text |",
             "|---|---|---|---|---|",
         ]
-        tables = group["by_run"] | {"all runs": group["pooled"]} | group["by_voice"] | group["by_kind"]
-        tables |= {f"{length} digits": share for length, share in group["by_length"].items()}
-        for label, share in tables.items():
+        of_lengths = {f"{length} digits": share for length, share in group["by_length"].items()}
+        tables = (group["by_run"], {"all runs": group["pooled"]}, group["by_voice"], group["by_kind"], of_lengths)
+        for label, share in chain.from_iterable(table.items() for table in tables):
             ratio = "" if share["share_of_text"] is None else f"{share['share_of_text']:.3f}"
             speech = f"{share['speech']:.3f}"
             if share["speech_interval"]:
