@@ -9,10 +9,12 @@ frame and one token, so the weights are plain differences of neighbours. That ho
 fires, needs no loop, and gives the exact gradient.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch.autograd.function import once_differentiable
+from torch.linalg import vector_norm
 from torch.nn.functional import embedding_bag, pad
 from transformers.utils import ModelOutput
 
@@ -61,12 +63,26 @@ def _sum_bags(vectors, index, starts, weights):
     ).view(*starts.shape, vectors.shape[2])
 
 
-def _dot_products(frames, tokens, frame_of, token_of, dtype):
-    """(B, T, C), (B, U, C), and for each interval which frame and which token, both (B, E) -> their products (B, E)."""
-    if frames.dtype != dtype:
+def _dot_products(frames, tokens, frame_of, token_of, dtype, are_centred=False):
+    """Products of frames with tokens, interval by interval.
+
+    Args:
+        frames (B, T, C), tokens (B, U, C).
+        frame_of, token_of (B, E): which frame and which token, for each of E intervals.
+        dtype: to compute in.
+        are_centred: take off the frames of a row what they have in common, by a sample of them.
+
+    Returns:
+        the products (B, E).
+    """
+    if frames.dtype != dtype or are_centred:
         products = torch.empty(frame_of.shape, dtype=dtype, device=frames.device)
-        for part, *rest in _few_rows_at_a_time(products, frames, tokens, frame_of, token_of):
-            part.copy_(_dot_products(rest[0].to(dtype), rest[1].to(dtype), *rest[2:], dtype))
+        for part, rows, *rest in _few_rows_at_a_time(products, frames, tokens, frame_of, token_of):
+            rows, (tokens_of_rows, *intervals) = rows.to(dtype), rest
+            if are_centred:
+                sample = _through_batch(intervals[0][:, ::16], rows.shape[1])
+                rows = rows - embedding_bag(sample.view(len(rows), -1), rows.flatten(0, 1), mode="mean")[:, None]
+            part.copy_(_dot_products(rows, tokens_of_rows.to(dtype), *intervals, dtype))
         return products
     frame, token = _through_batch(frame_of, frames.shape[1]), _through_batch(token_of, tokens.shape[1])
     # What autograd itself calls for `embedding_bag`. All else gathers one side first, which costs several times the
@@ -99,11 +115,11 @@ class _Integral(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, frames, alphas, frame_ends, closing_frame, alpha_sum, frame_mask, unreadable):
+    def forward(ctx, frames, alphas, frame_ends, closing_frame, alpha_sum, frame_mask, unreadable, are_centred):
         """
         Args:
             alphas (B, T), alpha_sum (B,) or None: see `_integrate`; read by backward only.
-            frames (B, T, C), frame_ends (B, T + 1), frame_mask (B, T), unreadable (B,): see `_integrate`.
+            frames (B, T, C), frame_ends (B, T + 1), frame_mask (B, T), unreadable (B,), are_centred: see `_integrate`.
             closing_frame (B, U): the frame that completes each token; T where none does.
 
         Returns:
@@ -127,14 +143,14 @@ class _Integral(torch.autograd.Function):
         tokens = _sum_bags(frames, frame_of, token_starts[:, :-1], weights)
         if unreadable is not None:
             tokens[unreadable] = 0.0
-        ctx.save_for_backward(frames, frame_ends, closing_frame, alpha_sum, weights, frame_of, token_of)
-        ctx.alphas_dtype = alphas.dtype
+        ctx.save_for_backward(frames, frame_ends, closing_frame, alpha_sum, frame_mask, weights, frame_of, token_of)
+        ctx.alphas_dtype, ctx.are_centred = alphas.dtype, are_centred
         return tokens
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_tokens):
-        frames, frame_ends, closing_frame, alpha_sum, weights, frame_of, token_of = ctx.saved_tensors
+        frames, frame_ends, closing_frame, alpha_sum, frame_mask, weights, frame_of, token_of = ctx.saved_tensors
         (batch_size, num_frames, _), num_tokens = frames.shape, closing_frame.shape[1]
         grad_tokens = grad_tokens.contiguous()
         frame = torch.arange(num_frames + 1, device=frames.device).expand(batch_size, -1).contiguous()
@@ -142,10 +158,10 @@ class _Integral(torch.autograd.Function):
         inside = token_of < num_tokens
         token_of = token_of.clamp(max=num_tokens - 1)
         grad_frames = grad_alphas = None
-        if ctx.needs_input_grad[0]:
-            grad_frames = _sum_bags(grad_tokens, token_of, frame_starts[:, :-1], weights)
         if ctx.needs_input_grad[1]:
-            grad_weights = _dot_products(frames, grad_tokens, frame_of, token_of, weights.dtype).double()
+            grad_weights = _dot_products(
+                frames, grad_tokens, frame_of, token_of, weights.dtype, ctx.are_centred
+            ).double()
             # Past the last frame, or past the last token, nothing is left to give.
             inside &= torch.arange(token_of.shape[1], device=frames.device) < frame_starts[:, -1:]
             grad_weights = pad(torch.where(inside, grad_weights, 0.0), (1, 1))
@@ -158,12 +174,33 @@ class _Integral(torch.autograd.Function):
                 ends = frame_ends[:, 1:]
                 grad_scale = (grad_frame_ends * ends).sum(1, keepdim=True)
                 grad_alphas = (grad_alphas * ends[:, -1:] - grad_scale) / alpha_sum[:, None]
+            if frame_mask is not None:
+                grad_alphas = torch.where(frame_mask, grad_alphas, 0.0)
             grad_alphas = grad_alphas.to(ctx.alphas_dtype)
-        return grad_frames, grad_alphas, *[None] * 5
+        if ctx.needs_input_grad[0]:
+            grad_frames = _sum_bags(grad_tokens, token_of, frame_starts[:, :-1], weights)
+        return grad_frames, grad_alphas, *[None] * 6
+
+
+def _have_much_in_common(frames):
+    """Whether the frames' mean over time outweighs what sets them apart, by a sample of the time; () bool.
+
+    Padding is not left out: it can make a wrong guess, which costs time or digits, but nothing else.
+    """
+    sample = frames[:, :: max(2, frames.shape[1] // 16)].float()
+    return vector_norm(sample.sum(1)) * math.sqrt(2 / sample.shape[1]) > vector_norm(sample)
 
 
 def _integrate(
-    hidden_states, alphas, integral, num_tokens, start=0.0, alpha_sum=None, frame_mask=None, unreadable=None
+    hidden_states,
+    alphas,
+    integral,
+    num_tokens,
+    start=0.0,
+    alpha_sum=None,
+    frame_mask=None,
+    unreadable=None,
+    are_centred=False,
 ):
     """Integrate frames between whole numbers.
 
@@ -176,6 +213,8 @@ def _integrate(
             integral is not scaled.
         frame_mask (B, T) bool, optional: frames that may be read. The others add nothing to the integral.
         unreadable (B,) bool, optional: rows with no such frame, if there are any. Their tokens are zero.
+        are_centred: compute the alphas' gradient from what sets the frames of a row apart. That takes longer, but what
+            all have in common then adds no error. Only if scaled: then alphas do not matter to that.
 
     Returns:
         tokens (B, U, C) in the dtype of the frames, summed in float32 (float64 if they are); firing places (B, U),
@@ -185,7 +224,9 @@ def _integrate(
     bin_ends = bin_ends.expand(hidden_states.shape[0], -1).contiguous()
     closing_frame = torch.searchsorted(integral, bin_ends)
     frame_ends = pad(integral, (1, 0), value=start)
-    tokens = _Integral.apply(hidden_states, alphas, frame_ends, closing_frame, alpha_sum, frame_mask, unreadable)
+    tokens = _Integral.apply(
+        hidden_states, alphas, frame_ends, closing_frame, alpha_sum, frame_mask, unreadable, are_centred
+    )
 
     frame = closing_frame.clamp(max=hidden_states.shape[1] - 1)
     before, after = frame_ends.gather(1, frame), integral.gather(1, frame)
@@ -223,9 +264,8 @@ def continuous_integrate_and_fire(hidden_states, alphas, frame_mask=None, target
                 f"Expected frame_mask of shape {tuple(alphas.shape)} (that of alphas), got {tuple(frame_mask.shape)}."
             )
         frame_mask = frame_mask.bool()
-        alphas = torch.where(frame_mask, alphas, 0.0)
     # float64 costs nothing on (B, T) scalars and keeps a boundary exact after thousands of frames.
-    exact_alphas = alphas.double()
+    exact_alphas = (alphas if frame_mask is None else torch.where(frame_mask, alphas, 0.0)).double()
     alpha_sum = exact_alphas.sum(1)
     if target_lengths is None:
         num_speech_tokens = alpha_sum.detach().round().clamp(min=1).long()
@@ -238,7 +278,10 @@ def continuous_integrate_and_fire(hidden_states, alphas, frame_mask=None, target
         num_speech_tokens = target_lengths.long()
     is_empty = alpha_sum == 0
     # The one wait for the device.
-    min_tokens, max_tokens, some_empty = torch.stack([*torch.aminmax(num_speech_tokens), is_empty.any()]).tolist()
+    facts = [*torch.aminmax(num_speech_tokens), is_empty.any()]
+    if alphas.requires_grad:
+        facts.append(_have_much_in_common(hidden_states.detach()))
+    min_tokens, max_tokens, some_empty, *are_centred = torch.stack(facts).tolist()
     if min_tokens < 1:
         if target_lengths is None:
             raise ValueError(f"Expected finite alphas, but their sums are {alpha_sum.tolist()}.")
@@ -257,6 +300,7 @@ def continuous_integrate_and_fire(hidden_states, alphas, frame_mask=None, target
         alpha_sum=unscaled_sum,
         frame_mask=frame_mask,
         unreadable=is_empty if some_empty and frame_mask is not None else None,
+        are_centred=any(are_centred),
     )
     is_token = torch.arange(max_tokens, device=alphas.device) < num_speech_tokens[:, None]
     return CifOutput(

@@ -34,7 +34,7 @@ def literal_cif(frames, alphas, mask, target_lengths):
     for row_frames, row_alphas, row_mask, target in zip(frames, alphas, mask, target_lengths.tolist()):
         row_frames, row_alphas = row_frames[row_mask], row_alphas[row_mask]
         total = row_alphas.sum()
-        scaled = row_alphas * (target / total) if float(total) else row_alphas
+        scaled = row_alphas * (target / total) if total.item() else row_alphas
         rows.append(literal_tokens(row_frames, scaled, target))
     return rows
 
@@ -272,16 +272,25 @@ def test_a_frame_of_weight_zero_knows_what_more_weight_would_do():
 @pytest.mark.parametrize("num_tokens", [20, 100, 2000])
 @pytest.mark.parametrize("mean", [0.0, 100.0])
 def test_error_stays_below_a_millionth(mean, num_tokens):
-    """Running sums over frames lose digits where a channel has a large mean; 2000 tokens fire several per frame."""
+    """Tokens and gradients. Running sums over frames lose digits where a channel has a large mean, and so do products
+    with frames in the alphas' gradient, in which the mean cancels out; 2000 tokens fire several per frame."""
     generator = torch.Generator().manual_seed(0)
     frames = torch.randn(2, 1500, 8, generator=generator) + mean * torch.rand(8, generator=generator)
     alphas = torch.rand(2, 1500, generator=generator)
+    mask = torch.arange(1500) < torch.tensor([[1500], [1300]])
     targets = torch.tensor([num_tokens, num_tokens // 2])
-    tokens = continuous_integrate_and_fire(frames, alphas, None, targets).speech_tokens
-    expected = literal_cif(frames.double(), alphas.double(), torch.ones_like(alphas, dtype=torch.bool), targets)
-    for row, row_tokens in zip(tokens, expected):
-        error = (row[: len(row_tokens)].double() - row_tokens).abs().max()
-        assert error <= 1e-6 * row_tokens.abs().max()
+    direction = torch.randn(2, num_tokens, 8, generator=generator)
+    frames.requires_grad_(), alphas.requires_grad_()
+    tokens = continuous_integrate_and_fire(frames, alphas, mask, targets).speech_tokens
+    gradients = torch.autograd.grad(tokens, (frames, alphas), direction)
+    exact = frames.detach().double().requires_grad_(), alphas.detach().double().requires_grad_()
+    expected = literal_cif(*exact, mask, targets)
+    total = sum((row * along[: len(row)]).sum() for row, along in zip(expected, direction.double()))
+    results = [(row[: len(right)], right) for row, right in zip(tokens, expected)]
+    for gradient, right in zip(gradients, torch.autograd.grad(total, exact)):
+        results += zip(gradient, right)
+    for result, right in results:
+        assert (result.double() - right).abs().max() <= 1e-6 * right.abs().max()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

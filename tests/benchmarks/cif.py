@@ -19,6 +19,8 @@ def cases(small: bool, device, dtype):
     for size in SMALL_SIZES if small else SIZES:
         for backward in (True, False):
             yield _case(size, backward, torch_cif, why_not, device, dtype)
+    # Then the alphas' gradient is computed from centred frames.
+    yield _case((SMALL_SIZES if small else SIZES)[1], True, torch_cif, why_not, device, dtype, mean=100.0)
     num_frames, batch_sizes = (20, (1, 2)) if small else (250, (1, 2, 4, 8, 16))
     for batch_size in batch_sizes:
         yield _case((batch_size, num_frames, 384), True, None, None, device, dtype, ("B", batch_size))
@@ -27,10 +29,10 @@ def cases(small: bool, device, dtype):
     yield _stream_case(200 if small else 30_000, device, dtype)
 
 
-def _case(size, backward, torch_cif, why_not, device, dtype, sweep=None) -> Case:
+def _case(size, backward, torch_cif, why_not, device, dtype, sweep=None, mean=0.0) -> Case:
     batch_size, num_frames, num_channels = size
     num_tokens = max(1, num_frames // 15)
-    frames = torch.randn(size, device=device, dtype=dtype, requires_grad=backward)
+    frames = (torch.randn(size, device=device, dtype=dtype) + mean).requires_grad_(backward)
     # Below 1, as torch_cif wants them even after scaling.
     alphas = (torch.rand(size[:2], device=device) * 2 * num_tokens / num_frames).requires_grad_(backward)
     # Clips from 4/5 of the frames to all of them.
@@ -56,7 +58,7 @@ def _case(size, backward, torch_cif, why_not, device, dtype, sweep=None) -> Case
     if torch_cif is not None:
         candidates["torch_cif"] = with_gradients(theirs) if backward else theirs
     return Case(
-        name=f"{'forward + backward' if backward else 'forward'} {size}",
+        name=f"{'forward + backward' if backward else 'forward'} {size}{f', mean {mean:g}' if mean else ''}",
         candidates={**candidates, "read and write floor": floor},
         memory_unit=("input", frames.numel() * frames.element_size()),
         sweep=sweep,
