@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from benchmarks import report
 from benchmarks.__main__ import BENCHMARKS
 
 REPOSITORY = Path(__file__).parents[1]
@@ -40,6 +42,16 @@ def test_json_has_every_number(folder):
     assert {(each["benchmark"], each["size"]) for each in data["slopes"]} == {
         ("cif", "B"), ("cif", "T"), ("encoder", "seconds"), ("linear_kl", "tokens"), ("linear_kl", "vocabulary")
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("value, is_on", [("1", True), ("0", False), (None, False)])
+def test_huge_pages_are_told_of(value, is_on, tmp_path, monkeypatch):
+    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE", raising=False)
+    if value is not None:
+        monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", value)
+    where = report.machine(torch.device("cpu"), torch.float32, "wall")
+    text = report.write(tmp_path, {**where, "load_average_after": 0.0}, [])
+    assert where["huge_pages"] == ("huge pages" in text) == is_on
 
 
 def test_markdown_has_a_row_for_every_case_and_names_every_candidate(folder):

@@ -3,6 +3,7 @@
     python -m tests.benchmarks                          # everything, in full
     python -m tests.benchmarks --small                  # everything, in seconds: does it run?
     python -m tests.benchmarks --only cif --clock cpu   # one part, on a machine that has other work too
+    THP_MEM_ALLOC_ENABLE=1 python -m tests.benchmarks   # torch asks Linux for huge pages: fewer faults in large tensors
 
 Peers are optional: `pip install -c constraints.txt -e ".[benchmarks]"`. A GPU is used if there is one, in bfloat16.
 """

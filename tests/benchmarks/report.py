@@ -30,6 +30,7 @@ def machine(device: torch.device, dtype: torch.dtype, clock: str) -> dict:
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "dtype": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
+        "huge_pages": os.environ.get("THP_MEM_ALLOC_ENABLE") == "1",
         "clock": clock if device.type == "cpu" else "cuda events",
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES if name in installed},
@@ -77,9 +78,10 @@ def _slope(points) -> float:
 
 def _markdown(where, results, slopes) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
+    pages = "huge pages, " if where["huge_pages"] else ""
     lines = [
         f"{where['date']}, {where['processor']} ({where['cores']} cores), device {where['device']}, {where['dtype']}, "
-        f"{where['threads']} thread(s), {where['clock']} time, Python {where['python']}, {versions}. "
+        f"{where['threads']} thread(s), {pages}{where['clock']} time, Python {where['python']}, {versions}. "
         f"Load average {where['load_average_before']:.1f} before and {where['load_average_after']:.1f} after.",
         "",
         f"One table per part. {OURS}: milliseconds; others: their time over that of {OURS} in the same repeat. Medians "
