@@ -145,7 +145,8 @@ def describe_checkpoint(model, training: dict | None, options) -> dict:
             given[part] = (name, licence or None)
     parts = describe_parts(model, training, given)
     base_models = [part["base_model"] or "" for part in parts if part["name"] in ("speech encoder", "LLM")]
-    is_tiny_world = training is not None and training["data"]["source"] == TINY_WORLD
+    stages = None if training is None else training.get("before", [])
+    is_tiny_world = stages is not None and all(stage["data"]["source"] == TINY_WORLD for stage in [*stages, training])
     # Then all of it is ours, and English.
     is_ours = is_tiny_world and all(name.startswith(OWN_BACKBONES) for name in base_models)
     return {

@@ -5,6 +5,7 @@
         --train_manifest train.jsonl --eval_manifest eval.jsonl --output_dir outputs/mine
     accelerate launch examples/train.py examples/recipes/whisper_small_qwen2.5_1.5b.yaml --seed 2
     accelerate launch examples/train.py --resume_from_checkpoint true  # again and again, until it is done
+    accelerate launch examples/train.py --start_from outputs/mine --train_manifest more.jsonl --output_dir outputs/more
 
 Without arguments it uses the two tiny backbones of `examples/tiny_world` and speech that it synthesises on first use.
 A manifest has one JSON object per line: `audio` (a path, relative to the manifest; null in a training row of text
@@ -23,7 +24,7 @@ import os
 import shutil
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -49,6 +50,8 @@ TINY_TEXT_MODEL = str(Path(__file__).parent / "tiny_world" / "llm")
 TINY_SPEECH_MODEL = str(Path(__file__).parent / "tiny_world" / "speech_encoder")
 REPORTED = ("token_count_accuracy", "token_count_error", "response_kl", "input_kl")
 SPEC_AUGMENT = {"apply_spec_augment": True, "mask_time_prob": 0.05, "mask_time_length": 5, "mask_feature_prob": 0.05}
+# What a model that is trained further brings with it.
+OF_A_MODEL = ("text_model", "speech_model", "adapter", "adapter_options", "plora", "thin")
 # For its 25 frames a second: less depth than the defaults, and 6.25 tokens a second from the subsampler.
 TINY_ADAPTERS = {"cformer": {"num_pre_layers": 1, "num_post_layers": 2}, "subsampler": {"num_layers": 2}}
 NUM_SAMPLES = 3
@@ -74,6 +77,13 @@ class ModelOptions:
     )
     plora: bool = field(default=False, metadata={"help": "Adapt the LLM at speech positions (partial LoRA)."})
     freeze_speech_encoder: bool = field(default=False, metadata={"help": "Train the adapter (and PLoRA) only."})
+    start_from: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hub id or folder of a BLSP-KD model to train further. Backbones, adapter and partial LoRA are its "
+            "own; all else, also what is frozen and how losses weigh, is as this command says."
+        },
+    )
     distillation: str = field(
         default="{}", metadata={"help": "JSON loss weights and temperature, for example '{\"input_kl\": 0.5}'."}
     )
@@ -96,6 +106,15 @@ class ModelOptions:
     thin: bool = field(
         default=False, metadata={"help": "Save only what was trained; checkpoints name the two backbones."}
     )
+
+    def __post_init__(self):
+        defaults = {option.name: option.default for option in fields(self)}
+        given = [name for name in OF_A_MODEL if getattr(self, name) != defaults[name]]
+        if self.start_from and given:
+            raise ValueError(
+                f"--start_from {self.start_from} brings its own {', '.join(given)}. Leave out "
+                f"{', '.join(f'--{name}' for name in given)}, or --start_from to build a new model."
+            )
 
 
 @dataclass
@@ -213,7 +232,7 @@ def make_trainer(
     Returns:
         `tuple`: the trainer, training rows and evaluation rows, all with the LLM's own answers.
     """
-    processor = BlspKdProcessor.from_backbones(model_options.speech_model, model_options.text_model)
+    processor = build_processor(model_options)
     if args.deepspeed_plugin is not None and not args.deepspeed_plugin.zero3_init_flag:
         # TrainingArguments asks for shares of the weights all the same, but the LLM is to answer first.
         unset_hf_deepspeed_config()
@@ -250,7 +269,29 @@ def make_trainer(
     return trainer, train_rows, eval_rows
 
 
+def build_processor(options: ModelOptions) -> BlspKdProcessor:
+    if options.start_from:
+        return BlspKdProcessor.from_pretrained(options.start_from)
+    return BlspKdProcessor.from_backbones(options.speech_model, options.text_model)
+
+
 def build_model(options: ModelOptions, processor, model_class=BlspKdForCausalLM) -> BlspKdForCausalLM:
+    training = {
+        "freeze_speech_encoder": options.freeze_speech_encoder,
+        "speech_padding": options.speech_padding,
+        "distillation": json.loads(options.distillation),
+    }
+    if options.start_from:
+        config = model_class.config_class.from_pretrained(options.start_from, **training)
+        if hasattr(config.speech_config, "apply_spec_augment"):
+            config.speech_config.update(SPEC_AUGMENT if options.spec_augment else {"apply_spec_augment": False})
+        model = model_class.from_pretrained(options.start_from, config=config, dtype=options.dtype).upcast_trained()
+        if options.freeze_speech_encoder and any(each.requires_grad for each in model.audio_tower.parameters()):
+            raise ValueError(
+                f"The encoder of {options.start_from}, a thin checkpoint, was trained; frozen, it would be missing in "
+                "the next. Train it on, or start from a full checkpoint: model.save_pretrained(folder, full=True)."
+            )
+        return model
     speech_config = AutoConfig.from_pretrained(options.speech_model)
     if options.spec_augment and hasattr(speech_config, "apply_spec_augment"):
         speech_config.update(SPEC_AUGMENT)
@@ -265,10 +306,8 @@ def build_model(options: ModelOptions, processor, model_class=BlspKdForCausalLM)
         dtype=options.dtype,
         adapter={"type": options.adapter, **adapter_options},
         plora=options.plora,
-        freeze_speech_encoder=options.freeze_speech_encoder,
-        speech_padding=options.speech_padding,
         thin=options.thin,
-        distillation=json.loads(options.distillation),
+        **training,
     )
 
 
@@ -335,6 +374,16 @@ def score(rows, spoken, seen_voices) -> dict:
     return results
 
 
+def stages_of(model: str) -> list[dict] | None:
+    """How a model was trained, each stage as `describe_training` tells it, first to last; None if not recorded."""
+    results = Path(model, "results.json")
+    last = json.loads(results.read_text()).get("training") if results.is_file() else None
+    if last is None:
+        return None
+    before = last.pop("before", [])  # absent: an older record
+    return None if before is None else [*before, last]
+
+
 def describe_training(trainer, model_options, data_options, eval_rows) -> dict:
     """Settings and data of this run, for the model card. Hub ids are named, folders of this machine are not."""
     args, is_frozen = trainer.args, model_options.freeze_speech_encoder
@@ -351,9 +400,16 @@ def describe_training(trainer, model_options, data_options, eval_rows) -> dict:
         }
 
     data, eval_voices = trainer.train_dataset, {row.get("voice") for row in eval_rows}
+    if model_options.start_from is None:
+        made_from = {part: public_name(getattr(model_options, part)) for part in ("text_model", "speech_model")}
+        before = []
+    else:
+        before = stages_of(model_options.start_from)
+        made_from = {part: before[-1][part] if before else None for part in ("text_model", "speech_model")}
     return {
-        "text_model": public_name(model_options.text_model),
-        "speech_model": public_name(model_options.speech_model),
+        **made_from,
+        "started_from": model_options.start_from and public_name(model_options.start_from),
+        "before": before,
         "data": describe(data.num_rows, data.voices, data_options.train_manifest or data_options.train_mixture),
         "evaluation": describe(len(eval_rows), eval_voices, data_options.eval_manifest) if eval_rows else None,
         "steps": trainer.state.global_step,

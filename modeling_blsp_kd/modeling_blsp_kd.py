@@ -202,9 +202,7 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, DistillationStep, BlspKdGeneratio
             **config_options,
         )
         model = cls(config, audio_tower=audio_tower, language_model=language_model)
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
+        model.upcast_trained()
         if language_model.can_generate():
             model.generation_config = GenerationConfig.from_dict(language_model.generation_config.to_dict())
         return model.eval()
@@ -302,6 +300,13 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, DistillationStep, BlspKdGeneratio
             for parameter in self.plora.parameters:
                 parameter.requires_grad_(True)
         self._skip_backbones_on_save()
+
+    def upcast_trained(self) -> "BlspKdForCausalLM":
+        """Make what is trained float32, as optimisers want it; returns the model."""
+        for parameter in self.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+        return self
 
     def merge_and_unload(self, *args, **kwargs):
         """Always raises: partial LoRA applies at speech positions only."""

@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import torch
 from conftest import clip
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
@@ -100,6 +102,70 @@ def test_training_from_a_manifest_makes_the_missing_responses(tmp_path):
     assert "input_kl" not in results
     assert results["training"]["data"] == {"source": "train.jsonl", "rows": 4, "voices": 1}
     assert results["training"]["encoder_learning_rate"] is None, "it is frozen"
+
+
+def test_a_model_is_trained_further(trained, tmp_path):
+    folder, _ = trained
+    run(
+        EXAMPLES / "train.py",
+        *("--start_from", folder / "model", "--output_dir", tmp_path / "further", "--cache_dir", folder / "clips"),
+        *("--max_steps", "1", "--learning_rate", "0", "--num_utterances", "8", "--num_eval_utterances", "3"),
+        *("--use_cpu", "true", "--disable_tqdm", "true"),
+    )
+    before, after = (load_file(path / "model.safetensors") for path in (folder / "model", tmp_path / "further"))
+    assert set(before) == set(after) and any("plora" in name for name in after)
+    for name, value in before.items():
+        assert torch.equal(value, after[name]), f"{name} starts where it was"
+    first, last = (
+        json.loads((path / "results.json").read_text())["training"] for path in (folder / "model", tmp_path / "further")
+    )
+    del first["before"]
+    assert last["before"] == [first] and last["text_model"] == first["text_model"]
+    assert last["steps"] == 1 and last["data"]["rows"] == 8
+
+
+@pytest.mark.parametrize("thin", [False, True])
+def test_a_further_stage_has_its_own_settings_and_the_models_weights(tmp_path, monkeypatch, thin):
+    train = load_example("train", monkeypatch)
+    options = train.ModelOptions(thin=thin, freeze_speech_encoder=True, speech_padding="max_length")
+    processor = train.build_processor(options)
+    first = train.build_model(options, processor)
+    first.save_pretrained(tmp_path / "first")
+    processor.save_pretrained(tmp_path / "first")
+
+    options = train.ModelOptions(start_from=str(tmp_path / "first"), distillation='{"input_kl": 0.5}')
+    assert train.build_processor(options).audio_token_id == first.config.audio_token_id
+    second = train.build_model(options, None)
+    assert (second.config.backbones is not None) == thin
+    assert second.config.speech_padding == "do_not_pad" and not second.audio_tower.pad_to_window
+    assert second.config.distillation["input_kl"] == 0.5 and second.audio_tower.config.apply_spec_augment
+    assert parts_trained(second) == {"adapter", "audio_tower"}
+    for name, value in first.state_dict().items():
+        assert torch.equal(second.state_dict()[name], value), name
+
+    second.save_pretrained(tmp_path / "second")
+    options = train.ModelOptions(
+        start_from=str(tmp_path / "second"), freeze_speech_encoder=True, spec_augment=False, dtype="bfloat16"
+    )
+    if thin:
+        with pytest.raises(ValueError, match=r"a thin checkpoint, was trained; .* full=True"):
+            train.build_model(options, None)
+        return
+    third = train.build_model(options, None)
+    assert parts_trained(third) == {"adapter"} and not third.audio_tower.config.apply_spec_augment
+    for name, value in third.state_dict().items():
+        assert value.dtype == (torch.float32 if name.startswith("adapter.") else torch.bfloat16)
+        assert torch.allclose(value.float(), first.state_dict()[name], rtol=2**-7, atol=0), name
+
+
+def parts_trained(model):
+    return {name.split(".")[0] for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def test_parts_of_a_model_that_is_trained_further_are_not_asked_for(monkeypatch):
+    train = load_example("train", monkeypatch)
+    with pytest.raises(ValueError, match="brings its own adapter, plora. Leave out --adapter, --plora, or"):
+        train.ModelOptions(start_from="org/model", adapter="subsampler", plora=True)
 
 
 def test_a_manifest_row_without_text_is_named(tmp_path, monkeypatch):

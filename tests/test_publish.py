@@ -249,6 +249,21 @@ def test_the_card_states_what_was_measured(published):
     assert "tiny world" not in card.text and "espeak" not in card.text
 
 
+def test_the_card_tells_of_every_stage(checkpoint, tmp_path, monkeypatch):
+    first = RESULTS["training"]
+    second = {**first, "data": {"source": "more.jsonl", "rows": 55, "voices": None}, "steps": 7}
+    for before, described in (
+        ([first], ("Stage 1: 1,234 utterances", "Stage 2, the last:", "55 utterances of the manifest `more.jsonl`.")),
+        (None, ("Trained further from [org/first](https://huggingface.co/org/first)", "is not recorded. After that:")),
+    ):
+        results = {**RESULTS, "training": {**second, "started_from": "org/first", "before": before}}
+        (checkpoint / "results.json").write_text(json.dumps(results))
+        run_publish(monkeypatch, checkpoint, tmp_path / f"made_{before is None}")
+        text = (tmp_path / f"made_{before is None}" / "README.md").read_text()
+        assert all(line in text for line in described)
+    (checkpoint / "results.json").write_text(json.dumps(RESULTS))
+
+
 def test_what_an_old_checkpoint_does_not_tell_is_not_invented(checkpoint, processor, tmp_path, monkeypatch):
     bare = save_checkpoint(tmp_path / "bare", make_model(), processor, results=None)
     run_publish(monkeypatch, bare, tmp_path / "made", memory=None)

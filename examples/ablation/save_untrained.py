@@ -6,17 +6,15 @@ Takes the options of `examples/train.py`. Leaves out: training.
 import json
 from pathlib import Path
 
-from train import Arguments, DataOptions, ModelOptions, build_model
+from train import Arguments, DataOptions, ModelOptions, build_model, build_processor
 from transformers import HfArgumentParser, set_seed
-
-from processing import BlspKdProcessor
 
 
 def main():
     parser = HfArgumentParser((ModelOptions, DataOptions, Arguments), description=__doc__)
     model_options, _, args = parser.parse_args_into_dataclasses()
     set_seed(args.seed)
-    processor = BlspKdProcessor.from_backbones(model_options.speech_model, model_options.text_model)
+    processor = build_processor(model_options)
     build_model(model_options, processor).save_pretrained(args.output_dir)
     processor.save_pretrained(args.output_dir)
     Path(args.output_dir, "results.json").write_text(json.dumps({"train_seconds": 0.0}) + "\n")

@@ -141,31 +141,51 @@ def _training(facts: dict) -> str:
     training = results.get("training")
     if training is None:
         return "Data and settings: not recorded."
-    data = training["data"]
-    voices = f" in {data['voices']} voices" if data["voices"] else ""
-    if data["source"] == TINY_WORLD:
-        described = (
-            f"{data['rows']:,} utterances synthesised with espeak-ng{voices}, from sentences of five kinds (movements, "
-            "possessions, opinions, sums, strings of digits) of a closed world of some hundred English words, each "
-            "with one of 16 kinds of instruction. The responses are the LLM's own greedy answers to the transcript. No "
-            "human speech, no personal data. The model knows the words of its world and no others, and has heard a "
-            "synthesiser in quiet: it is for study only."
-        )
-    else:
-        described = f"{data['rows']:,} utterances{voices} of the manifest `{data['source']}`."
-    encoder_rate = training["encoder_learning_rate"]
-    encoder = "encoder frozen" if encoder_rate is None else f"{encoder_rate:g} for the encoder"
     settings = {
-        "steps": f"{training['steps']:,} of {training['batch_size']} utterances",
-        "learning rate": f"{training['learning_rate']:g}, {encoder}; {training['schedule']} after "
-        f"{training['warmup_steps']} steps of warmup",
+        **_settings(training),
         "losses and temperature": ", ".join(f"{name} {value:g}" for name, value in facts["losses"].items() if value),
         "seed": training["seed"],
         "time": f"{results['train_seconds']:.0f} s on {training['device']}",
         "versions": ", ".join(f"{name} {version}" for name, version in training["versions"].items()),
     }
     lines = [f"| {name} | {value} |" for name, value in settings.items()]
-    return "\n".join([_paragraph(described), "", "| setting | value |", "|---|---|", *lines])
+    described = [*_before(training), _paragraph(_data(training["data"])), ""]
+    return "\n".join([*described, "| setting | value |", "|---|---|", *lines])
+
+
+def _before(training: dict) -> list[str]:
+    """Paragraphs on the stages before the last."""
+    before, model = training.get("before", []), _link(training.get("started_from")) or "a model"
+    if before is None:
+        return [_paragraph(f"Trained further from {model}; what that was trained on is not recorded. After that:"), ""]
+    lines = []
+    for number, stage in enumerate(before, start=1):
+        settings = "; ".join(f"{name} {value}" for name, value in _settings(stage).items())
+        lines += [_paragraph(f"Stage {number}: {_data(stage['data'])} In figures: {settings}."), ""]
+    return [*lines, f"Stage {len(before) + 1}, the last:", ""] if before else []
+
+
+def _data(data: dict) -> str:
+    voices = f" in {data['voices']} voices" if data["voices"] else ""
+    if data["source"] == TINY_WORLD:
+        return (
+            f"{data['rows']:,} utterances synthesised with espeak-ng{voices}, from sentences of five kinds (movements, "
+            "possessions, opinions, sums, strings of digits) of a closed world of some hundred English words, each "
+            "with one of 16 kinds of instruction. The responses are the LLM's own greedy answers to the transcript. No "
+            "human speech, no personal data. The model knows the words of its world and no others, and has heard a "
+            "synthesiser in quiet: it is for study only."
+        )
+    return f"{data['rows']:,} utterances{voices} of the manifest `{data['source']}`."
+
+
+def _settings(training: dict) -> dict[str, str]:
+    encoder_rate = training["encoder_learning_rate"]
+    encoder = "encoder frozen" if encoder_rate is None else f"{encoder_rate:g} for the encoder"
+    return {
+        "steps": f"{training['steps']:,} of {training['batch_size']} utterances",
+        "learning rate": f"{training['learning_rate']:g}, {encoder}; {training['schedule']} after "
+        f"{training['warmup_steps']} steps of warmup",
+    }
 
 
 def _results(results: dict) -> str:
