@@ -312,20 +312,30 @@ def read_config(name: str):
 
 
 def model_config(recipe: dict) -> BlspKdConfig:
-    speech_config, text_config = read_config(recipe["speech_model"]), read_config(recipe["text_model"])
-    if speech_config.model_type != "whisper":
-        raise ValueError(
-            f"Costs are estimated for Whisper encoders, but {recipe['speech_model']} is {speech_config.model_type!r}."
+    stage = {
+        "freeze_speech_encoder": recipe.get("freeze_speech_encoder", False),
+        "speech_padding": recipe.get("speech_padding", "do_not_pad"),
+    }
+    if "start_from" in recipe:
+        config = BlspKdConfig.from_pretrained(recipe["start_from"], **stage)
+    else:
+        text_config = read_config(recipe["text_model"])
+        config = BlspKdConfig(
+            speech_config=read_config(recipe["speech_model"]).to_dict(),
+            text_config=text_config.to_dict(),
+            adapter={"type": recipe.get("adapter", "cformer"), **recipe.get("adapter_options", {})},
+            plora=recipe.get("plora", False),
+            audio_token_id=text_config.vocab_size,
+            **stage,
         )
-    return BlspKdConfig(
-        speech_config=speech_config.to_dict(),
-        text_config=text_config.to_dict(),
-        adapter={"type": recipe.get("adapter", "cformer"), **recipe.get("adapter_options", {})},
-        plora=recipe.get("plora", False),
-        freeze_speech_encoder=recipe.get("freeze_speech_encoder", False),
-        speech_padding=recipe.get("speech_padding", "do_not_pad"),
-        audio_token_id=text_config.vocab_size,
-    )
+    speech_type = config.speech_config.model_type
+    if speech_type != "whisper":
+        raise ValueError(f"Costs are estimated for Whisper encoders, but {backbones(recipe)} has {speech_type!r}.")
+    return config
+
+
+def backbones(recipe: dict) -> str:
+    return recipe.get("start_from") or f"{recipe['speech_model']} + {recipe['text_model']}"
 
 
 def build_model(config: BlspKdConfig, dtype: torch.dtype, checkpoints: bool) -> BlspKdForCausalLM:
@@ -438,9 +448,7 @@ def estimate(recipe: dict, assume: Assumptions) -> dict:
 
 
 def print_estimate(figures: dict, recipe: dict, assume: Assumptions):
-    print(
-        f"{recipe['speech_model']} + {recipe['text_model']}\n\n{'parameters, millions':32} {'trained':>9} {'frozen':>9}"
-    )
+    print(f"{backbones(recipe)}\n\n{'parameters, millions':32} {'trained':>9} {'frozen':>9}")
     for part, (trained, frozen) in figures["parameters"].items():
         print(f"  {part:30} {trained / 1e6:9,.1f} {frozen / 1e6:9,.1f}")
     print(f"\n{f'memory of a GPU, clips of {assume.longest_clip_s:g} s':32} {'GB':>9}")

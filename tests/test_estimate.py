@@ -8,6 +8,9 @@ from benchmarks.memory_estimate import ASSUME, compare, estimate, make_config
 from test_examples import EXAMPLES, load_example
 from transformers import HfArgumentParser
 
+from modeling_blsp_kd import BlspKdConfig
+
+TINY_WORLD = EXAMPLES / "tiny_world"
 RECIPES = sorted(path for path in (EXAMPLES / "recipes").glob("*.yaml") if "fsdp" not in path.name)
 # As the Hub shows them: parameters of the LLM, and of Whisper's encoder.
 PUBLISHED = {
@@ -86,6 +89,25 @@ def test_options_of_a_recipe_may_be_mappings(tmp_path, monkeypatch):
         *("--adapter_options", '{"num_pre_layers": 2}', "--plora", "true", "--learning_rate", "1e-4", "--seed", "2")
     ]
     assert train.unfold_recipe(["--seed", "2"]) == ["--seed", "2"] and train.unfold_recipe([]) == []
+
+
+def test_a_model_that_is_trained_further_costs_what_its_parts_cost(tmp_path):
+    parts = {"speech_model": str(TINY_WORLD / "speech_encoder"), "text_model": str(TINY_WORLD / "llm"), "plora": True}
+    stage = {"freeze_speech_encoder": True, "speech_padding": "max_length"}
+    config = estimate.model_config(parts)
+    config.save_pretrained(tmp_path)
+    further = estimate.model_config({"start_from": str(tmp_path), **stage})
+    expected = estimate.model_config({**parts, **stage})
+    assert further.to_diff_dict() == expected.to_diff_dict() != config.to_diff_dict()
+    assert estimate.backbones({"start_from": "me/model"}) == "me/model"
+
+
+def test_encoders_of_other_types_are_refused():
+    config = BlspKdConfig(**{**make_config("tiny", {}).to_dict(), "speech_config": {"model_type": "hubert"}})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(estimate.BlspKdConfig, "from_pretrained", lambda *_, **__: config)
+        with pytest.raises(ValueError, match="estimated for Whisper encoders, but me/model has 'hubert'"):
+            estimate.model_config({"start_from": "me/model"})
 
 
 def test_the_launch_file_is_one_of_accelerate():
