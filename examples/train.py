@@ -163,6 +163,9 @@ def main():
             "--kept_frames encodes each clip once, but --speeds and --noise make another clip of it in every epoch. "
             "Leave out the one or the other."
         )
+    started_from = model_options.start_from and Path(model_options.start_from).resolve()
+    if started_from and started_from.is_dir() and started_from.is_relative_to(Path(args.output_dir).resolve()):
+        raise ValueError(f"--output_dir {args.output_dir} holds the model of --start_from. Give a folder of its own.")
     start = time.time()
     trainer, _, eval_rows = make_trainer(model_options, data_options, args)
     model, processor = trainer.model, trainer.processing_class

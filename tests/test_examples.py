@@ -124,6 +124,16 @@ def test_a_model_is_trained_further(trained, tmp_path):
     assert last["steps"] == 1 and last["data"]["rows"] == 8
 
 
+@pytest.mark.parametrize("inside", ["", "checkpoint-2"])
+def test_further_training_does_not_write_over_where_it_started(trained, inside, monkeypatch):
+    folder, _ = trained
+    train = load_example("train", monkeypatch)
+    start, output = str(folder / "model" / inside), str(folder / "samples" / ".." / "model")
+    monkeypatch.setattr(sys, "argv", ["train.py", "--start_from", start, "--output_dir", output, "--use_cpu", "true"])
+    with pytest.raises(ValueError, match="holds the model of --start_from. Give a folder of its own"):
+        train.main()
+
+
 @pytest.mark.parametrize("thin", [False, True])
 def test_a_further_stage_has_its_own_settings_and_the_models_weights(tmp_path, monkeypatch, thin):
     train = load_example("train", monkeypatch)
