@@ -167,13 +167,14 @@ def main():
     if started_from and started_from.is_dir() and started_from.is_relative_to(Path(args.output_dir).resolve()):
         raise ValueError(f"--output_dir {args.output_dir} holds the model of --start_from. Give a folder of its own.")
     start = time.time()
+    stages_before = stages_of(model_options.start_from) if model_options.start_from else []
     trainer, _, eval_rows = make_trainer(model_options, data_options, args)
     model, processor = trainer.model, trainer.processing_class
     kept_frames = KeptFrames(model.audio_tower, model_options.kept_frames) if model_options.kept_frames else None
     training_start = time.time()
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     results = {"train_seconds": round(time.time() - training_start, 1)}
-    results["training"] = describe_training(trainer, model_options, data_options, eval_rows)
+    results["training"] = describe_training(trainer, model_options, data_options, eval_rows, stages_before)
     trainer.accelerator.wait_for_everyone()  # they may still note skipped rows
     if data_options.skip_bad_audio and trainer.is_world_process_zero():
         results["skipped_rows"] = trainer.train_dataset.hear.skipped.finish()
@@ -387,7 +388,7 @@ def stages_of(model: str) -> list[dict] | None:
     return None if before is None else [*before, last]
 
 
-def describe_training(trainer, model_options, data_options, eval_rows) -> dict:
+def describe_training(trainer, model_options, data_options, eval_rows, stages_before: list[dict] | None) -> dict:
     """Settings and data of this run, for the model card. Hub ids are named, folders of this machine are not."""
     args, is_frozen = trainer.args, model_options.freeze_speech_encoder
 
@@ -403,16 +404,13 @@ def describe_training(trainer, model_options, data_options, eval_rows) -> dict:
         }
 
     data, eval_voices = trainer.train_dataset, {row.get("voice") for row in eval_rows}
-    if model_options.start_from is None:
-        made_from = {part: public_name(getattr(model_options, part)) for part in ("text_model", "speech_model")}
-        before = []
-    else:
-        before = stages_of(model_options.start_from)
-        made_from = {part: before[-1][part] if before else None for part in ("text_model", "speech_model")}
+    made_from = {part: public_name(getattr(model_options, part)) for part in ("text_model", "speech_model")}
+    if model_options.start_from is not None:
+        made_from = {part: stages_before[-1][part] if stages_before else None for part in made_from}
     return {
         **made_from,
         "started_from": model_options.start_from and public_name(model_options.start_from),
-        "before": before,
+        "before": stages_before,
         "data": describe(data.num_rows, data.voices, data_options.train_manifest or data_options.train_mixture),
         "evaluation": describe(len(eval_rows), eval_voices, data_options.eval_manifest) if eval_rows else None,
         "steps": trainer.state.global_step,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmarks import __main__ as benchmark_command
 from benchmarks import report
 from benchmarks.__main__ import BENCHMARKS
 
@@ -52,6 +53,24 @@ def test_huge_pages_are_told_of(value, is_on, tmp_path, monkeypatch):
     where = report.machine(torch.device("cpu"), torch.float32, "wall")
     text = report.write(tmp_path, {**where, "load_average_after": 0.0}, [])
     assert where["huge_pages"] == ("huge pages" in text) == is_on
+
+
+def test_a_run_that_is_stopped_keeps_what_it_has_measured(tmp_path, monkeypatch):
+    measured = []
+
+    def measure(case, *arguments):
+        if case.sweep and any(earlier.sweep for earlier in measured):
+            raise KeyboardInterrupt
+        measured.append(case)
+        return {name: {"times_s": [1], "median_s": 1, "ratios": [1], "peak_bytes": 0} for name in case.candidates}
+
+    monkeypatch.setattr(benchmark_command, "measure", measure)
+    monkeypatch.setattr(torch, "set_num_threads", lambda num_threads: None)  # other tests follow in this process
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--small", "--only", "cif", "--output", str(tmp_path)])
+    with pytest.raises(KeyboardInterrupt):
+        benchmark_command.main()
+    results = json.loads((tmp_path / "benchmarks.json").read_text())["results"]
+    assert [result["case"] for result in results] == [case.name for case in measured] and measured[-1].sweep
 
 
 def test_markdown_has_a_row_for_every_case_and_names_every_candidate(folder):

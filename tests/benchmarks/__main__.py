@@ -56,9 +56,9 @@ def main():
                     "candidates": measure(case, device, options.clock, 0.0 if options.small else 0.05),
                 }
             )
-        # After each part, so that a run that is stopped keeps the others.
-        where["load_average_after"] = os.getloadavg()[0]
-        text = report.write(options.output, where, results)
+            # After each case, so that a run that is stopped keeps the others.
+            where["load_average_after"] = os.getloadavg()[0]
+            text = report.write(options.output, where, results)
     print(text)
     print(f"Written to {options.output}")
 

@@ -68,6 +68,7 @@ def _slopes(results) -> list[dict]:
     return [
         {"benchmark": benchmark, "size": size, "points": points, "slope": _slope(points)}
         for (benchmark, size), points in sweeps.items()
+        if len(points) > 1
     ]
 
 
