@@ -82,15 +82,15 @@ class Assumptions:
 class FakeNumbers(TorchDispatchMode):
     """Fake numbers among real indices: where a sequence ends decides shapes, what a weight is does not.
 
-    Integers and masks that come from no fake number are computed as ever. The one question that the model asks of its
-    numbers (CIF: is an alpha sum 0?) is answered with no.
+    Integers and masks that come from no fake number are computed as ever. The questions that the model asks of its
+    numbers (CIF: is an alpha sum 0, do the frames have much in common?) are answered with no.
     """
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
             return args[0].fake_device  # asked more often than all else together
-        if func is aten.eq.Scalar and isinstance(args[0], FakeTensor):
+        if func in (aten.eq.Scalar, aten.gt.Tensor) and isinstance(args[0], FakeTensor):
             return torch.zeros(args[0].shape, dtype=torch.bool)
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         # What neither takes numbers nor makes them. Where neither a tensor nor a dtype is given, only `arange` may not.
