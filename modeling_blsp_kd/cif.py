@@ -101,7 +101,7 @@ def _through_batch(index, row_length: int):
 
 
 def _few_rows_at_a_time(*tensors):
-    """Half-precision rows are summed in float32, without a float32 copy of all of them at once."""
+    """For rows that are computed with in float32, or centred: without such a copy of all of them at once."""
     return zip(*(tensor.chunk(8) for tensor in tensors))
 
 
@@ -110,8 +110,9 @@ class _Integral(torch.autograd.Function):
 
     The gradient of a frame is the same kind of sum over the tokens that it gave to, and that of a frame's end is how
     much it matters which of two intervals gets more. So either direction reads and writes every frame once, and nothing
-    as large as the frames is made but their gradient. Small clips spend their time on the number of operations, which
-    is why the alphas' gradient is written out too.
+    as large as the frames is made but their gradient. (Half-precision frames are converted a few rows at a time, and so
+    are frames centred, for the alphas' gradient; that comes first, when the frames' gradient is not there yet.) Small
+    clips spend their time on the number of operations, which is why the alphas' gradient is written out too.
     """
 
     @staticmethod
