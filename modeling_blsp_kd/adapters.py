@@ -38,6 +38,8 @@ class AdapterOutput(ModelOutput):
 
 
 def _run_layers(layers, config, hidden_states, mask):
+    if not layers:
+        return hidden_states  # making a mask waits for the device
     attention_mask = create_bidirectional_mask(config, hidden_states, mask)
     for layer in layers:
         hidden_states = layer(hidden_states, attention_mask)

@@ -32,14 +32,15 @@ def frozen(module: nn.Module):
 
     Not in inference mode: FSDP2 keeps what it gathers there, and may not write to it in the student's forward.
     """
-    was_training = [(child, child.training) for child in module.modules()]
-    module.eval()
+    was_training = [child for child in module.modules() if child.training]
+    if was_training:
+        module.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        for child, training in was_training:
-            child.training = training
+        for child in was_training:
+            child.training = True
 
 
 def _gathered_weight(module: nn.Module) -> torch.Tensor:

@@ -7,6 +7,8 @@ out: hearing and the forward pass (`modeling_blsp_kd.py`).
 Shapes: B prompts, L prompt length, P positions in a key-value cache, A audio clips.
 """
 
+from itertools import chain
+
 import torch
 from torch import nn
 from transformers import GenerationMixin, SuppressTokensLogitsProcessor
@@ -228,7 +230,7 @@ class BlspKdGenerationMixin(GenerationMixin):
             ends |= set(eos_token_id) if isinstance(eos_token_id, (list, tuple)) else {eos_token_id}
         return next(
             token_id
-            for token_id in (text_config.bos_token_id, *range(text_config.vocab_size))
+            for token_id in chain([text_config.bos_token_id], range(text_config.vocab_size))
             if token_id is not None and token_id not in ends
         )
 
