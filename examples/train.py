@@ -302,12 +302,6 @@ def build_model(options: ModelOptions, processor, model_class=BlspKdForCausalLM)
     adapter_options = json.loads(options.adapter_options) if options.adapter_options else {}
     if options.adapter_options is None and options.speech_model == TINY_SPEECH_MODEL:
         adapter_options = TINY_ADAPTERS.get(options.adapter, {})
-    reads_encoder = adapter_options.get("num_pre_layers") == 0 and adapter_options.get("frame_stride", 1) == 1
-    if options.adapter == "cformer" and reads_encoder and options.freeze_speech_encoder:
-        raise ValueError(
-            "With num_pre_layers 0 CIF reads its weights off the encoder, so while that is frozen nothing would learn "
-            "the token counts. Leave out --freeze_speech_encoder, or have a pre-CIF layer (or a frame_stride)."
-        )
     return model_class.from_backbones(
         options.speech_model,
         options.text_model,

@@ -23,8 +23,8 @@ class CFormerOptions:
     """Options of `adapter={"type": "cformer", ...}`.
 
     Args:
-        num_pre_layers, num_post_layers (`int`): transformer layers before and after CIF, at least 0. With none before,
-            CIF's weights are a channel of the encoder's own frames, so the encoder must be trained along.
+        num_pre_layers, num_post_layers (`int`): transformer layers before and after CIF, at least 0. With none before
+            and no joined frames, CIF's weights are a channel of the encoder's own frames: train the encoder along.
         num_attention_heads (`int`, *optional*): must divide the encoder width; omitted: the encoder's own.
         ffn_dim (`int`, *optional*): omitted: the encoder's own.
         dropout (`float`): in [0, 1).

@@ -186,6 +186,9 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, DistillationStep, BlspKdGeneratio
 
         Returns:
             [`BlspKdForCausalLM`] with the LLM's generation config.
+
+        Raises:
+            ValueError: an option or a backbone does not fit, or nothing that is trained would learn the token counts.
         """
         speech_kwargs, text_kwargs = dict(speech_kwargs or {}), dict(text_kwargs or {})
         if thin:
@@ -201,6 +204,13 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, DistillationStep, BlspKdGeneratio
             audio_token_id=audio_token_id,
             **config_options,
         )
+        reads_encoder = config.adapter.get("num_pre_layers") == 0 and config.adapter["frame_stride"] == 1
+        if reads_encoder and config.freeze_speech_encoder:
+            raise ValueError(
+                "With num_pre_layers=0 CIF reads its weights off the encoder, so while that is frozen nothing would "
+                "learn the token counts. Set freeze_speech_encoder=False, or have a pre-CIF layer or a frame_stride "
+                "above 1."
+            )
         model = cls(config, audio_tower=audio_tower, language_model=language_model)
         model.upcast_trained()
         if language_model.can_generate():

@@ -316,6 +316,24 @@ def test_from_backbones_takes_the_encoder_out_of_a_whole_whisper(backbones, proc
     assert all(torch.equal(value, expected[name]) for name, value in model.audio_tower.state_dict().items())
 
 
+@pytest.mark.parametrize("freeze, frame_stride", [(True, 1), (True, 2), (False, 1)])
+def test_token_counts_have_something_to_learn_them(freeze, frame_stride, backbones, processor):
+    options = {
+        "audio_token_id": processor.audio_token_id,
+        "adapter": SMALL_CFORMER | {"num_pre_layers": 0, "frame_stride": frame_stride},
+        "freeze_speech_encoder": freeze,
+    }
+    if freeze and frame_stride == 1:
+        with pytest.raises(ValueError, match="nothing would learn the token counts. Set freeze_speech_encoder=False"):
+            BlspKdForCausalLM.from_backbones(*backbones, **options)
+        return
+    model = BlspKdForCausalLM.from_backbones(*backbones, **options).train()
+    features = torch.randn(1, model.config.speech_config.num_mel_bins, 40)
+    model.get_audio_features(features).alpha_sum.sum().backward()
+    learning = {name.split(".")[0] for name, each in model.named_parameters() if each.grad is not None}
+    assert learning == ({"adapter"} if freeze else {"audio_tower"})
+
+
 def test_from_backbones_refuses_what_is_no_whisper(backbones, processor):
     with pytest.raises(ValueError, match="must be of a type among .*, but .* is 'llama'"):
         BlspKdForCausalLM.from_backbones(backbones[1], backbones[1], audio_token_id=processor.audio_token_id)
