@@ -1,0 +1,123 @@
+"""Every path, link, option and Python block of the documents, against what exists, and most Python blocks run."""
+
+import ast
+import contextlib
+import io
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import clip
+
+from modeling_blsp_kd import BlspKdForCausalLM
+from processing import BlspKdProcessor
+
+ROOT = Path(__file__).parent.parent
+TINY_WORLD = ROOT / "examples" / "tiny_world"
+PAGES = ("README.md", "model_card.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))))
+SCRIPTS = tuple(f"examples/{path.name}" for path in sorted((ROOT / "examples").glob("*.py")))
+SPOKEN_CLIP = "outputs/tiny_world_speech/42c1e598c8a08f39bad3.flac"
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_pages_name_only_what_exists(page):
+    text = (ROOT / page).read_text()
+    for path in re.findall(
+        r"`((?:modeling_blsp_kd|processing|examples|tests|docs|\.ci)/[\w./-]*|[\w]+\.(?:md|txt|cfg|toml))`", text
+    ):
+        assert (ROOT / path).exists(), f"{page} names {path}, which does not exist"
+    for link in re.findall(r"\]\((?!https?://|#)([^)]+)\)", text):
+        assert ((ROOT / page).parent / link.split("#")[0]).exists(), f"{page} links to {link}, which does not exist"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_page_but_the_card_can_be_reached_from_the_readme(page):
+    if page.startswith("docs/"):
+        reached = "".join(path.read_text() for path in (ROOT / "docs").glob("*.md") if path != ROOT / page)
+        reached += "".join(f"({Path(link).name})" for link in re.findall(r"\((docs/[^)]+)\)", _readme()))
+        assert f"({Path(page).name})" in reached, f"no page links to {page}"
+
+
+def _readme() -> str:
+    return (ROOT / "README.md").read_text()
+
+
+def test_the_readme_stays_short():
+    assert len(_readme().splitlines()) <= 230
+
+
+@pytest.mark.parametrize("document", [*PAGES, *SCRIPTS])
+def test_documents_name_only_options_that_exist(document):
+    text = (ROOT / document).read_text().replace("\\\n", " ").replace("\\\\", " ")
+    for script, arguments in re.findall(r"(examples/\w+\.py)([^\n`]*)", text):
+        known = _options_of(script)
+        for option in re.findall(r"(?<=\s)--\w+", arguments):
+            assert option in known, f"{document} passes {option} to {script}, which does not know it"
+
+
+def _options_of(script):
+    if script not in _options_of.cache:
+        finished = subprocess.run(
+            [sys.executable, ROOT / script, "--help"], capture_output=True, text=True, timeout=300
+        )
+        assert finished.returncode == 0, finished.stderr[-3000:]
+        _options_of.cache[script] = set(re.findall(r"--\w+", finished.stdout))
+    return _options_of.cache[script]
+
+
+_options_of.cache = {}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_modules_that_pages_run_exist(page):
+    for name in re.findall(r"python -m (tests[.\w]*\w)", (ROOT / page).read_text()):
+        path = ROOT / name.replace(".", "/")
+        assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), f"{page} runs {name}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_python_blocks_can_be_parsed(page):
+    for block in blocks(page, "python"):
+        ast.parse(block)
+
+
+@pytest.fixture
+def where_documents_are_read(tmp_path, monkeypatch):
+    """A folder in which the models and clips that the documents name exist; the models are not trained."""
+    processor = BlspKdProcessor.from_backbones(TINY_WORLD / "speech_encoder", TINY_WORLD / "llm")
+    for folder, options in {"default": {}, "mine": {"thin": True, "plora": True}}.items():
+        model = BlspKdForCausalLM.from_backbones(
+            TINY_WORLD / "speech_encoder",
+            TINY_WORLD / "llm",
+            audio_token_id=processor.audio_token_id,
+            adapter={"type": "cformer", "num_pre_layers": 1, "num_post_layers": 2},
+            **options,
+        )
+        model.save_pretrained(tmp_path / "outputs" / folder)
+        processor.save_pretrained(tmp_path / "outputs" / folder)
+    (tmp_path / SPOKEN_CLIP).parent.mkdir()
+    shutil.copy(TINY_WORLD / "clips" / "soup.flac", tmp_path / SPOKEN_CLIP)
+    (tmp_path / "examples" / "tiny_world").mkdir(parents=True)
+    shutil.copytree(TINY_WORLD / "clips", tmp_path / "examples" / "tiny_world" / "clips")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/generation.md", "docs/checkpoints.md", "docs/demo.md"])
+def test_python_blocks_run(page, where_documents_are_read):
+    row = {"audio": (clip(1.0), 16_000), "text": "two two eight", "response": "two", "instruction": "Name the largest."}
+    namespace = {"rows": [row]}
+    if page == "docs/demo.md":  # it goes on with the model of the README
+        exec(blocks("README.md", "python")[0], namespace)
+    for block in blocks(page, "python"):
+        # The Hub's backbones are the tiny ones here.
+        block = block.replace("openai/whisper-small", str(TINY_WORLD / "speech_encoder"))
+        block = block.replace("Qwen/Qwen2.5-0.5B-Instruct", str(TINY_WORLD / "llm"))
+        with contextlib.redirect_stdout(io.StringIO()):
+            exec(compile(block, page, "exec"), namespace)
