@@ -1,12 +1,14 @@
-"""One distillation step: the LLM reads text prompts and speech prompts, and what it predicts after both is compared.
+"""One distillation step: what the LLM predicts after speech is compared with what it predicts after the text.
 
-Follows arXiv 2405.19041. Runs inside the model's forward, where sharded weights are gathered. Leaves out: the formulas
-(`distillation.py`), and counting over batches and processes (`trainer.py`).
+Follows arXiv 2405.19041. Runs inside the model's forward, where sharded weights are gathered. Leaves out: running the
+LLM (`modeling_blsp_kd.py`), the formulas (`distillation.py`), and counts over batches and processes (`trainer.py`).
 
-Shapes: B prompts, L student and L' teacher length, A audio clips in reading order.
+Shapes: B prompts, L student and L' teacher length, A audio clips in reading order, D LLM width, V vocabulary.
 """
 
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -14,16 +16,30 @@ from torch.distributed.fsdp import FSDPModule
 
 from .distillation import linear_cross_entropy, linear_kl_of_rows, postprocess_logits, predicts_next, quantity_loss
 
-# What each loss part is a mean over, in the order of `num_items_in_batch`.
-RESPONSE_TOKENS, CONTENT_TOKENS, CLIPS = range(3)
+
+class ItemCounts(NamedTuple):
+    """Numbers of items that losses are means over: of one batch, or of an optimiser step over all processes.
+
+    The Trainer hands them to the model as one tensor, `num_items_in_batch`, in this order.
+    """
+
+    response_tokens: torch.Tensor
+    content_tokens: torch.Tensor
+    clips: torch.Tensor
+
+
+# What each loss part is a mean over.
 LOSS_PARTS = {
-    "response_kl": RESPONSE_TOKENS,
-    "input_kl": CONTENT_TOKENS,
-    "quantity": CLIPS,
-    "response_ce": RESPONSE_TOKENS,
-    "transcript_ce": CONTENT_TOKENS,
+    "response_kl": "response_tokens",
+    "input_kl": "content_tokens",
+    "quantity": "clips",
+    "response_ce": "response_tokens",
+    "transcript_ce": "content_tokens",
 }
 KL_OF = {"response": "response_kl", "content": "input_kl"}
+# Losses that read the LLM's states after the text prompt, and after the speech prompt.
+NEED_TEACHER = frozenset(KL_OF.values())
+NEED_STUDENT = NEED_TEACHER | {"response_ce"}
 
 
 @contextmanager
@@ -51,132 +67,200 @@ def _gathered_weight(module: nn.Module) -> torch.Tensor:
     return module.weight
 
 
-class DistillationStep:
-    """The part of [`BlspKdForCausalLM`] that learns."""
+@dataclass(frozen=True)
+class ComparedPrompts:
+    """Which positions of speech prompts (the student's) and text prompts (the teacher's) belong together.
 
-    def _distill(
-        self, student, teacher, labels, is_speech, audio, teacher_is_content, teacher_is_response, num_items_in_batch
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """One distillation step.
+    Args:
+        labels (B, L): response tokens of the student, -100 elsewhere.
+        is_speech (B, L) bool: speech positions of the student.
+        teacher_input_ids (B, L'): the text prompts.
+        teacher_is_content, teacher_is_response (B, L') bool: transcript tokens and response tokens of the teacher.
+    """
 
-        Args:
-            student, teacher (`dict`): what the LLM reads: speech prompts and text prompts.
-            labels, is_speech (B, L): response tokens, and speech positions, of the student.
-            audio ([`BlspKdAudioOutput`]): what the ears made of the clips.
-            teacher_is_content, teacher_is_response (B, L'), num_items_in_batch: see `forward`.
+    labels: torch.LongTensor
+    is_speech: torch.BoolTensor
+    teacher_input_ids: torch.LongTensor
+    teacher_is_content: torch.BoolTensor
+    teacher_is_response: torch.BoolTensor
 
-        Returns:
-            `tuple`: the weighted loss, and its parts by name, each a tensor of sum and count.
-        """
-        weights = self.config.distillation
-        # Evaluation reports every KL that exists; training computes only what the loss weighs.
-        wanted = {name for name in LOSS_PARTS if weights[name]}
-        if not self.training:
-            wanted |= {"response_kl", "input_kl"} if self.adapter.one_to_one else {"response_kl"}
 
-        # `base_model` is the LLM without its head: vocabulary products are taken at the compared positions only.
-        with frozen(self.language_model):
-            teacher_states = self.language_model.base_model(**teacher, use_cache=False).last_hidden_state
-        with self._partial_lora_at(is_speech):
-            student_states = self.language_model.base_model(**student, use_cache=False).last_hidden_state
+@dataclass(frozen=True)
+class OutputHead:
+    """The LLM's output head as the losses take it, and what the LLM does to its logits afterwards.
 
-        predicts_response = predicts_next(labels != -100)
-        teacher_predicts_response = predicts_next(teacher_is_response)
-        compared = {
-            "response": (student_states[predicts_response], teacher_states[teacher_predicts_response]),
-            "content": (student_states[is_speech], teacher_states[teacher_is_content]),
-        }
-        for name in ("response", "content") if self.adapter.one_to_one else ("response",):
-            num_student, num_teacher = (len(states) for states in compared[name])
-            if num_student != num_teacher:
-                raise ValueError(
-                    f"Speech and text prompts must hold the same {name} tokens, but hold {num_student} and "
-                    f"{num_teacher}. Build both with BlspKdDataCollator."
-                )
-        response_states = compared["response"][0]
-        weight, head_options = self._output_head()
+    Args:
+        weight (V, D), bias (V,) or None.
+        scale (`float`): factor on the logits (Cohere's logit_scale, Granite's logits_scaling).
+        softcap (`float` or None): tanh soft-capping of the logits (Gemma's final_logit_softcapping).
+    """
 
-        parts = {}
-        compared = {name: states for name, states in compared.items() if KL_OF[name] in wanted}
-        if compared:
-            # One pass over the vocabulary for the rows of both.
-            student_rows, teacher_rows = (torch.cat(states) for states in zip(*compared.values()))
-            kl = linear_kl_of_rows(student_rows, teacher_rows, weight, weights["temperature"], **head_options)
-            num_rows = [len(states) for states, _ in compared.values()]
-            parts |= {KL_OF[name]: rows.sum() for name, rows in zip(compared, kl.split(num_rows))}
-        if "quantity" in wanted:
-            parts["quantity"] = quantity_loss(audio.alpha_sum, audio.num_speech_tokens)
-        if "response_ce" in wanted:
-            targets = labels[:, 1:][predicts_response[:, :-1]]
-            parts["response_ce"] = linear_cross_entropy(response_states, targets, weight, **head_options)
-        if "transcript_ce" in wanted:
-            # The LLM's token embeddings double as the output matrix of the recogniser.
-            num_slots = audio.pooler_output.shape[1]
-            is_token = torch.arange(num_slots, device=labels.device) < audio.num_speech_tokens[:, None]
-            targets = teacher["input_ids"][teacher_is_content]
-            parts["transcript_ce"] = linear_cross_entropy(
-                audio.pooler_output[is_token], targets, _gathered_weight(self.get_input_embeddings())
-            )
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    scale: float
+    softcap: float | None
 
-        counts = torch.stack(
-            [
-                predicts_response.sum(),
-                teacher_is_content.sum(),
-                torch.tensor(len(audio.num_speech_tokens), device=labels.device),
-            ]
-        )
-        divisors = counts if num_items_in_batch is None else num_items_in_batch.to(counts.device)
-        loss = sum(
-            weights[name] * part / divisors[LOSS_PARTS[name]].clamp(min=1)
-            for name, part in parts.items()
-            if weights[name]
-        )
-        loss_parts = {
-            name: torch.stack([part.detach().float(), counts[LOSS_PARTS[name]].float()]) for name, part in parts.items()
-        }
-        if audio.alpha_sum is not None:
-            miss = (audio.alpha_sum.detach().round().clamp(min=1) - audio.num_speech_tokens).abs()
-            num_clips = counts[CLIPS].float()
-            loss_parts["token_count_accuracy"] = torch.stack([(miss == 0).sum().float(), num_clips])
-            loss_parts["token_count_error"] = torch.stack([miss.sum(), num_clips])
-        return loss, loss_parts
-
-    def _output_head(self) -> tuple[torch.Tensor, dict]:
-        """The LLM's output head as the losses take it. Read anew in each forward: sharding swaps the weight."""
-        head = self.language_model.get_output_embeddings()
+    @classmethod
+    def of(cls, language_model: nn.Module) -> "OutputHead":
+        """Read the head of an LLM. Called anew in each forward, because sharding swaps the weight."""
+        head = language_model.get_output_embeddings()
         if head.weight.is_meta:
             raise ValueError("The LLM's output head is offloaded, so the losses cannot read it. Keep it on a device.")
-        text_config = self.config.get_text_config()
-        scale = getattr(text_config, "logit_scale", None) or 1.0  # Cohere
-        scale /= getattr(text_config, "logits_scaling", None) or 1.0  # Granite
-        softcap = getattr(text_config, "final_logit_softcapping", None)  # Gemma
-        return _gathered_weight(head), {"lm_head_bias": getattr(head, "bias", None), "scale": scale, "softcap": softcap}
+        text_config = language_model.config.get_text_config()
+        scale = getattr(text_config, "logit_scale", None) or 1.0
+        scale /= getattr(text_config, "logits_scaling", None) or 1.0
+        softcap = getattr(text_config, "final_logit_softcapping", None)
+        return cls(_gathered_weight(head), getattr(head, "bias", None), scale, softcap)
 
-    @torch.no_grad()
-    def check_output_head(self):
-        """Make sure that the losses see the same logits as the LLM's own forward returns.
+    @property
+    def options(self) -> dict:
+        """Keyword arguments of [`linear_kl`] and [`linear_cross_entropy`]."""
+        return {"lm_head_bias": self.bias, "scale": self.scale, "softcap": self.softcap}
 
-        The losses read the output head directly, which is only right while they know all that the LLM does to its
-        logits afterwards. The trainer calls this once.
 
-        Raises:
-            ValueError: this LLM does something else.
-        """
-        from peft.utils.integrations import gather_params_ctx  # takes a second, which only training need wait for
+def wanted_losses(weights: dict[str, float], is_training: bool, one_to_one: bool) -> set[str]:
+    """Return the names of the losses to compute.
 
-        input_ids = torch.arange(4, device=self.device)[None]
-        weight, options = self._output_head()
-        bias = options.pop("lm_head_bias")
-        with frozen(self.language_model):
-            own = self.language_model(input_ids=input_ids, use_cache=False).logits.float()
-            states = self.language_model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-            with gather_params_ctx([weight] if bias is None else [weight, bias], modifier_rank=None):  # under ZeRO-3
-                logits = nn.functional.linear(states, weight, bias)
-        difference = (postprocess_logits(logits, **options) - own).abs().max()
-        tolerance = 1e-3 if own.dtype == torch.float32 else 1e-1
-        if not difference <= tolerance * max(1.0, float(own.abs().max())):
-            raise ValueError(
-                f"{type(self.language_model).__name__} treats its logits in a way that the distillation losses do not "
-                f"know (largest difference {float(difference):.3g}); distilling it would be wrong. Known are a scale "
-                "(logit_scale, logits_scaling) and soft-capping (final_logit_softcapping)."
-            )
+    Training computes what the loss weighs. Evaluation also reports every KL that the adapter allows.
+    """
+    wanted = {name for name in LOSS_PARTS if weights[name]}
+    if not is_training:
+        wanted |= NEED_TEACHER if one_to_one else {"response_kl"}
+    return wanted
+
+
+def distillation_loss(
+    prompts: ComparedPrompts,
+    audio,
+    language_model: nn.Module,
+    weights: dict[str, float],
+    wanted: set[str],
+    student_states: torch.FloatTensor | None = None,
+    teacher_states: torch.FloatTensor | None = None,
+    num_items_in_batch: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Weigh and add up the losses of one batch.
+
+    Args:
+        prompts ([`ComparedPrompts`]).
+        audio ([`BlspKdAudioOutput`]): what encoder and adapter made of the clips.
+        language_model (`nn.Module`): its output head and its embeddings are read.
+        weights (`dict`): weight of each loss, and `temperature`.
+        wanted (`set[str]`): of [`wanted_losses`].
+        student_states (B, L, D), teacher_states (B, L', D), *optional*: last hidden states of the LLM after the speech
+            prompts and the text prompts, where `wanted` needs them.
+        num_items_in_batch (`torch.Tensor` of shape (3,), *optional*): [`ItemCounts`] to divide by. Omitted: those of
+            this batch.
+
+    Returns:
+        `tuple`: the weighted loss, and its parts by name, each a tensor of sum and count.
+
+    Raises:
+        ValueError: speech and text prompts hold different numbers of response or content tokens.
+    """
+    predicts_response = predicts_next(prompts.labels != -100)
+    teacher_predicts_response = predicts_next(prompts.teacher_is_response)
+    _check_same_tokens("response", predicts_response, teacher_predicts_response)
+    if audio.alpha_sum is not None:  # one speech token per text token
+        _check_same_tokens("content", prompts.is_speech, prompts.teacher_is_content)
+    parts = {}
+    if wanted & NEED_TEACHER:
+        compared = {
+            "response": (predicts_response, teacher_predicts_response),
+            "content": (prompts.is_speech, prompts.teacher_is_content),
+        }
+        states = {
+            KL_OF[name]: (student_states[in_student], teacher_states[in_teacher])
+            for name, (in_student, in_teacher) in compared.items()
+            if KL_OF[name] in wanted
+        }
+        parts |= _kl_sums(states, OutputHead.of(language_model), weights["temperature"])
+    if "quantity" in wanted:
+        parts["quantity"] = quantity_loss(audio.alpha_sum, audio.num_speech_tokens)
+    if "response_ce" in wanted:
+        head = OutputHead.of(language_model)
+        targets = prompts.labels[:, 1:][predicts_response[:, :-1]]
+        parts["response_ce"] = linear_cross_entropy(
+            student_states[predicts_response], targets, head.weight, **head.options
+        )
+    if "transcript_ce" in wanted:
+        is_token = torch.arange(audio.pooler_output.shape[1], device=prompts.labels.device)
+        vectors = audio.pooler_output[is_token < audio.num_speech_tokens[:, None]]
+        targets = prompts.teacher_input_ids[prompts.teacher_is_content]
+        # The LLM's token embeddings double as the output matrix of the recogniser.
+        embeddings = _gathered_weight(language_model.get_input_embeddings())
+        parts["transcript_ce"] = linear_cross_entropy(vectors, targets, embeddings)
+
+    counts = ItemCounts(
+        response_tokens=predicts_response.sum(),
+        content_tokens=prompts.teacher_is_content.sum(),
+        clips=predicts_response.new_tensor(len(audio.num_speech_tokens), dtype=torch.long),
+    )
+    divisors = counts if num_items_in_batch is None else ItemCounts(*num_items_in_batch.to(prompts.labels.device))
+    loss = sum(
+        weights[name] * part / getattr(divisors, LOSS_PARTS[name]).clamp(min=1)
+        for name, part in parts.items()
+        if weights[name]
+    )
+    loss_parts = {
+        name: torch.stack([part.detach().float(), getattr(counts, LOSS_PARTS[name]).float()])
+        for name, part in parts.items()
+    }
+    if audio.alpha_sum is not None:
+        miss = (audio.alpha_sum.detach().round().clamp(min=1) - audio.num_speech_tokens).abs()
+        num_clips = counts.clips.float()
+        loss_parts["token_count_accuracy"] = torch.stack([(miss == 0).sum().float(), num_clips])
+        loss_parts["token_count_error"] = torch.stack([miss.sum(), num_clips])
+    return loss, loss_parts
+
+
+def _kl_sums(
+    states: dict[str, tuple[torch.Tensor, torch.Tensor]], head: OutputHead, temperature: float
+) -> dict[str, torch.Tensor]:
+    """Return the KL of each pair of student and teacher states, summed over its rows.
+
+    All rows go through the vocabulary in one pass.
+    """
+    student_rows, teacher_rows = (torch.cat(rows) for rows in zip(*states.values()))
+    kl = linear_kl_of_rows(student_rows, teacher_rows, head.weight, temperature, **head.options)
+    num_rows = [len(rows) for rows, _ in states.values()]
+    return {name: rows.sum() for name, rows in zip(states, kl.split(num_rows))}
+
+
+def _check_same_tokens(name: str, in_student: torch.BoolTensor, in_teacher: torch.BoolTensor):
+    num_student, num_teacher = torch.stack([in_student.sum(), in_teacher.sum()]).tolist()
+    if num_student != num_teacher:
+        raise ValueError(
+            f"Speech and text prompts must hold the same {name} tokens, but hold {num_student} and {num_teacher}. "
+            "Build both with BlspKdDataCollator."
+        )
+
+
+@torch.no_grad()
+def check_output_head(language_model: nn.Module):
+    """Make sure that the losses see the same logits as the LLM's own forward returns.
+
+    The losses read the output head directly, which is only right while they know all that the LLM does to its
+    logits afterwards. The trainer calls this once.
+
+    Raises:
+        ValueError: this LLM does something else.
+    """
+    from peft.utils.integrations import gather_params_ctx  # takes a second, which only training need wait for
+
+    input_ids = torch.arange(4, device=language_model.device)[None]
+    head = OutputHead.of(language_model)
+    parameters = [parameter for parameter in (head.weight, head.bias) if parameter is not None]
+    with frozen(language_model):
+        own = language_model(input_ids=input_ids, use_cache=False).logits.float()
+        states = language_model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+        with gather_params_ctx(parameters, modifier_rank=None):  # under ZeRO-3
+            logits = nn.functional.linear(states, head.weight, head.bias)
+    difference = (postprocess_logits(logits, head.scale, head.softcap) - own).abs().max()
+    tolerance = 1e-3 if own.dtype == torch.float32 else 1e-1
+    if not difference <= tolerance * max(1.0, float(own.abs().max())):
+        raise ValueError(
+            f"{type(language_model).__name__} treats its logits in a way that the distillation losses do not know "
+            f"(largest difference {float(difference):.3g}); distilling it would be wrong. Known are a scale "
+            "(logit_scale, logits_scaling) and soft-capping (final_logit_softcapping)."
+        )

@@ -25,7 +25,14 @@ from .adapters import CFormer, Subsampler
 from .backbones import load_audio_tower, load_language_model, without_folder
 from .checkpoint_files import CHECK_CONFIG, check_folder, explained, misfits
 from .configuration_blsp_kd import BlspKdConfig
-from .distillation_step import RESPONSE_TOKENS, DistillationStep, frozen
+from .distillation_step import (
+    NEED_STUDENT,
+    NEED_TEACHER,
+    ComparedPrompts,
+    distillation_loss,
+    frozen,
+    wanted_losses,
+)
 from .generation_blsp_kd import BlspKdGenerationMixin
 from .loudness import find_silence, loudness
 from .plora import ADAPTER_NAME, PartialLora, leave_out_of_peft_model
@@ -122,7 +129,7 @@ class BlspKdPreTrainedModel(PreTrainedModel):
     accepts_loss_kwargs = False
 
 
-class BlspKdForCausalLM(BlspKdPreTrainedModel, DistillationStep, BlspKdGenerationMixin):
+class BlspKdForCausalLM(BlspKdPreTrainedModel, BlspKdGenerationMixin):
     """An LLM with ears.
 
     Args:
@@ -541,6 +548,39 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, DistillationStep, BlspKdGeneratio
     def _partial_lora_at(self, is_speech):
         return nullcontext() if self.plora is None or is_speech is None else self.plora.at(is_speech)
 
+    def _distill(
+        self, student: dict, teacher: dict, prompts: ComparedPrompts, audio: BlspKdAudioOutput, num_items_in_batch
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Run the LLM as far as the losses need it, and compute them.
+
+        Args:
+            student, teacher: what the LLM reads, speech prompts and text prompts.
+            num_items_in_batch: see `forward`.
+
+        Returns:
+            `tuple`: as from [`distillation_loss`].
+        """
+        weights = self.config.distillation
+        wanted = wanted_losses(weights, self.training, self.adapter.one_to_one)
+        student_states = teacher_states = None
+        # `base_model` is the LLM without its head: vocabulary products are taken at the compared positions only.
+        if wanted & NEED_TEACHER:
+            with frozen(self.language_model):
+                teacher_states = self.language_model.base_model(**teacher, use_cache=False).last_hidden_state
+        if wanted & NEED_STUDENT:
+            with self._partial_lora_at(prompts.is_speech):
+                student_states = self.language_model.base_model(**student, use_cache=False).last_hidden_state
+        return distillation_loss(
+            prompts,
+            audio,
+            self.language_model,
+            weights,
+            wanted,
+            student_states=student_states,
+            teacher_states=teacher_states,
+            num_items_in_batch=num_items_in_batch,
+        )
+
     # -- forward ------------------------------------------------------------------------------------------------------
 
     @can_return_tuple
@@ -592,8 +632,8 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, DistillationStep, BlspKdGeneratio
             teacher_is_content, teacher_is_response (`torch.BoolTensor` of shape (B, L')):
                 True at transcript tokens and at response tokens.
             num_items_in_batch (`torch.Tensor` of shape (3,), *optional*):
-                response tokens, content tokens and clips of the whole optimiser step, over all processes. Omitted:
-                those of this batch. Without a teacher: the number of labels, as in any causal LM.
+                [`ItemCounts`] of the whole optimiser step, over all processes. Omitted: those of this batch. Without
+                a teacher: the number of labels, as in any causal LM.
 
         Raises:
             ValueError: placeholders and audios do not fit together, or the distillation inputs do not.
@@ -639,12 +679,13 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, DistillationStep, BlspKdGeneratio
                 raise ValueError("A distillation step needs input_features and labels beside the teacher's inputs.")
             student = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "position_ids": position_ids}
             teacher = {"input_ids": teacher_input_ids, "attention_mask": teacher_attention_mask}
-            loss, loss_parts = self._distill(
-                student, teacher, labels, is_speech, audio, teacher_is_content, teacher_is_response, num_items_in_batch
-            )
+            prompts = ComparedPrompts(labels, is_speech, teacher_input_ids, teacher_is_content, teacher_is_response)
+            loss, loss_parts = self._distill(student, teacher, prompts, audio, num_items_in_batch)
             return BlspKdOutputWithPast(loss=loss, loss_parts=loss_parts)
         if num_items_in_batch is not None:
-            kwargs["num_items_in_batch"] = torch.as_tensor(num_items_in_batch).flatten()[RESPONSE_TOKENS]
+            # A count of labels alone, as from a plain Trainer, stands for response tokens, too.
+            response_tokens, *_ = torch.as_tensor(num_items_in_batch).flatten()
+            kwargs["num_items_in_batch"] = response_tokens
         with self._partial_lora_at(is_speech):
             outputs = self.language_model(
                 input_ids=input_ids,

@@ -18,6 +18,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
 from .checkpoints import ASIDE, choose_checkpoint, publish, remove_old
+from .distillation_step import ItemCounts, check_output_head
 from .termination import TerminationNotice
 
 logger = logging.get_logger(__name__)
@@ -75,7 +76,7 @@ class BlspKdTrainer(Trainer):
         # FSDP's cpu_ram_efficient_loading gives the weights to one process per node, and to the others later.
         has_no_weights_yet = self.is_fsdp_enabled and model.get_output_embeddings().weight.is_meta
         if not (has_no_weights_yet or is_deepspeed_zero3_enabled()):
-            model.check_output_head()
+            check_output_head(model.language_model)
         # forward divides each part by its own count over the whole optimiser step.
         self.model_accepts_loss_kwargs = True
         self._loss_parts = {"train": {}, "eval": {}}
@@ -136,7 +137,7 @@ class BlspKdTrainer(Trainer):
     def _prepare_for_training(self, *args, **kwargs):
         prepared = super()._prepare_for_training(*args, **kwargs)
         if is_deepspeed_zero3_enabled():  # whose shares of weights could not be run before
-            self.accelerator.unwrap_model(self.model).check_output_head()
+            check_output_head(self.accelerator.unwrap_model(self.model).language_model)
         return prepared
 
     def _choose_checkpoint(self, resume_from) -> str:
@@ -169,19 +170,23 @@ class BlspKdTrainer(Trainer):
         return batch if num_own >= num_rows else _first_rows(batch, num_own, self.model.config.audio_token_id)
 
     def _get_num_items_in_batch(self, batch_samples, device):
-        """Response tokens, content tokens and clips of one optimiser step: a tensor of shape (3,)."""
+        """Return the [`ItemCounts`] of one optimiser step as a tensor of shape (3,)."""
         if not batch_samples:
             return None
-        counts = torch.zeros(4, dtype=torch.long, device=device)
+        counts = torch.zeros(len(ItemCounts._fields), dtype=torch.long, device=device)
         for batch in batch_samples:
-            counts[0] += (batch["labels"][:, 1:] != -100).sum().to(device)
-            counts[1] += batch["teacher_is_content"].sum().to(device)
-            counts[2] += len(batch["input_features"])
+            of_batch = ItemCounts(
+                response_tokens=(batch["labels"][:, 1:] != -100).sum(),
+                content_tokens=batch["teacher_is_content"].sum(),
+                clips=torch.tensor(len(batch["input_features"])),
+            )
+            counts += torch.stack([count.to(device) for count in of_batch])
         # Notices of SIGTERM travel with the counts, at no cost: all processes must end at the same step.
-        counts[3] = self._notice.came
-        totals = self.accelerator.reduce(counts, reduction="sum") if self.args.world_size > 1 else counts
-        self._notices = totals[3]
-        return (totals if self.args.average_tokens_across_devices else counts)[:3]
+        totals = torch.cat([counts, counts.new_tensor([self._notice.came])])
+        if self.args.world_size > 1:
+            totals = self.accelerator.reduce(totals, reduction="sum")
+        *_, self._notices = totals
+        return totals[:-1] if self.args.average_tokens_across_devices else counts
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)

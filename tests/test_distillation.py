@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import FAMILIES, make_model, text_config
+from conftest import FAMILIES, make_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling_blsp_kd import distillation
@@ -14,6 +14,7 @@ from modeling_blsp_kd.distillation import (
     predicts_next,
     quantity_loss,
 )
+from modeling_blsp_kd.distillation_step import OutputHead, check_output_head
 
 
 def states(num_rows=7, width=6, vocabulary=11, seed=0, dtype=torch.float32):
@@ -222,18 +223,25 @@ def test_losses_see_the_logits_of_the_llms_own_forward(family):
     """Soft-capped and scaled logits were distilled raw."""
     overrides = {"cohere": {"logit_scale": 0.3}, "granite": {"logits_scaling": 4.0}}.get(family, {})
     model = make_model(family, text=overrides)
-    model.check_output_head()
+    check_output_head(model.language_model)
     input_ids = torch.arange(1, 13)[None]
     own = model.language_model(input_ids=input_ids).logits[0].float()
-    weight, options = model._output_head()
+    head = OutputHead.of(model.language_model)
     hidden = model.language_model.base_model(input_ids=input_ids).last_hidden_state[0]
     targets = torch.arange(12)
-    actual = linear_cross_entropy(hidden, targets, weight, **options)
+    actual = linear_cross_entropy(hidden, targets, head.weight, **head.options)
     torch.testing.assert_close(actual, torch.nn.functional.cross_entropy(own, targets, reduction="sum"))
 
 
-def test_an_llm_with_unknown_logits_is_refused():
-    model = make_model("gemma2")
-    model.config.text_config = text_config("gemma2", final_logit_softcapping=None)
+def test_an_llm_with_unknown_logits_is_refused(monkeypatch):
+    language_model = make_model("gemma2").language_model
+    forward = language_model.forward
+
+    def with_other_logits(*args, **kwargs):
+        outputs = forward(*args, **kwargs)
+        outputs.logits = outputs.logits * 2
+        return outputs
+
+    monkeypatch.setattr(language_model, "forward", with_other_logits)
     with pytest.raises(ValueError, match="Gemma2ForCausalLM treats its logits"):
-        model.check_output_head()
+        check_output_head(language_model)

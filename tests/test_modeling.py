@@ -95,6 +95,39 @@ def test_distillation_step_equals_a_literal_one(family, adapter, collator, rows)
     torch.testing.assert_close(float(output.loss.detach()), loss, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "weights, passes",
+    [
+        ({"transcript_ce": 1.0, "quantity": 1.0}, []),
+        ({"response_ce": 1.0}, ["speech"]),
+        ({"response_kl": 1.0, "transcript_ce": 1.0}, ["text", "speech"]),
+    ],
+)
+def test_the_llm_runs_only_where_a_loss_reads_its_states(weights, passes, collator, rows):
+    """Both passes ran in every step, also for a recognition warm-up, whose losses read the adapter alone."""
+    off = dict.fromkeys(("response_kl", "input_kl", "quantity"), 0.0)
+    model = make_model(plora={"lora_dropout": 0.0}, distillation={**off, **weights}).train()
+    batch, ran = collator(rows), []
+
+    def note(module, args, options):
+        ran.append("text" if options.get("input_ids") is not None else "speech")
+
+    model.language_model.base_model.register_forward_pre_hook(note, with_kwargs=True)
+    output = model(**batch)
+    assert ran == passes
+    output.loss.backward()
+    expected = literal_parts(model, batch)
+    wanted = {name for name, weight in weights.items() if weight}
+    assert wanted == set(output.loss_parts) - {"token_count_accuracy", "token_count_error"}
+    for name in wanted:
+        total = torch.as_tensor(expected[name]).detach()
+        torch.testing.assert_close(float(output.loss_parts[name][0]), float(total), rtol=1e-4, atol=1e-4)
+
+    ran.clear()
+    parts = model.eval()(**batch).loss_parts
+    assert ran == ["text", "speech"] and {"response_kl", "input_kl"} <= set(parts), "evaluation reports every KL"
+
+
 def test_the_same_prompt_in_speech_and_text_gives_zero_kl(collator, rows):
     """Speech tokens that are the transcript's own embeddings leave nothing to distil: shifts and positions agree."""
     model = make_model()
