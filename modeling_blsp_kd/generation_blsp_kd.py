@@ -18,6 +18,7 @@ from transformers.utils import ModelOutput
 
 from .speech_prompt import SpeechPrompt
 from .token_times import text_token_times
+from .versions import CACHE_NAME, CACHE_NAMES, one_cache
 
 
 class _OriginalPromptStreamer(BaseStreamer):
@@ -56,10 +57,11 @@ class BlspKdGenerationMixin(GenerationMixin):
         `output[:, inputs["input_ids"].shape[1]:]` are the new tokens. `max_length` counts LLM positions, speech
         tokens included; `max_new_tokens` is unaffected. Without audio this is the LLM's own `generate`.
 
-        A conversation goes on from `past_key_values` in two ways. With the attention mask of the prompts alone, (B, L),
-        the prompts are whole conversations with all their audios, and what the cache holds of them is not read again.
-        With that of P cached and L new positions, (B, P + L), prompts and audios are the last generated token and the
-        new turn. The mask of the cached positions, (B, P), is `past_key_values.attention_mask` of the output.
+        A conversation goes on from a key-value cache (`past_key_values` or `cache`, which are the same) in two ways.
+        With the attention mask of the prompts alone, (B, L), the prompts are whole conversations with all their audios,
+        and what the cache holds of them is not read again. With that of P cached and L new positions, (B, P + L),
+        prompts and audios are the last generated token and the new turn. The mask of the cached positions, (B, P), is
+        `past_key_values.attention_mask` of the output.
 
         Args:
             input_ids, attention_mask (B, L): prompts, left-padded; from the processor.
@@ -78,6 +80,9 @@ class BlspKdGenerationMixin(GenerationMixin):
                 cache, or there are no timestamps for them.
         """
         input_ids = kwargs.pop("input_ids", inputs)
+        cache = one_cache(*(kwargs.pop(name, None) for name in CACHE_NAMES))
+        if cache is not None:
+            kwargs[CACHE_NAME] = cache
         audio_options = {name: kwargs.pop(name, None) for name in ("input_features_mask", "num_speech_tokens")}
         defaults = generation_config or self.generation_config
         settings = {name: kwargs.get(name, getattr(defaults, name)) for name in ("eos_token_id", "pad_token_id")}
@@ -104,7 +109,7 @@ class BlspKdGenerationMixin(GenerationMixin):
         prompt, audio, expanded = self._expand_inputs(
             input_ids,
             input_features,
-            kwargs.get("past_key_values"),
+            cache,
             output_token_times=return_timestamps,
             **audio_options,
             **prompt_options,
@@ -260,9 +265,9 @@ class BlspKdGenerationMixin(GenerationMixin):
             prompt_length (`int`): how much of each sequence is prompt.
             settings (`dict`): `eos_token_id` and `pad_token_id` of this call.
         """
-        if not isinstance(output, GenerateDecoderOnlyOutput) or output.past_key_values is None:
+        if not isinstance(output, GenerateDecoderOnlyOutput) or CACHE_NAME not in output:
             return
-        cache, answers = output.past_key_values, output.sequences[:, prompt_length:]
+        cache, answers = output[CACHE_NAME], output.sequences[:, prompt_length:]
         num_cached = int(cache.get_seq_length())
         if prompt_mask is None and len(answers) > 1:
             cache.attention_mask = None  # transformers guessed where padding is
@@ -291,13 +296,21 @@ class BlspKdGenerationMixin(GenerationMixin):
         return processors
 
     def prepare_inputs_for_generation(
-        self, input_ids, inputs_embeds=None, past_key_values=None, speech_embeds=None, is_speech=None, **kwargs
+        self,
+        input_ids,
+        inputs_embeds=None,
+        past_key_values=None,
+        cache=None,
+        speech_embeds=None,
+        is_speech=None,
+        **kwargs,
     ):
+        cache = one_cache(past_key_values, cache)
         inputs = super().prepare_inputs_for_generation(
-            input_ids, inputs_embeds=inputs_embeds, past_key_values=past_key_values, **kwargs
+            input_ids, inputs_embeds=inputs_embeds, **{CACHE_NAME: cache}, **kwargs
         )
         # Speech is part of the prompt: once that is in the cache, all is plain text.
-        num_past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        num_past = 0 if cache is None else int(cache.get_seq_length())
         if is_speech is not None and num_past < is_speech.shape[1]:
             inputs |= {"speech_embeds": speech_embeds, "is_speech": is_speech}
         return inputs

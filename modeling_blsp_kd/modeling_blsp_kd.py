@@ -49,6 +49,7 @@ from .speech_prompt import SpeechPrompt, check_placeholders, cut_out, find_place
 from .speech_windows import is_within, per_clip, regroup, split_into_windows
 from .thin_checkpoints import identify, is_thin, load_thin, trained_names
 from .token_times import token_times
+from .versions import CACHE_NAME, CACHE_NAMES, one_cache
 
 ADAPTER_CLASSES = {"cformer": CFormer, "subsampler": Subsampler}
 
@@ -119,7 +120,7 @@ class BlspKdPreTrainedModel(PreTrainedModel):
     input_modalities = ("audio", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["WhisperEncoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = list(CACHE_NAMES)
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -604,6 +605,7 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, BlspKdGenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
+        cache=None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BlspKdOutputWithPast:
         """Predict next tokens after text and speech, or compute the distillation loss.
@@ -616,6 +618,8 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, BlspKdGenerationMixin):
                 a key-value cache (B, P + L), as in all causal LMs.
             position_ids (`torch.LongTensor` of shape (B, L), *optional*):
                 of the prompts as given; with audio they move on by the positions that the audio adds.
+            past_key_values, cache (`Cache`, *optional*): a key-value cache, by either of its names. transformers calls
+                it `past_key_values` up to 5.23 and `cache` from 5.24 on.
             input_features, input_features_mask: the audio clips, see [`~BlspKdForCausalLM.get_audio_features`].
             num_speech_tokens (`torch.LongTensor` of shape (A,), *optional*):
                 token counts that CIF must fire (the transcripts' own, in training). With them, the prompt may also
@@ -638,9 +642,10 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, BlspKdGenerationMixin):
         Raises:
             ValueError: placeholders and audios do not fit together, or the distillation inputs do not.
         """
+        cache = one_cache(past_key_values, cache)
         if teacher_input_ids is not None and not self.adapter.one_to_one:
             num_speech_tokens = None  # the transcripts' lengths do not bind an adapter of a fixed rate
-        num_past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        num_past = 0 if cache is None else int(cache.get_seq_length())
         audio = None
         if input_features is not None:
             if speech_embeds is not None:
@@ -691,20 +696,20 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, BlspKdGenerationMixin):
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 inputs_embeds=inputs_embeds,
                 labels=labels,
                 use_cache=use_cache,
                 logits_to_keep=logits_to_keep,
                 return_dict=True,
+                **{CACHE_NAME: cache},
                 **kwargs,
             )
         return BlspKdOutputWithPast(
             loss=outputs.loss,
             logits=outputs.logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
 
 

@@ -1,0 +1,23 @@
+"""What differs between the versions of transformers that this code runs with.
+
+Versions are compared here and nowhere else, so that code can be the same for all of them. A published model ships this
+file, because it runs with the transformers of whoever loads it.
+"""
+
+import transformers
+from packaging.version import Version
+
+CACHE_NAMES = ("past_key_values", "cache")
+# transformers 5.24 renamed the key-value cache: as an argument of forward and of generate, and in their outputs.
+CACHE_NAME = "cache" if Version(transformers.__version__) >= Version("5.24.0.dev0") else "past_key_values"
+
+
+def one_cache(past_key_values, cache):
+    """Return the key-value cache that a caller passed by either name; None if there is none.
+
+    Raises:
+        ValueError: there is one by each name.
+    """
+    if past_key_values is not None and cache is not None:
+        raise ValueError("Pass the key-value cache once: as past_key_values or as cache, not as both.")
+    return cache if past_key_values is None else past_key_values
