@@ -120,7 +120,6 @@ GENERAL_OPTIONS = {
     "_experts_implementation",
     "_name_or_path",
     "attn_implementation",
-    "custom_pipelines",
     "experts_implementation",
     "model_type",
     "name_or_path",
@@ -145,6 +144,14 @@ ADAPTERS = {"cformer": CFormerOptions, "subsampler": SubsamplerOptions}
 SPEECH_ENCODERS = ("whisper", "wav2vec2", "hubert", "wavlm", "wav2vec2-bert", "parakeet_encoder")
 SPEECH_PADDINGS = ("do_not_pad", "max_length")
 BACKBONES = ("audio_tower", "language_model")
+# Where `pipeline` finds the code of its tasks, which the processor saves beside itself.
+CUSTOM_PIPELINES = {
+    "audio-text-to-text": {"impl": "pipeline_blsp_kd.BlspKdPipeline", "pt": ["AutoModelForCausalLM"]},
+    "automatic-speech-recognition": {
+        "impl": "pipeline_blsp_kd.BlspKdSpeechRecognitionPipeline",
+        "pt": ["AutoModelForCausalLM"],
+    },
+}
 
 
 def _options(options_class, given: dict, where: str):
@@ -197,6 +204,7 @@ class BlspKdConfig(PreTrainedConfig):
         backbones (`dict`, *optional*): makes checkpoints thin: they hold only what was trained, and the rest is
             fetched from here. For each of `audio_tower` and `language_model`: `name_or_path` (Hub id or folder) and
             `revision` (commit, or checksum of a folder's weights). Set by `from_backbones(thin=True)`.
+        custom_pipelines (`dict`, *optional*): further tasks than `CUSTOM_PIPELINES`, in the same form.
 
     Raises:
         ValueError: an unknown or contradictory option.
@@ -207,6 +215,8 @@ class BlspKdConfig(PreTrainedConfig):
         "speech_config": SubConfigSpec(AutoConfig, "whisper"),
         "text_config": SubConfigSpec(AutoConfig, "llama"),
     }
+    # Tasks that an installed package has registered its own pipelines for, so that no code beside weights is needed.
+    registered_tasks: ClassVar = ()
 
     speech_config: Any = None
     text_config: Any = None
@@ -219,6 +229,7 @@ class BlspKdConfig(PreTrainedConfig):
     audio_token_id: int = 0
     backbones: Any = None
     auto_map: Any = None
+    custom_pipelines: Any = None
 
     def __post_init__(self, **kwargs):
         unknown = sorted(set(kwargs) - GENERAL_OPTIONS)
@@ -273,6 +284,13 @@ class BlspKdConfig(PreTrainedConfig):
                 "AutoModelForCausalLM": model,
                 "AutoModelForMultimodalLM": model,
             }
+        _require(
+            self.custom_pipelines is None or isinstance(self.custom_pipelines, dict),
+            "custom_pipelines must be None, or give the code of each task",
+            self.custom_pipelines,
+        )
+        pipelines = {**CUSTOM_PIPELINES, **(self.custom_pipelines or {})}
+        self.custom_pipelines = {task: code for task, code in pipelines.items() if task not in self.registered_tasks}
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
@@ -295,7 +313,8 @@ class BlspKdConfig(PreTrainedConfig):
     def to_dict(self):
         # Libraries set attributes of their own on configs. In a file they would be unknown options.
         unknown = set(self.__dict__) - set(self.__class__.__dataclass_fields__) - GENERAL_OPTIONS
-        return {name: value for name, value in super().to_dict().items() if name not in unknown}
+        known = {name: value for name, value in super().to_dict().items() if name not in unknown}
+        return {**known, "custom_pipelines": {**CUSTOM_PIPELINES, **self.custom_pipelines}}
 
     def _check_speech_encoder(self):
         model_type = self.speech_config.model_type

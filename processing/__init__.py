@@ -1,8 +1,8 @@
 """BLSP-KD's input side: the processor, the training collator and the pipelines.
 
 Importing it registers the processor with `AutoProcessor`, and the task "audio-text-to-text" with `pipeline`. The task
-"automatic-speech-recognition" is transformers' own and stays so: there, pass `pipeline_class`, or load a published
-model, which names its pipelines itself.
+"automatic-speech-recognition" is transformers' own and stays so: there, pass `trust_remote_code=True`, since a saved
+model brings its pipelines, or `pipeline_class`.
 """
 
 from transformers import AutoModelForCausalLM, AutoProcessor
@@ -17,5 +17,6 @@ from .processing_blsp_kd import BlspKdProcessor
 AutoProcessor.register(BlspKdConfig, BlspKdProcessor)
 # transformers has no pipeline of this name, so that no other model loses its own.
 PIPELINE_REGISTRY.register_pipeline("audio-text-to-text", BlspKdPipeline, pt_model=AutoModelForCausalLM)
+BlspKdConfig.registered_tasks = ("audio-text-to-text",)
 
 __all__ = ["BlspKdDataCollator", "BlspKdPipeline", "BlspKdProcessor", "BlspKdSpeechRecognitionPipeline"]

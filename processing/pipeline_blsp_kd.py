@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
-from transformers.dynamic_module_utils import custom_object_save
 from transformers.pipelines.base import ChunkPipeline
 from transformers.utils.chat_template_utils import Chat
 
@@ -28,14 +27,6 @@ GENERATE_ARGUMENTS = (
     "assistant_model",
     "streamer",
 )
-# What `config.custom_pipelines` of a published model says, so that `pipeline` finds this file.
-CUSTOM_PIPELINES = {
-    "audio-text-to-text": {"impl": "pipeline_blsp_kd.BlspKdPipeline", "pt": ["AutoModelForCausalLM"]},
-    "automatic-speech-recognition": {
-        "impl": "pipeline_blsp_kd.BlspKdSpeechRecognitionPipeline",
-        "pt": ["AutoModelForCausalLM"],
-    },
-}
 # A rest of a recording that is shorter than this stays with the chunk before it.
 SHORTEST_CHUNK_S = 0.1
 # Long recordings are cut into chunks, but all of their samples are held at once: 0.9 GB at 16 kHz.
@@ -242,11 +233,9 @@ class BlspKdPipeline(ChunkPipeline):
                     answers = []
 
     def save_pretrained(self, save_directory, **kwargs):
-        """Save model, processor and the code of the pipelines. transformers' own would leave the processor out."""
-        self.model.config.custom_pipelines = CUSTOM_PIPELINES
+        """Save model and processor, which bring their code. transformers' own would leave the processor out."""
         self.model.save_pretrained(save_directory, **kwargs)
         self.processor.save_pretrained(save_directory, **kwargs)
-        custom_object_save(self, save_directory)
 
 
 class BlspKdSpeechRecognitionPipeline(BlspKdPipeline):

@@ -18,6 +18,7 @@ from transformers.processing_utils import AudioKwargs, ProcessingKwargs, Process
 from transformers.utils import logging
 
 from .audio_loading import load_audio
+from .pipeline_blsp_kd import BlspKdPipeline  # noqa: F401 (saved with a processor are the files that this one imports)
 
 logger = logging.get_logger(__name__)
 

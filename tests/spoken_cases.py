@@ -2,17 +2,12 @@
 
 import base64
 import io
-import re
-import shutil
 import struct
 from pathlib import Path
 
 import numpy as np
 import soundfile
 from conftest import SAMPLING_RATE, clip, make_model
-
-import processing
-from processing.pipeline_blsp_kd import CUSTOM_PIPELINES
 
 INSTRUCTION = "repeat the words"
 # The smallest first box of an MP4 file, and of a Matroska one.
@@ -32,17 +27,9 @@ def make_readable_model(processor):
 
 
 def make_repository(folder: Path, processor) -> Path:
-    """A model as it lies on the Hub: saved, with its pipelines and all files that these import."""
-    model = make_readable_model(processor)
-    model.config.custom_pipelines = CUSTOM_PIPELINES
-    model.save_pretrained(folder)
+    """A model as it lies on the Hub."""
+    make_readable_model(processor).save_pretrained(folder)
     processor.save_pretrained(folder)
-    missing = ["pipeline_blsp_kd"]
-    while missing:
-        path = Path(processing.__file__).parent / f"{missing.pop()}.py"
-        shutil.copy(path, folder)
-        imported = re.findall(r"^from \.(\w+) import", path.read_text(), re.M)
-        missing += [name for name in imported if not (folder / f"{name}.py").exists()]
     return folder
 
 

@@ -8,6 +8,7 @@ from conftest import FAMILIES, make_config, speech_config, text_config
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, WhisperConfig
 
 from modeling_blsp_kd import BlspKdConfig, BlspKdForCausalLM
+from modeling_blsp_kd.configuration_blsp_kd import CUSTOM_PIPELINES
 
 AUTHORS_CFORMER = {
     "type": "cformer",
@@ -127,6 +128,21 @@ def test_every_auto_class_finds_the_model():
     assert auto_map["AutoConfig"] == "configuration_blsp_kd.BlspKdConfig"
     for name in ("AutoModel", "AutoModelForCausalLM", "AutoModelForMultimodalLM"):
         assert auto_map[name] == "modeling_blsp_kd.BlspKdForCausalLM"
+
+
+def test_a_saved_config_names_all_pipelines_and_a_loaded_one_those_that_are_not_registered(tmp_path, monkeypatch):
+    """`pipeline` knew no task of a model that was trained, only those of one that was published."""
+    own = {"impl": "my_pipeline.Translator", "pt": ["AutoModelForCausalLM"]}
+    given = config(custom_pipelines={"translation": own})
+    given.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())["custom_pipelines"]
+    assert written == {**CUSTOM_PIPELINES, "translation": own}
+    assert BlspKdConfig.registered_tasks == ("audio-text-to-text",), "by the package `processing`"
+    assert set(given.custom_pipelines) == {"automatic-speech-recognition", "translation"}
+    monkeypatch.setattr(BlspKdConfig, "registered_tasks", ())
+    assert BlspKdConfig.from_pretrained(tmp_path).custom_pipelines == written
+    with pytest.raises(ValueError, match="custom_pipelines must be None, or give the code of each task, got 'asr'"):
+        config(custom_pipelines="asr")
 
 
 # -- round trips ------------------------------------------------------------------------------------------------------

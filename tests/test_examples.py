@@ -12,6 +12,8 @@ import soundfile
 import torch
 from conftest import clip
 from safetensors.torch import load_file
+from test_hub_loading import ELSEWHERE, run_python
+from transformers import pipeline
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
@@ -80,6 +82,35 @@ def test_infer_answers_a_file(trained):
     audio = next((folder / "clips").glob("*.flac"))
     output = run(EXAMPLES / "infer.py", "--model", folder / "model", "--audio", audio, "--instruction", "Say it again.")
     assert output.strip()
+
+
+# Runs in a process of its own, that cannot import this package.
+ASK = f"""
+import runpy
+import sys
+
+runpy.run_path({str(ELSEWHERE)!r})["leave_package_and_network"]()
+from transformers import pipeline
+
+for folder in sys.argv[2:]:
+    for task in ("audio-text-to-text", "automatic-speech-recognition"):
+        pipe = pipeline(task, model=folder, trust_remote_code=True)
+        print(list(pipe(sys.argv[1], instruction="Say it again.", do_sample=False).values()))
+"""
+
+
+def test_what_training_saves_works_in_pipelines(trained, tmp_path):
+    """On a trained model "audio-text-to-text" was an unknown task, and speech recognition a wall of tracebacks."""
+    folder, _ = trained
+    audio, saved = next((folder / "clips").glob("*.flac")), [folder / "model", folder / "model" / "checkpoint-2"]
+    told = run_python(ASK, audio, *saved, folder=tmp_path, HF_HUB_OFFLINE="1").splitlines()
+    expected = []
+    for path in map(str, saved):
+        ask = pipeline("audio-text-to-text", model=path)
+        transcribe = pipeline("automatic-speech-recognition", model=path, trust_remote_code=True)
+        for pipe in (ask, transcribe):
+            expected.append(str(list(pipe(str(audio), instruction="Say it again.", do_sample=False).values())))
+    assert told == expected and all(len(answer) > len("['']") for answer in told)
 
 
 def test_training_from_a_manifest_makes_the_missing_responses(tmp_path):
