@@ -1,26 +1,23 @@
 """Audio from anywhere (path, bytes, base64, array) to mono float32 at the rate that the speech encoder wants.
 
-Decoding is libsndfile's (wav, flac, ogg/opus, mp3), resampling is soxr's. Leaves out: URLs (`url_fetching.py`), video
-containers, and features, which the feature extractor makes.
+Decodes files with `audio_decoding.py`, and resamples with soxr. Leaves out: URLs (`url_fetching.py`), and features,
+which the feature extractor makes.
 """
 
 import base64
 import binascii
-import io
 import os
-from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
-import soundfile
 import soxr
+
+from .audio_decoding import MAGIC_BYTES, MAX_CHANNELS, container_of, decoded, full_scale, too_long
 
 # Quieter than three steps of 16-bit audio: a muted microphone, not speech.
 SILENCE_PEAK = 1e-4
 MAX_DURATION_S = 600.0
-MAX_CHANNELS = 8
-# Files are mixed and resampled piece by piece: many channels of a high rate would take many times the result's memory.
-BLOCK_FRAMES = 65_536
+# 30 dB above full scale: recordings clip a little above 1, but these are integers that were made floats.
+LOUDEST_PEAK = 32.0
 
 
 def load_audio(
@@ -32,12 +29,15 @@ def load_audio(
         audio: one of
             - `str` or `os.PathLike`: an audio file;
             - `str` that begins with `data:`: a data URL, `data:audio/wav;base64,...`;
-            - `bytes`, or an object whose `read()` returns them: the contents of an audio file;
+            - `bytes`, `memoryview`, or an object whose `read()` returns them: the contents of an audio file; so is a
+              uint8 array that begins as one does;
             - `dict`: `{"array", "sampling_rate"}` (or `"raw"` for `"array"`), `{"base64"}`, or `{"bytes"}` and/or
               `{"path"}`, as in `datasets`;
             - `(array, sampling_rate)`;
+            - torchcodec's `AudioDecoder`, which rows of `datasets` hold;
             - an array (numpy, torch, list) of `source_rate`: 1-D, or 2-D with the channels as its shorter side;
-              integers are taken as full scale of their type.
+              floats are within [-1, 1], integers are full scale of their type (64 bits are refused: a list of
+              integers does not tell their width).
         sampling_rate (`int`): rate of the result, Hz.
         source_rate (`int`, *optional*): rate of a bare array, Hz. Omitted: it already has `sampling_rate`.
         max_duration_s (`float`): longest clip accepted, seconds.
@@ -47,32 +47,48 @@ def load_audio(
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not decodable, empty, silent, not finite, longer than `max_duration_s`, or of a bad rate or shape.
+        ValueError: not decodable, empty, silent, not finite, of another range, longer than `max_duration_s`, or of a
+            bad rate or shape.
         TypeError: none of the kinds above.
     """
     if isinstance(audio, dict):
         audio, source_rate = _of_dict(audio, source_rate)
     elif isinstance(audio, tuple) and len(audio) == 2 and np.ndim(audio[1]) == 0 and np.ndim(audio[0]) > 0:
         audio, source_rate = audio
+    elif hasattr(audio, "get_all_samples"):
+        audio, source_rate = _of_decoder(audio, max_duration_s)
     if isinstance(audio, str) and audio.startswith("data:"):
         audio = _of_base64(_after_comma(audio))
     elif hasattr(audio, "read") and not isinstance(audio, os.PathLike):
         audio = audio.read()
         if not isinstance(audio, bytes):
             raise TypeError(f"Expected an audio file opened in binary mode ('rb'), but reading it gave {type(audio)}.")
+    elif isinstance(audio, memoryview) and audio.itemsize == 1:
+        audio = audio.tobytes()
+    if not isinstance(audio, (str, os.PathLike, bytes, bytearray)):
+        audio = _as_array(audio)
+        is_bytes = audio.dtype == np.uint8 and audio.ndim == 1
+        if is_bytes and container_of(audio[:MAGIC_BYTES].tobytes()):  # a file that was read into an array
+            audio = audio.tobytes()
 
-    if isinstance(audio, (str, os.PathLike, bytes, bytearray)):
-        name, source = _open(audio)
-        blocks, source_rate = _decode(source, name, max_duration_s)
-    else:
+    if isinstance(audio, np.ndarray):
         waveform, name = _as_float(audio), "the audio array"
         blocks = [waveform.mean(axis=1) if waveform.ndim == 2 else waveform]
-        source_rate = sampling_rate if source_rate is None else source_rate
-    if not isinstance(source_rate, (int, np.integer)) or not 1000 <= source_rate <= 768_000:
-        raise ValueError(
-            f"The sampling rate of {name} must be a whole number of Hz (1000 to 768000), got {source_rate!r}."
-        )
-    return _join(blocks, int(source_rate), sampling_rate, name, max_duration_s)
+        return _join(blocks, sampling_rate if source_rate is None else source_rate, sampling_rate, name, max_duration_s)
+    with decoded(audio, max_duration_s) as (name, blocks, source_rate):
+        return _join(blocks, source_rate, sampling_rate, name, max_duration_s)
+
+
+def _of_decoder(decoder, max_duration_s: float):
+    """Return the samples and the rate of torchcodec's `AudioDecoder`, which rows of `datasets` hold."""
+    duration_s = getattr(getattr(decoder, "metadata", None), "duration_seconds", None)
+    if duration_s is not None and duration_s > max_duration_s:
+        raise ValueError(too_long("the audio of the decoder", duration_s, max_duration_s))
+    try:
+        samples = decoder.get_all_samples()
+    except RuntimeError as error:
+        raise ValueError(f"The audio of {type(decoder).__name__} cannot be decoded: {error}") from error
+    return samples.data.T, samples.sample_rate
 
 
 def _of_dict(audio: dict, source_rate):
@@ -110,17 +126,26 @@ def _of_base64(text) -> bytes:
 
 def _join(blocks, source_rate: int, sampling_rate: int, name: str, max_duration_s: float) -> np.ndarray:
     """Check and resample mono blocks, and join them."""
-    resampler = None
+    if not isinstance(source_rate, (int, np.integer)) or not 1000 <= source_rate <= 768_000:
+        raise ValueError(
+            f"The sampling rate of {name} must be a whole number of Hz (1000 to 768000), got {source_rate!r}."
+        )
+    source_rate, resampler = int(source_rate), None
     if source_rate != sampling_rate:
         resampler = soxr.ResampleStream(source_rate, sampling_rate, 1, dtype="float32")
     num_samples, peak, pieces = 0, 0.0, [np.zeros(0, np.float32)]
     for block in blocks:
         num_samples += len(block)
         if num_samples / source_rate > max_duration_s:
-            raise ValueError(_too_long(name, num_samples / source_rate, max_duration_s))
+            raise ValueError(too_long(name, num_samples / source_rate, max_duration_s))
         if not np.isfinite(block).all():
             raise ValueError(f"{name} holds NaN or infinite samples. Expected finite floats, usually within [-1, 1].")
         peak = max(peak, np.abs(block).max(initial=0.0))
+        if peak > LOUDEST_PEAK:
+            raise ValueError(
+                f"{name} is far too loud: a sample of {peak:g}. Expected floats within [-1, 1]. If these are integers "
+                "that were made floats, divide them by the full scale of their type, 32768 for 16 bits."
+            )
         pieces.append(block if resampler is None else resampler.resample_chunk(block))
     if num_samples == 0:
         raise ValueError(f"{name} is empty (0 samples). Remove it, or record it again.")
@@ -136,85 +161,30 @@ def _join(blocks, source_rate: int, sampling_rate: int, name: str, max_duration_
         raise ValueError(
             f"{name} is too short: {num_samples} sample(s) of {source_rate} Hz are none at {sampling_rate}."
         )
-    if not np.isfinite(waveform).all():  # finite samples near the limit of float32, which resampling adds up
-        raise ValueError(f"{name} is too loud to resample: a sample of {peak:g}. Expected floats within [-1, 1].")
     return waveform
 
 
-def _too_long(name, duration_s, max_duration_s) -> str:
-    return (
-        f"{name} lasts {duration_s:.2f} s, but a clip may last at most {max_duration_s:g} s. Split it into shorter "
-        "clips."
+def _as_array(audio) -> np.ndarray:
+    """Return array-like samples as an array of numbers."""
+    if hasattr(audio, "detach"):
+        audio = audio.detach().cpu()
+        audio = (audio.float() if audio.is_floating_point() else audio).numpy()  # numpy has no bfloat16
+    try:
+        samples = np.asarray(audio)
+        if np.issubdtype(samples.dtype, np.integer) or np.issubdtype(samples.dtype, np.floating):
+            return samples
+    except ValueError:  # rows of different lengths
+        pass
+    raise TypeError(
+        "Expected audio as a path, bytes, dict, (array, sampling_rate), AudioDecoder or an array of numbers, got "
+        f"{type(audio)}."
     )
 
 
-def _open(audio) -> tuple[str, Path | io.BytesIO]:
-    """The name of a file or its bytes, for messages, and what libsndfile reads."""
-    if isinstance(audio, (bytes, bytearray)):
-        return f"the audio of {len(audio)} bytes", io.BytesIO(bytes(audio))
-    name = str(audio)
-    if "://" in name:
-        raise ValueError(f"Audio is read from files, not from URLs, got {name!r}. Download it first.")
-    try:
-        exists = Path(audio).is_file()
-    except ValueError:  # a null byte
-        exists = False
-    except OSError as error:
-        raise FileNotFoundError(f"{name[:100]!r}... cannot be an audio file: {error.strerror}.") from error
-    if not exists:
-        raise FileNotFoundError(f"Audio file not found: {name!r}.")
-    return name, Path(audio)
-
-
-def _decode(source, name: str, max_duration_s: float):
-    """The mono blocks of a file, float32, read as they are asked for, and its rate."""
-    with _naming(name):
-        file = soundfile.SoundFile(source)
-    # Asked of the header first, so that an absurd length is refused before it is read.
-    if file.channels > MAX_CHANNELS or file.frames / file.samplerate > max_duration_s:
-        file.close()
-        if file.channels > MAX_CHANNELS:
-            raise ValueError(f"{name} has {file.channels} channels. Expected at most {MAX_CHANNELS}.")
-        raise ValueError(_too_long(name, file.frames / file.samplerate, max_duration_s))
-
-    def blocks():
-        with file, _naming(name):
-            for block in file.blocks(BLOCK_FRAMES, dtype="float32", always_2d=True):
-                yield block.mean(axis=1)
-
-    return blocks(), file.samplerate
-
-
-@contextmanager
-def _naming(name: str):
-    """Turn libsndfile's errors into ones that name the clip and say what is expected."""
-    try:
-        yield
-    except soundfile.LibsndfileError as error:
-        raise ValueError(
-            f"{name} cannot be decoded: {error.error_string.rstrip('.')}. Expected wav, flac, ogg/opus or mp3; is it "
-            "damaged, or another format?"
-        ) from error
-
-
-def _as_float(audio) -> np.ndarray:
-    """Array-like samples to float32, (num_samples,) or (num_samples, num_channels)."""
-    if hasattr(audio, "detach"):
-        audio = audio.detach().cpu().numpy()
-    try:
-        waveform = np.asarray(audio)
-        numeric = np.issubdtype(waveform.dtype, np.integer) or np.issubdtype(waveform.dtype, np.floating)
-    except ValueError:
-        numeric = False
-    if not numeric:
-        raise TypeError(
-            f"Expected audio as a path, bytes, dict, (array, sampling_rate) or an array of numbers, got {type(audio)}."
-        )
-    if np.issubdtype(waveform.dtype, np.integer):
-        # As libsndfile scales files: -1 is the smallest number of the type, 0 is the middle of an unsigned one.
-        limits = np.iinfo(waveform.dtype)
-        half_range = (float(limits.max) - limits.min + 1) / 2
-        waveform = (waveform - (limits.min + half_range)) / half_range
+def _as_float(samples: np.ndarray) -> np.ndarray:
+    """Return samples as float32, (num_samples,) or (num_samples, num_channels)."""
+    _check_full_scale(samples)
+    waveform = full_scale(samples)
     if waveform.ndim == 2 and waveform.shape[0] < waveform.shape[1]:
         waveform = waveform.T
     if waveform.ndim not in (1, 2) or (waveform.ndim == 2 and waveform.shape[1] > MAX_CHANNELS):
@@ -223,3 +193,21 @@ def _as_float(audio) -> np.ndarray:
             f"{waveform.shape}."
         )
     return waveform.astype(np.float32)
+
+
+def _check_full_scale(samples: np.ndarray):
+    """
+    Raises:
+        ValueError: integers wider than what they seem to be samples of.
+    """
+    if not np.issubdtype(samples.dtype, np.integer) or samples.dtype.itemsize < 4:
+        return
+    lowest, highest = int(samples.min(initial=0)), int(samples.max(initial=0))
+    # 32 bits are the widest that audio comes in. Signed zeros are silent in any width.
+    if lowest == highest or (samples.dtype == np.int32 and max(-lowest, highest) > 2**15):
+        return
+    raise ValueError(
+        f"the audio array holds {samples.dtype} numbers from {lowest} to {highest}, and their full scale is not clear. "
+        "Give 16-bit samples as int16, np.asarray(samples, dtype=np.int16), 32-bit samples as int32, or floats within "
+        "[-1, 1]."
+    )

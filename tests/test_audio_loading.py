@@ -10,9 +10,10 @@ import pytest
 import soundfile
 import soxr
 import torch
+from audio_files import StandInDecoder, encode, encode_by_ffmpeg, tone
 from conftest import SAMPLING_RATE, clip
 
-from processing import audio_loading
+from processing import audio_decoding
 from processing.audio_loading import load_audio
 
 # How far each format may move a sample. Lossless ones: half a step of 16 bits.
@@ -23,17 +24,6 @@ FORMATS = {
     ("OGG", "VORBIS"): 0.05,
     ("MP3", "MPEG_LAYER_III"): 0.1,
 }
-
-
-def tone(frequency_hz=440.0, duration_s=1.0, rate=SAMPLING_RATE):
-    time = np.arange(int(duration_s * rate)) / rate
-    return (0.5 * np.sin(2 * np.pi * frequency_hz * time)).astype(np.float32)
-
-
-def encode(waveform, rate=SAMPLING_RATE, format="WAV", subtype="FLOAT") -> bytes:
-    buffer = io.BytesIO()
-    soundfile.write(buffer, waveform, rate, format=format, subtype=subtype)
-    return buffer.getvalue()
 
 
 def peak_frequency_hz(waveform, rate=SAMPLING_RATE):
@@ -57,6 +47,10 @@ def test_every_kind_of_input_gives_the_same_waveform(tmp_path):
         "str": str(path),
         "bytes": contents,
         "bytearray": bytearray(contents),
+        "memoryview": memoryview(contents),
+        "array of bytes": np.frombuffer(contents, np.uint8),
+        "tensor of bytes": torch.frombuffer(bytearray(contents), dtype=torch.uint8),
+        "dict of an array of bytes": {"bytes": np.frombuffer(contents, np.uint8)},
         "file object": io.BytesIO(contents),
         "data URL": f"data:audio/wav;base64,{base64.b64encode(contents).decode()}",
         "dict of base64": {"base64": base64.b64encode(contents).decode()},
@@ -74,6 +68,8 @@ def test_every_kind_of_input_gives_the_same_waveform(tmp_path):
         "list": waveform.tolist(),
         "tuple": tuple(waveform.tolist()),
         "tensor": torch.from_numpy(waveform),
+        "decoder": StandInDecoder(waveform),
+        "memoryview of floats": memoryview(waveform),
         "tensor in a pair": (torch.from_numpy(waveform).requires_grad_(), SAMPLING_RATE),
     }
     for kind, audio in kinds.items():
@@ -107,7 +103,7 @@ def test_a_file_is_read_in_blocks_as_if_at_once(rate, monkeypatch):
     whole = channels.mean(axis=1)
     expected = whole if rate == SAMPLING_RATE else soxr.resample(whole, rate, SAMPLING_RATE)
     assert np.array_equal(load_audio(encode(channels, rate), SAMPLING_RATE), expected)
-    monkeypatch.setattr(audio_loading, "BLOCK_FRAMES", 1_001)
+    monkeypatch.setattr(audio_decoding, "BLOCK_FRAMES", 1_001)
     assert np.array_equal(load_audio(encode(channels, rate), SAMPLING_RATE), expected)
 
 
@@ -118,7 +114,7 @@ def test_memory_is_that_of_the_result_not_of_the_file():
     loaded = load_audio(contents, SAMPLING_RATE)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak < len(contents) + 4 * loaded.nbytes + 32 * audio_loading.BLOCK_FRAMES * 4
+    assert peak < len(contents) + 4 * loaded.nbytes + 32 * audio_decoding.BLOCK_FRAMES * 4
 
 
 def test_opus_keeps_the_tone():
@@ -145,6 +141,29 @@ def test_whole_numbers_are_full_scale_of_their_type(dtype):
     assert np.array_equal(loaded, from_file)
     assert np.array_equal(load_audio(torch.from_numpy(samples), SAMPLING_RATE), loaded)
     assert loaded.min() == -1.0 and loaded.max() <= 1.0
+
+
+@pytest.mark.parametrize("format, subtype", [*FORMATS, ("OGG", "OPUS"), ("AIFF", "PCM_16"), ("CAF", "PCM_16")])
+def test_an_array_of_a_files_bytes_is_the_file(format, subtype):
+    """`np.fromfile(path, np.uint8)` and what web frameworks hand over were taken for 8-bit samples, which is noise."""
+    of_format = encode(tone(), format=format, subtype=subtype)
+    for contents in (of_format, encode_by_ffmpeg(tone(), "ipod", "aac"), encode_by_ffmpeg(tone(), "adts", "aac")):
+        expected = load_audio(contents, SAMPLING_RATE)
+        for audio in (memoryview(contents), np.frombuffer(contents, np.uint8)):
+            assert np.array_equal(load_audio(audio, SAMPLING_RATE), expected)
+
+
+def test_8_bit_samples_are_no_file():
+    samples = np.full(1600, 128, np.uint8)
+    samples[::2] = 255
+    loaded = load_audio(samples, SAMPLING_RATE)
+    assert len(loaded) == 1600 and loaded.max() == 127 / 128
+
+
+def test_a_bfloat16_tensor_is_read():
+    """numpy has no such type: "Got unsupported ScalarType BFloat16", without a word on audio."""
+    waveform = torch.from_numpy(clip(0.1)).bfloat16()
+    assert np.array_equal(load_audio(waveform, SAMPLING_RATE), waveform.float().numpy())
 
 
 @pytest.mark.parametrize("num_channels", [1, 2, 6])
@@ -175,6 +194,15 @@ def test_resampling_keeps_frequency_loudness_and_length(rate, kind):
     assert abs(peak_frequency_hz(loaded) - 997) <= 1
     middle = slice(2000, -2000)
     np.testing.assert_allclose(loaded[middle], tone(997.0)[middle], atol=5e-3)
+
+
+@pytest.mark.parametrize("num_channels", [1, 2])
+def test_a_decoder_of_datasets_gives_its_samples_and_rate(num_channels):
+    """Rows of `datasets` 4 and newer hold torchcodec's decoder, which was a TypeError."""
+    channels = np.stack([tone(997.0, rate=8_000)] * num_channels)
+    expected = load_audio((channels[0], 8_000), SAMPLING_RATE)
+    assert np.array_equal(load_audio(StandInDecoder(channels, 8_000), SAMPLING_RATE), expected)
+    assert np.array_equal(load_audio(StandInDecoder(channels, 8_000), SAMPLING_RATE, source_rate=44_100), expected)
 
 
 def test_a_rate_of_its_own_beats_source_rate():
@@ -274,6 +302,56 @@ def test_a_long_array_is_refused():
         load_audio(np.ones(601_000, np.float32), SAMPLING_RATE, source_rate=1_000)
 
 
+def test_a_long_decoder_is_refused_before_it_decodes(monkeypatch):
+    monkeypatch.setattr(StandInDecoder, "get_all_samples", lambda decoder: pytest.fail("the samples were read"))
+    with pytest.raises(ValueError, match=r"the audio of the decoder lasts 1\.50 s, but .* at most 1 s\. Split it"):
+        load_audio(StandInDecoder(clip(1.5)), SAMPLING_RATE, max_duration_s=1.0)
+
+
+def test_a_decoder_that_fails_is_a_clear_error(monkeypatch):
+    def fail(decoder):
+        raise RuntimeError("Invalid data found")
+
+    monkeypatch.setattr(StandInDecoder, "get_all_samples", fail)
+    with pytest.raises(ValueError, match="The audio of StandInDecoder cannot be decoded: Invalid data found"):
+        load_audio(StandInDecoder(clip(0.5)), SAMPLING_RATE)
+
+
+@pytest.mark.parametrize("peak", [1.0, 1.4, 4.0, 32.0])
+def test_floats_may_clip(peak):
+    waveform = clip(0.1) / np.abs(clip(0.1)).max() * np.float32(peak)
+    np.testing.assert_array_equal(load_audio(waveform, SAMPLING_RATE), waveform)
+
+
+@pytest.mark.parametrize("wrap", [np.asarray, list, torch.from_numpy, encode])
+def test_integers_that_were_made_floats_are_refused(wrap):
+    """Samples of 16 bits that some step turned into floats were taken as they are, 90 dB too loud."""
+    samples = np.round(clip(0.1) * 2**15).astype(np.float32)
+    with pytest.raises(
+        ValueError, match=r"far too loud: a sample of \d{4,5}\. Expected floats within \[-1, 1\].*32768 for 16 bits"
+    ):
+        load_audio(wrap(samples), SAMPLING_RATE)
+    # What the message says to do.
+    assert np.array_equal(load_audio(samples / np.float32(32768), SAMPLING_RATE), samples / np.float32(32768))
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.int64, np.uint32, list])
+def test_16_bit_samples_in_wider_integers_are_refused(dtype):
+    """They were called silent, which they are at the full scale of 32 or 64 bits."""
+    samples = np.round(clip(0.1) * 2**15).astype(np.int16)
+    samples = abs(samples) if dtype is np.uint32 else samples
+    wide = samples.tolist() if dtype is list else samples.astype(dtype)
+    with pytest.raises(ValueError, match=r"numbers from -?\d+ to \d+, and their full scale is not clear\. Give 16-bit"):
+        load_audio(wide, SAMPLING_RATE)
+    assert np.array_equal(load_audio(np.asarray(wide, dtype=np.int16), SAMPLING_RATE), samples / np.float32(2**15))
+
+
+def test_zeros_of_any_type_are_silent():
+    for dtype in (np.int16, np.int32, np.int64, np.float32):
+        with pytest.raises(ValueError, match="is silent"):
+            load_audio(np.zeros(1600, dtype), SAMPLING_RATE)
+
+
 def test_a_long_file_is_refused_by_its_header(tmp_path, monkeypatch):
     """Five hours of samples would fill the memory; the header alone tells that they are too many."""
     path = tmp_path / "long.wav"
@@ -363,7 +441,7 @@ def test_what_cannot_be_a_path_is_refused(path):
 def test_a_clip_too_loud_to_resample_is_refused():
     """Finite samples near the limit of float32 became infinite in resampling, and came out so."""
     waveform = np.where(np.arange(8000) % 100 < 50, 3e38, -3e38).astype(np.float32)
-    with pytest.raises(ValueError, match=r"too loud to resample: a sample of 3e\+38\. Expected floats within"):
+    with pytest.raises(ValueError, match=r"far too loud: a sample of 3e\+38\. Expected floats within"):
         load_audio((waveform, 8_000), SAMPLING_RATE)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 
 ROOT = Path(__file__).parents[2]
-REQUIREMENTS = ("torch", "transformers", "accelerate", "peft", "safetensors", "soundfile", "soxr", "matplotlib")
+REQUIREMENTS = ("torch", "transformers", "accelerate", "peft", "safetensors", "soundfile", "soxr", "av", "matplotlib")
 TITLE = "An LLM with ears"
 APP = """import os
 

@@ -1,0 +1,276 @@
+"""The contents of an audio file to mono blocks, one after another.
+
+libsndfile decodes wav, flac, ogg/opus and mp3. FFmpeg decodes what phones and browsers write: m4a, mp4, webm, aac, amr.
+It comes with PyAV, which is optional: `pip install av`. Leaves out: resampling, and checks of the sound itself.
+"""
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import soundfile
+
+from .c_stderr import silenced_c_stderr
+
+try:
+    import av
+except ImportError:
+    av = None
+FFmpegError = av.FFmpegError if av else ()
+
+MAX_CHANNELS = 8
+# Files are mixed and resampled piece by piece: many channels of a high rate would take many times the result's memory.
+BLOCK_FRAMES = 65_536
+# How much of what the header promises may be missing: encoders pad and trim by a few of their own frames.
+MISSING_S = 0.25
+
+
+class Container(NamedTuple):
+    """A file format, known by the bytes that its files hold at `offset`."""
+
+    magic: bytes
+    offset: int
+    name: str
+    demuxer: str | None  # FFmpeg's, where FFmpeg is asked
+    is_of_libsndfile: bool = False  # FFmpeg is asked only for codecs that libsndfile lacks
+
+
+CONTAINERS = (
+    Container(b"RIFF", 0, "wav", "wav", is_of_libsndfile=True),
+    Container(b"RF64", 0, "wav", None, is_of_libsndfile=True),
+    Container(b"fLaC", 0, "flac", None, is_of_libsndfile=True),
+    Container(b"OggS", 0, "ogg", "ogg", is_of_libsndfile=True),
+    Container(b"FORM", 0, "aiff", "aiff", is_of_libsndfile=True),
+    Container(b".snd", 0, "au", None, is_of_libsndfile=True),
+    Container(b"caff", 0, "caf", "caf", is_of_libsndfile=True),
+    Container(b"ID3", 0, "mp3", None, is_of_libsndfile=True),
+    Container(b"ftyp", 4, "mp4", "mov"),  # and m4a, 3gp
+    Container(b"\x1aE\xdf\xa3", 0, "webm", "matroska"),
+    Container(b"#!AMR", 0, "amr", "amr"),
+    Container(b"\x30\x26\xb2\x75\x8e\x66\xcf\x11", 0, "wma", "asf"),
+)
+AAC = Container(b"\xff", 0, "aac", "aac")
+MP3 = Container(b"\xff", 0, "mp3", None, is_of_libsndfile=True)
+MAGIC_BYTES = 12
+
+
+def container_of(beginning: bytes) -> Container | None:
+    """Return the container that a file's first `MAGIC_BYTES` bytes tell of, or None."""
+    for container in CONTAINERS:
+        if beginning.startswith(container.magic, container.offset):
+            return container
+    # A frame of MPEG audio: eleven bits set, then its version and its layer, of which AAC has none.
+    if len(beginning) > 3 and beginning[0] == 0xFF and beginning[1] & 0xE0 == 0xE0:
+        if beginning[1] & 0xF6 == 0xF0:
+            return AAC
+        # Some values of version, layer, bit rate and sampling rate are reserved.
+        is_header = beginning[1] & 0x18 != 0x08 and beginning[1] & 0x06 and beginning[2] >> 4 != 15
+        return MP3 if is_header and beginning[2] & 0x0C != 0x0C else None
+    return None
+
+
+class AudioInfo(NamedTuple):
+    duration_s: float
+    format: str
+
+
+def audio_info(audio) -> AudioInfo:
+    """Return duration and format of an audio file, a path or `bytes`, as its header or its packets tell them.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not decodable.
+    """
+    name, source = _open(audio)
+    with _demuxed(source, name) as file:
+        return file.info()
+
+
+@contextmanager
+def decoded(audio, max_duration_s: float):
+    """Open an audio file, a path or `bytes`, for reading piece by piece.
+
+    Returns:
+        a context manager that gives the file's name for messages, its mono blocks, float32, as they are asked for,
+        and its rate, Hz.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not decodable, of more than `MAX_CHANNELS` channels, or longer than `max_duration_s` by its header.
+    """
+    name, source = _open(audio)
+    with _demuxed(source, name) as file:
+        if file.num_channels > MAX_CHANNELS:
+            raise ValueError(f"{name} has {file.num_channels} channels. Expected at most {MAX_CHANNELS}.")
+        # Asked of the header first, so that an absurd length is refused before it is read.
+        if file.promised_s is not None and file.promised_s > max_duration_s:
+            raise ValueError(too_long(name, file.promised_s, max_duration_s))
+        yield name, file.blocks(), file.rate
+
+
+def too_long(name, duration_s, max_duration_s) -> str:
+    return (
+        f"{name} lasts {duration_s:.2f} s, but a clip may last at most {max_duration_s:g} s. Split it into shorter "
+        "clips."
+    )
+
+
+def full_scale(samples: np.ndarray) -> np.ndarray:
+    """Scale integers to floats by their type, as libsndfile does: -1 is its smallest number, and 0 is the middle of an
+    unsigned one. Floats stay as they are."""
+    if not np.issubdtype(samples.dtype, np.integer):
+        return samples
+    limits = np.iinfo(samples.dtype)
+    half_range = (float(limits.max) - limits.min + 1) / 2
+    return (samples - (limits.min + half_range)) / half_range
+
+
+def _open(audio) -> tuple[str, Path | io.BytesIO]:
+    """Return the name of a file or its bytes, for messages, and what can be read."""
+    if isinstance(audio, (bytes, bytearray)):
+        return f"the audio of {len(audio)} bytes", io.BytesIO(bytes(audio))
+    name = str(audio)
+    if "://" in name:
+        raise ValueError(f"Audio is read from files, not from URLs, got {name!r}. Download it first.")
+    try:
+        exists = Path(audio).is_file()
+    except ValueError:  # a null byte
+        exists = False
+    except OSError as error:
+        raise FileNotFoundError(f"{name[:100]!r}... cannot be an audio file: {error.strerror}.") from error
+    if not exists:
+        raise FileNotFoundError(f"Audio file not found: {name!r}.")
+    return name, Path(audio)
+
+
+@contextmanager
+def _demuxed(source: Path | io.BytesIO, name: str):
+    """Open a file with the library that reads it; its errors name the clip and say what is expected."""
+    with io.BytesIO(source.getbuffer()) if isinstance(source, io.BytesIO) else source.open("rb") as start:
+        container = container_of(start.read(MAGIC_BYTES))
+    try:
+        if container is None or container.is_of_libsndfile:
+            try:
+                with silenced_c_stderr():
+                    file = _SoundFile(soundfile.SoundFile(source))
+            except soundfile.LibsndfileError:
+                if av is None or container is None or container.demuxer is None:
+                    raise
+                file = _FFmpegFile(source, container, name)
+        elif av is None:
+            raise ValueError(
+                f"{name} is of the format {container.name}, which needs FFmpeg: pip install av. Or convert it to wav, "
+                "flac, ogg/opus or mp3."
+            )
+        else:
+            file = _FFmpegFile(source, container, name)
+        with file:
+            yield file
+    except soundfile.LibsndfileError as error:
+        raise ValueError(_undecodable(name, error.error_string)) from error
+    except FFmpegError as error:
+        raise ValueError(_undecodable(name, error.strerror)) from error
+
+
+def _undecodable(name: str, reason: str) -> str:
+    more = "m4a, mp4, webm, aac and amr" + ("" if av else ", with FFmpeg (pip install av)")
+    return (
+        f"{name} cannot be decoded: {reason.rstrip('.')}. Expected wav, flac, ogg/opus or mp3 ({more}); is it damaged, "
+        "or another format?"
+    )
+
+
+class _SoundFile:
+    """A file that libsndfile reads."""
+
+    def __init__(self, file: soundfile.SoundFile):
+        self.file = file
+        self.num_channels, self.rate = file.channels, file.samplerate
+        self.promised_s = file.frames / file.samplerate
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        with silenced_c_stderr():
+            self.file.close()
+
+    def info(self) -> AudioInfo:
+        return AudioInfo(self.promised_s, self.file.format.lower())
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        # Not `SoundFile.blocks`, which seeks: GSM 6.10 and G.721 can only be read on.
+        while True:
+            with silenced_c_stderr():
+                block = self.file.read(BLOCK_FRAMES, dtype="float32", always_2d=True)
+            if len(block) == 0:
+                return
+            yield block.mean(axis=1)
+
+
+class _FFmpegFile:
+    """The first audio track of a file that FFmpeg reads.
+
+    FFmpeg is told the container and gets the contents, not a path: left to guess, it would also take playlists, which
+    name other files and addresses.
+    """
+
+    def __init__(self, source: Path | io.BytesIO, container: Container, name: str):
+        self.format, self.name = container.name, name
+        self.source = source.open("rb") if isinstance(source, Path) else source
+        try:
+            self.source.seek(0)
+            self.file = av.open(
+                self.source,
+                format=container.demuxer,
+                options={"protocol_whitelist": "none"},
+                metadata_errors="replace",
+            )
+            if not self.file.streams.audio:
+                raise ValueError(f"{name} is a {container.name} file without an audio track.")
+            self.track = self.file.streams.audio[0]
+            self.num_channels, self.rate = self.track.codec_context.channels, self.track.codec_context.sample_rate
+            self.promised_s = self._promised_s()
+        except BaseException:
+            self.source.close()
+            raise
+
+    def _promised_s(self) -> float | None:
+        """Return the seconds that the header tells of, or None: browsers write webm before they know."""
+        if self.track.duration:
+            return float(self.track.duration * self.track.time_base)
+        return self.file.duration / av.time_base if self.file.duration else None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.file.close()
+        self.source.close()
+
+    def info(self) -> AudioInfo:
+        if self.promised_s is not None:
+            return AudioInfo(self.promised_s, self.format)
+        packets = [packet for packet in self.file.demux(self.track) if packet.pts is not None]
+        end = max((packet.pts + (packet.duration or 0) for packet in packets), default=0)
+        return AudioInfo(float(end * self.track.time_base), self.format)
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        num_samples = 0
+        for frame in self.file.decode(self.track):
+            if frame.sample_rate != self.rate or frame.layout.nb_channels != self.num_channels:
+                raise ValueError(
+                    f"{self.name} changes from {self.rate} Hz and {self.num_channels} channel(s) to "
+                    f"{frame.sample_rate} Hz and {frame.layout.nb_channels}. Convert it to wav first."
+                )
+            samples = full_scale(frame.to_ndarray())
+            samples = samples.T if frame.format.is_planar else samples.reshape(-1, self.num_channels)
+            num_samples += len(samples)
+            yield samples.mean(axis=1).astype(np.float32)
+        # FFmpeg ends without an error where a file is cut.
+        promised_s = self.promised_s if self.format in ("mp4", "webm") and len(self.file.streams) == 1 else None
+        if promised_s is not None and num_samples / self.rate < promised_s - MISSING_S:
+            raise ValueError(_undecodable(self.name, f"it holds {num_samples / self.rate:.2f} of {promised_s:.2f} s"))
