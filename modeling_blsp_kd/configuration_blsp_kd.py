@@ -5,6 +5,7 @@ the parts themselves take plain numbers. Leaves out: training arguments, which b
 """
 
 import copy
+import difflib
 import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
@@ -12,8 +13,11 @@ from typing import Any, ClassVar
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+from transformers.utils import logging
 
 from .checkpoint_files import CHECK_CONFIG, explained
+
+logger = logging.get_logger(__name__)
 
 MODEL_TYPE = "blsp_kd"
 
@@ -113,7 +117,10 @@ class TimestampOptions:
     silence: float = 0.3
 
 
-# What transformers itself adds to any config beyond its declared fields.
+# How alike two names must be for one to be a typing error of the other: "lora" is one of plora, and pad_token_id, which
+# many configs have, is none of audio_token_id.
+TYPING_ERROR = 0.85
+# What transformers adds to any config beyond its declared fields.
 GENERAL_OPTIONS = {
     "_attn_implementation",
     "_commit_hash",
@@ -159,8 +166,18 @@ def _options(options_class, given: dict, where: str):
     known = [field.name for field in fields(options_class)]
     unknown = sorted(set(given) - set(known))
     if unknown:
-        raise ValueError(f"Unknown option(s) {unknown} in {where}. Known: {known}.")
+        raise _unknown(unknown, known, where)
     return options_class(**given)
+
+
+def _unknown(names, known, where: str) -> ValueError:
+    meant = [close for name in names for close in _look_alikes(name, known)]
+    hint = f" Did you mean {' and '.join(meant)}?" if meant else ""
+    return ValueError(f"Unknown option(s) {names} in {where}. Known: {known}.{hint}")
+
+
+def _look_alikes(name: str, known) -> list[str]:
+    return difflib.get_close_matches(name, known, n=1, cutoff=TYPING_ERROR)
 
 
 def _require(condition: bool, expected: str, got):
@@ -207,7 +224,8 @@ class BlspKdConfig(PreTrainedConfig):
         custom_pipelines (`dict`, *optional*): further tasks than `CUSTOM_PIPELINES`, in the same form.
 
     Raises:
-        ValueError: an unknown or contradictory option.
+        ValueError: a misspelt or contradictory option, or an unknown one in a dict of options. Other unknown options of
+            the config itself are warned of: transformers, too, passes and saves options, and new versions new ones.
     """
 
     model_type = MODEL_TYPE
@@ -232,10 +250,16 @@ class BlspKdConfig(PreTrainedConfig):
     custom_pipelines: Any = None
 
     def __post_init__(self, **kwargs):
+        known = [name for name in self.__annotations__ if name != "sub_configs_defaults"]
         unknown = sorted(set(kwargs) - GENERAL_OPTIONS)
+        misspelt = [name for name in unknown if _look_alikes(name, known)]
+        if misspelt:
+            raise _unknown(misspelt, known, "BlspKdConfig")
         if unknown:
-            known = [name for name in self.__annotations__ if name != "sub_configs_defaults"]
-            raise ValueError(f"Unknown option(s) {unknown} in BlspKdConfig. Known: {known}.")
+            # No error: another version of transformers may know them, and then its files must be readable.
+            logger.warning_once(
+                f"Unknown option(s) {unknown} in BlspKdConfig have no effect, and are not saved. Known: {known}."
+            )
         # Copies, because building a model sets the attention of the config's parts: an LLM that is passed to the model
         # with its own config would lose its attention.
         for name in self.sub_configs_defaults:

@@ -8,6 +8,7 @@ from conftest import FAMILIES, make_config, speech_config, text_config
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, WhisperConfig
 
 from modeling_blsp_kd import BlspKdConfig, BlspKdForCausalLM
+from modeling_blsp_kd import configuration_blsp_kd as configuration
 from modeling_blsp_kd.configuration_blsp_kd import CUSTOM_PIPELINES
 
 AUTHORS_CFORMER = {
@@ -215,12 +216,17 @@ def test_what_is_accepted_can_be_built():
     "options, message",
     [
         # misspelt names
-        ({"adaptor": "cformer"}, r"Unknown option\(s\) \['adaptor'\] in BlspKdConfig\. Known: .*'adapter'"),
-        ({"lora": True, "kl": 1}, r"Unknown option\(s\) \['kl', 'lora'\] in BlspKdConfig"),
+        (
+            {"adaptor": "cformer"},
+            r"Unknown option\(s\) \['adaptor'\] in BlspKdConfig\. Known: .*'adapter'.*\. Did you mean adapter\?",
+        ),
+        ({"lora": True, "distilation": {}}, r"\['distilation', 'lora'\] in .* Did you mean distillation and plora\?"),
+        ({"audio_token_index": 7}, r"\['audio_token_index'\] in .* Did you mean audio_token_id\?"),
         ({"adapter": "conformer"}, r"adapter must be one of \['cformer', 'subsampler'\].*, got 'conformer'"),
         ({"adapter": {"num_pre_layers": 1}}, r"adapter must be one of .* whose 'type' is, got None"),
         ({"adapter": {"type": "cformer", "layers": 3}}, r"Unknown option\(s\) \['layers'\] in the cformer adapter"),
         ({"adapter": {"type": "subsampler", "dropout": 0}}, r"\['dropout'\] in the subsampler adapter\. Known: \["),
+        ({"plora": {"lora_aplha": 8}}, r"\['lora_aplha'\] in plora\. .* Did you mean lora_alpha\?"),
         ({"plora": {"rank": 8}}, r"Unknown option\(s\) \['rank'\] in plora\. Known: \['r',"),
         ({"distillation": {"kl": 1.0}}, r"Unknown option\(s\) \['kl'\] in distillation\. Known: \['response_kl',"),
         # values
@@ -287,6 +293,22 @@ def test_an_unknown_option_in_a_saved_config_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**saved, "adaptor": "cformer"}))
     with pytest.raises(ValueError, match=r"Unknown option\(s\) \['adaptor'\]"):
         BlspKdConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["pad_token_id", "next_versions_option", "kl"])
+def test_an_option_of_another_version_of_transformers_is_warned_of(name, tmp_path, monkeypatch):
+    """Any key that transformers 5.23 does not write was an error, so the next version's files could not be read."""
+    messages = []
+    monkeypatch.setattr(configuration.logger, "warning_once", messages.append)
+    config().save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**saved, name: 3}))
+    loaded = BlspKdConfig.from_pretrained(tmp_path)
+    assert len(messages) == 1 and f"Unknown option(s) ['{name}'] in BlspKdConfig have no effect" in messages[0]
+    loaded.save_pretrained(tmp_path)
+    messages.clear()
+    assert plain(BlspKdConfig.from_pretrained(tmp_path)) == plain(config())
+    assert not messages
 
 
 def test_an_llm_that_is_passed_in_keeps_its_attention():
