@@ -7,15 +7,29 @@ import copy
 import os
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from .checkpoint_files import check_folder
 from .configuration_blsp_kd import SPEECH_ENCODERS
 from .speech_encoder import TrueLengthWhisperEncoder
 
+# Names of what whole speech models have beside their encoder: decoders, heads, and what pretraining alone needs.
+OTHER_PARTS = (
+    r"^(model\.)?decoder\.",
+    r"^(proj_out|lm_head|ctc_head|joint|encoder_projector|classifier|projector|tdnn|objective|quantizer|project_q|project_hid)\.",
+    r"^layer_weights$",
+    r"^feature_extractor\.(weight|bias)$",  # of a speaker model; an encoder's own has layers
+)
+# What SpecAugment writes over masked frames; published checkpoints often lack it, and it starts at random.
+MAY_BE_MISSING = (r"^masked_spec_embed$",)
+
 
 def load_audio_tower(name_or_path, config=None, dtype: torch.dtype | str = "auto", **kwargs) -> PreTrainedModel:
     """Load a speech encoder, alone or out of a whole speech model.
+
+    The other parts of a whole model are left out in silence. Weights that neither the encoder nor these parts have are
+    logged, as transformers does.
 
     Args:
         name_or_path (`str` or `os.PathLike`): Hub id or folder.
@@ -38,13 +52,17 @@ def load_audio_tower(name_or_path, config=None, dtype: torch.dtype | str = "auto
         # A whole Whisper names its encoder's weights model.encoder.*, an encoder saved alone names them bare.
         kwargs["key_mapping"] = {r"^model\.encoder\.": "", r"^encoder\.": ""}
     else:
-        encoder_class = AutoModel
-    audio_tower, loading = encoder_class.from_pretrained(
+        encoder_class = MODEL_MAPPING[type(config)]
+    # As a class of its own, because transformers asks the class what not to report.
+    ignored = {"_keys_to_ignore_on_load_unexpected": OTHER_PARTS, "_keys_to_ignore_on_load_missing": MAY_BE_MISSING}
+    loading_class = type(encoder_class.__name__, (encoder_class,), {"__module__": encoder_class.__module__, **ignored})
+    audio_tower, loading = loading_class.from_pretrained(
         name_or_path, config=config, dtype=dtype, output_loading_info=True, **kwargs
     )
-    # What SpecAugment writes over masked frames; published checkpoints often lack it.
-    missing = sorted(name for name in loading["missing_keys"] if name != "masked_spec_embed")
-    if missing:
+    audio_tower.__class__ = encoder_class
+    for name in ignored:  # a model takes these over from its parts
+        delattr(audio_tower, name)
+    if missing := sorted(loading["missing_keys"]):
         raise ValueError(
             f"{name_or_path} is no {config.model_type} encoder that fits its own config: the weights {missing[:5]} are "
             "missing."

@@ -5,16 +5,20 @@ Attention implementations, gradient checkpointing, another vocabulary, compilati
 
 import copy
 import logging
+import shutil
 import warnings
 
 import pytest
 import torch
 import transformers
-from conftest import SMALL_CFORMER, make_model, spoken_prompts
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
+from conftest import SMALL_CFORMER, make_model, speech_config, spoken_prompts
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig, Wav2Vec2Config, Wav2Vec2Model
 
 from modeling_blsp_kd import BlspKdForCausalLM
+from modeling_blsp_kd.backbones import load_audio_tower
 from modeling_blsp_kd.distillation_step import check_output_head
+from modeling_blsp_kd.speech_encoder import TrueLengthWhisperEncoder
 
 GREEDY = {"do_sample": False, "max_new_tokens": 4, "min_new_tokens": 4}
 TEXT = torch.arange(3, 12)[None]
@@ -383,13 +387,75 @@ def test_only_a_prompt_with_audio_does_lora_arithmetic(cache, inputs):
     assert calls == [num_speech_tokens] * (3 * len(model.plora.layers)), "decoding steps must do none"
 
 
-def test_a_plain_load_is_silent(saved, monkeypatch):
-    """Nothing is wrong, so nothing is said: no key is missing, unexpected or initialised anew."""
-    messages = []
+@pytest.fixture
+def messages(monkeypatch):
+    """What transformers logs about loading."""
+    logged = []
     for name in ("modeling_utils", "utils.loading_report", "configuration_utils"):
         logger = transformers.utils.logging.get_logger(f"transformers.{name}")
-        monkeypatch.setattr(logger, "warning", lambda message, *args, **kwargs: messages.append(str(message)))
+        monkeypatch.setattr(logger, "warning", lambda message, *args, **kwargs: logged.append(str(message)))
+    return logged
+
+
+def test_a_plain_load_is_silent(saved, messages):
+    """Nothing is wrong, so nothing is said: no key is missing, unexpected or initialised anew."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         BlspKdForCausalLM.from_pretrained(saved)
     assert not messages
+
+
+WAV2VEC2 = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+WAV2VEC2 |= {"conv_dim": (8,) * 7, "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 2}
+WAV2VEC2 |= {"vocab_size": 12, "codevector_dim": 8, "proj_codevector_dim": 8, "use_weighted_layer_sum": True}
+
+
+def whole_speech_model(kind: str, folder):
+    config = speech_config() if kind.startswith("Whisper") else Wav2Vec2Config(**WAV2VEC2)
+    getattr(transformers, kind)(config).save_pretrained(folder)
+    return folder
+
+
+def add_tensor(folder, name: str):
+    file = folder / "model.safetensors"
+    save_file({**load_file(file), name: torch.zeros(1)}, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["WhisperForConditionalGeneration", "WhisperModel", "WhisperForAudioClassification", "Wav2Vec2ForCTC"]
+    + ["Wav2Vec2ForPreTraining", "Wav2Vec2ForSequenceClassification", "Wav2Vec2ForXVector"],
+)
+def test_other_parts_of_a_whole_speech_model_are_left_out_in_silence(kind, backbones, tmp_path, messages):
+    """At every build and at every load of a thin checkpoint, Whisper's whole decoder was listed as unexpected."""
+    folder = whole_speech_model(kind, tmp_path / "speech")
+    built = BlspKdForCausalLM.from_backbones(folder, backbones[1], audio_token_id=300, adapter=SMALL_CFORMER, thin=True)
+    built.save_pretrained(tmp_path / "thin")
+    loaded = BlspKdForCausalLM.from_pretrained(tmp_path / "thin")
+    expected_class = TrueLengthWhisperEncoder if kind.startswith("Whisper") else Wav2Vec2Model
+    assert type(built.audio_tower) is type(loaded.audio_tower) is expected_class
+    assert not messages
+
+
+@pytest.mark.parametrize(
+    "kind, name, reported",
+    [
+        ("WhisperForConditionalGeneration", "model.encoder.layers.7.fc1.weight", "layers.7.fc1.weight"),
+        ("WhisperForConditionalGeneration", "model.encoders.weight", "model.encoders.weight"),
+        ("Wav2Vec2ForCTC", "wav2vec2.encoder.decoder.weight", "encoder.decoder.weight"),
+    ],
+)
+def test_weights_that_no_speech_model_has_are_reported(kind, name, reported, tmp_path, messages):
+    folder = whole_speech_model(kind, tmp_path / "speech")
+    add_tensor(folder, name)
+    load_audio_tower(folder)
+    [report] = messages
+    assert reported in report and report.count("UNEXPECTED") == 2  # its line, and the legend
+
+
+def test_names_that_are_expected_beside_an_encoder_are_reported_beside_a_model(saved, tmp_path, messages):
+    folder = shutil.copytree(saved, tmp_path / "saved")
+    for name in ("decoder.weight", "proj_out.weight"):
+        add_tensor(folder, name)
+    BlspKdForCausalLM.from_pretrained(folder)
+    assert len(messages) == 1 and "decoder.weight" in messages[0] and "proj_out.weight" in messages[0]
