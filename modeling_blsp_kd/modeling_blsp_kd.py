@@ -547,7 +547,8 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, BlspKdGenerationMixin):
         return torch.where(is_speech[..., None], speech_embeds.to(text_embeds.dtype), text_embeds)
 
     def _partial_lora_at(self, is_speech):
-        return nullcontext() if self.plora is None or is_speech is None else self.plora.at(is_speech)
+        # Also without speech, so that a call never reads under the mask of one around it.
+        return nullcontext() if self.plora is None else self.plora.at(is_speech)
 
     def _distill(
         self, student: dict, teacher: dict, prompts: ComparedPrompts, audio: BlspKdAudioOutput, num_items_in_batch

@@ -9,7 +9,7 @@ import copy
 import functools
 import math
 import os
-from contextlib import contextmanager
+import threading
 from dataclasses import dataclass
 
 import torch
@@ -22,20 +22,6 @@ logger = logging.get_logger(__name__)
 
 # PEFT's name of these weights. Not its "default", which a LoRA of the user's own takes.
 ADAPTER_NAME = "plora"
-
-
-def _refuse_merge(*args, **kwargs):
-    raise NotImplementedError(
-        "Partial LoRA cannot be merged into the LLM: it applies at speech positions only, and merged weights would "
-        "change the LLM at text positions too. Keep it unmerged; text and decoding steps skip it at no cost. To take a "
-        "LoRA of your own off again, use PEFT's delete_adapter."
-    )
-
-
-def _set_other_adapters(layer: nn.Module, names, *args, **kwargs):
-    # PEFT activates whatever is left when an adapter is deleted. Only `PartialLora.at` switches partial LoRA.
-    others = [name for name in ([names] if isinstance(names, str) else names) if name != ADAPTER_NAME]
-    type(layer).set_adapter(layer, others, *args, **kwargs)
 
 
 def leave_out_of_peft_model(model, state_dict, prefix, local_metadata):
@@ -73,6 +59,130 @@ class _SpeechRows:
         return cls(index, slice(first, last + 1) if last - first == len(index) - 1 else None)
 
 
+class _Call:
+    """One call of one model: while it is entered, layers of that model find here where speech stands.
+
+    Each thread has its own calls. Calls may be left in any order, and in another thread than they were entered in.
+
+    Args:
+        plora ([`PartialLora`]): whose layers it is for.
+        is_speech (`torch.BoolTensor` of shape (B, L), *optional*): None: no speech.
+        rows ([`_SpeechRows`], *optional*): None: go by `is_speech`.
+    """
+
+    def __init__(self, plora: "PartialLora", is_speech: torch.BoolTensor | None, rows: _SpeechRows | None):
+        self.plora, self.is_speech, self.rows = plora, is_speech, rows
+        self.outer: _Call | None = None
+
+    def __enter__(self):
+        self.outer = _innermost_call()
+        _here.call = self
+
+    def __exit__(self, *error):
+        # A call that is not the innermost, or is another thread's, stays linked there, but is nobody's.
+        self.plora = self.is_speech = self.rows = None
+        _here.call = _innermost_call()
+
+
+class _Here(threading.local):
+    """What this thread is inside of. Not a ContextVar, which torch.compile cannot trace.
+
+    Attributes:
+        call ([`_Call`], *optional*): the innermost.
+    """
+
+    def __init__(self):
+        self.call: _Call | None = None
+
+
+_here = _Here()
+
+
+def _innermost_call() -> _Call | None:
+    call = _here.call
+    while call is not None and call.plora is None:
+        call = call.outer
+    return call
+
+
+class _PartialLoraLayer:
+    """What is changed of a PEFT layer. Its class and not the object, which replicas of a module share methods of.
+
+    Attributes:
+        partial_lora ([`PartialLora`]).
+    """
+
+    def forward(self, x, *args, **kwargs):
+        # PEFT's own bookkeeping around the base layer takes as long as a small matrix product.
+        run = self.base_layer if len(self.lora_A) == 1 else super().forward
+        result = run(x, *args, **kwargs)
+        call = self.partial_lora.current_call
+        return result if call is None or call.is_speech is None else self._add_update(x, result, call)
+
+    def _add_update(self, x, result, call: _Call) -> torch.Tensor:
+        """Add the update at the speech positions, which alone are read and computed.
+
+        Args:
+            x (B, L, D), result (B, L, D'): what the layer was given, and what it makes of it without the update.
+        """
+        if x.shape[:-1] != call.is_speech.shape:
+            raise ValueError(
+                f"Partial LoRA was given the speech mask of a {tuple(call.is_speech.shape)} batch, but a layer saw "
+                f"hidden states of shape {tuple(x.shape)}. Layers that regroup tokens (experts of a mixture) "
+                "cannot take it: name the other layers in `plora['target_modules']`."
+            )
+        scale = self.scaling[ADAPTER_NAME]
+        if call.rows is None:
+            # Filled, not multiplied: 0 times inf at a text position would be NaN.
+            update = self._update(x).masked_fill(~call.is_speech[..., None], 0.0)
+            return result + scale * update.to(result.dtype)
+        x, flat = x.flatten(0, 1), result.flatten(0, 1)
+        has_gradient = torch.is_grad_enabled()
+        # Compiled code would be compiled again for every other run.
+        run = None if has_gradient or torch.compiler.is_compiling() else call.rows.run
+        if run is not None:
+            flat[run].add_(self._update(x[run]).to(result.dtype), alpha=scale)
+            return flat.view_as(result)
+        index = call.rows.index.to(x.device)
+        update = self._update(x.index_select(0, index)).to(result.dtype)
+        # In place where no gradient flows: a copy of the result would cost more than the update.
+        add = flat.index_add if has_gradient else flat.index_add_
+        return add(0, index, update, alpha=scale).view_as(result)
+
+    def _update(self, x) -> torch.Tensor:
+        lora_a, lora_b = self.lora_A[ADAPTER_NAME], self.lora_B[ADAPTER_NAME]
+        return lora_b(lora_a(self.lora_dropout[ADAPTER_NAME](x.to(lora_a.weight.dtype))))
+
+    def set_adapter(self, names, *args, **kwargs):
+        # PEFT activates whatever is left when an adapter is deleted. Only `PartialLora.at` switches partial LoRA.
+        others = [name for name in ([names] if isinstance(names, str) else names) if name != ADAPTER_NAME]
+        super().set_adapter(others, *args, **kwargs)
+
+    def merge(self, *args, **kwargs):
+        raise NotImplementedError(
+            "Partial LoRA cannot be merged into the LLM: it applies at speech positions only, and merged weights would "
+            "change the LLM at text positions too. Keep it unmerged; text and decoding steps skip it at no cost. To "
+            "take a LoRA of your own off again, use PEFT's delete_adapter."
+        )
+
+    # What PEFT calls to merge or to unload a layer; both would lose partial LoRA.
+    unload_and_optionally_merge_module = merge
+
+    def __reduce__(self):
+        # The class is made at run time, so that pickle cannot find it by its name.
+        return _new_layer, (self.peft_class,), self.__getstate__()
+
+
+@functools.cache
+def _with_partial_lora(peft_class: type) -> type:
+    return type(f"Partial{peft_class.__name__}", (_PartialLoraLayer, peft_class), {"peft_class": peft_class})
+
+
+def _new_layer(peft_class: type) -> nn.Module:
+    layer_class = _with_partial_lora(peft_class)
+    return layer_class.__new__(layer_class)
+
+
 class PartialLora:
     """Injects LoRA layers into a language model and switches them on for the speech positions of one call.
 
@@ -104,16 +214,10 @@ class PartialLora:
         named_layers = [item for item in language_model.named_modules() if isinstance(item[1], LoraLayer)]
         self.layer_names = [name for name, _ in named_layers]
         self.layers = [layer for _, layer in named_layers]
-        self.is_speech: torch.BoolTensor | None = None
-        self._rows: _SpeechRows | None = None
         for layer in self.layers:
-            layer.merge = _refuse_merge
-            # What PEFT calls to merge or to unload a layer; both would lose partial LoRA.
-            layer.unload_and_optionally_merge_module = _refuse_merge
+            layer.__class__ = _with_partial_lora(type(layer))
+            layer.partial_lora = self
             layer._active_adapter = []
-            # A bound method, not a closure: copy.deepcopy then rebinds it to the copy of this object.
-            layer.forward = functools.partial(self._forward, layer)
-            layer.set_adapter = functools.partial(_set_other_adapters, layer)
             offload = getattr(layer.base_layer, "_hf_hook", None)
             if offload is not None and layer.base_layer.weight.is_meta:
                 # PEFT puts the matrices where the weight is; that of an offloaded layer is nowhere between calls.
@@ -189,23 +293,39 @@ class PartialLora:
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])
 
-    @contextmanager
-    def at(self, is_speech: torch.BoolTensor | None):
-        """Add the update at the positions `is_speech` (B, L), inside this block only. None: nowhere."""
+    @property
+    def current_call(self) -> _Call | None:
+        """The innermost call of this model that the current thread is inside of."""
+        call = _here.call
+        while call is not None and call.plora is not self:
+            call = call.outer
+        return call
+
+    @property
+    def is_speech(self) -> torch.BoolTensor | None:
+        """The speech positions of that call."""
+        return None if self.current_call is None else self.current_call.is_speech
+
+    def at(self, is_speech: torch.BoolTensor | None) -> _Call:
+        """Add the update at the positions `is_speech` (B, L), inside this block only. None: nowhere.
+
+        A block is for the thread that enters it. Blocks nest, also those of several models.
+        """
         if is_speech is not None and torch.is_grad_enabled():
             self._warn_of_others()
         # Once for all layers: the host waits for the device here.
-        with self._switched_to(is_speech, _SpeechRows.of(is_speech)):
-            yield
+        return self._switched_to(is_speech, _SpeechRows.of(is_speech))
 
     def checkpoint(self, checkpoint_func):
         """Wrap a checkpointing function so that the recomputation sees the mask of the forward pass it repeats.
 
-        The recomputation runs inside backward, when the block of `at` has long been left.
+        The recomputation runs inside backward, perhaps in a thread of autograd's, when the block of `at` has long been
+        left.
         """
 
         def checkpoint_with_mask(function, *args, **kwargs):
-            is_speech, rows = self.is_speech, self._rows
+            call = self.current_call
+            is_speech, rows = (None, None) if call is None else (call.is_speech, call.rows)
 
             def run(*args, **kwargs):
                 with self._switched_to(is_speech, rows):
@@ -215,14 +335,8 @@ class PartialLora:
 
         return checkpoint_with_mask
 
-    @contextmanager
-    def _switched_to(self, is_speech, rows: _SpeechRows | None):
-        outer = self.is_speech, self._rows
-        self.is_speech, self._rows = is_speech, rows
-        try:
-            yield
-        finally:
-            self.is_speech, self._rows = outer
+    def _switched_to(self, is_speech, rows: _SpeechRows | None) -> _Call:
+        return _Call(self, is_speech, rows)
 
     def _warn_of_others(self):
         for layer in self.layers:
@@ -233,43 +347,3 @@ class PartialLora:
                     "that adapter. Call model.requires_grad_(False) before get_peft_model to train yours alone."
                 )
                 return
-
-    def _forward(self, layer: nn.Module, x, *args, **kwargs):
-        # PEFT's own bookkeeping around the base layer takes as long as a small matrix product.
-        run = layer.base_layer if len(layer.lora_A) == 1 else functools.partial(type(layer).forward, layer)
-        result = run(x, *args, **kwargs)
-        return result if self.is_speech is None else self._add_update(layer, x, result)
-
-    def _add_update(self, layer: nn.Module, x, result) -> torch.Tensor:
-        """Add the update at the speech positions, which alone are read and computed.
-
-        Args:
-            x (B, L, D), result (B, L, D'): what the layer was given, and what it makes of it without the update.
-        """
-        if x.shape[:-1] != self.is_speech.shape:
-            raise ValueError(
-                f"Partial LoRA was given the speech mask of a {tuple(self.is_speech.shape)} batch, but a layer saw "
-                f"hidden states of shape {tuple(x.shape)}. Layers that regroup tokens (experts of a mixture) "
-                "cannot take it: name the other layers in `plora['target_modules']`."
-            )
-        scale = layer.scaling[ADAPTER_NAME]
-        if self._rows is None:
-            # Filled, not multiplied: 0 times inf at a text position would be NaN.
-            update = self._update(layer, x).masked_fill(~self.is_speech[..., None], 0.0)
-            return result + scale * update.to(result.dtype)
-        x, flat = x.flatten(0, 1), result.flatten(0, 1)
-        has_gradient = torch.is_grad_enabled()
-        # Compiled code would be compiled again for every other run.
-        run = None if has_gradient or torch.compiler.is_compiling() else self._rows.run
-        if run is not None:
-            flat[run].add_(self._update(layer, x[run]).to(result.dtype), alpha=scale)
-            return flat.view_as(result)
-        index = self._rows.index.to(x.device)
-        update = self._update(layer, x.index_select(0, index)).to(result.dtype)
-        # In place where no gradient flows: a copy of the result would cost more than the update.
-        add = flat.index_add if has_gradient else flat.index_add_
-        return add(0, index, update, alpha=scale).view_as(result)
-
-    def _update(self, layer: nn.Module, x) -> torch.Tensor:
-        lora_a, lora_b = layer.lora_A[ADAPTER_NAME], layer.lora_B[ADAPTER_NAME]
-        return lora_b(lora_a(layer.lora_dropout[ADAPTER_NAME](x.to(lora_a.weight.dtype))))

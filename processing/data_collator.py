@@ -89,7 +89,7 @@ class BlspKdDataCollator:
                 "instruction, text or response. Remove it: the collator places it."
             )
         prefix, suffix, response = split_prompt(self.processor, row.get("instruction"), row["response"])
-        tokenized = self.processor.tokenizer([prefix, row["text"], suffix, response], add_special_tokens=False)
+        tokenized = self.processor.tokenize([prefix, row["text"], suffix, response], add_special_tokens=False)
         return tuple(tokenized["input_ids"])
 
     def _join(self, pieces):

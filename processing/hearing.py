@@ -133,7 +133,7 @@ def hear(
     place = int((input_ids == processor.audio_token_id).nonzero())
     transcript_ids = num_speech_tokens = kl_to_text = None
     if transcript is not None:
-        transcript_ids = input_ids.new_tensor(processor.tokenizer(transcript, add_special_tokens=False)["input_ids"])
+        transcript_ids = input_ids.new_tensor(processor.tokenize(transcript, add_special_tokens=False)["input_ids"])
         num_speech_tokens = input_ids.new_tensor([len(transcript_ids)])
         if len(transcript_ids) == 0:
             raise ValueError(f"The transcript {transcript!r} has no tokens. Give what is said, or leave it out.")

@@ -190,7 +190,7 @@ class BlspKdPipeline(ChunkPipeline):
 
     def _forward(self, prompts: list[dict], **generate_kwargs) -> list[dict]:
         """Answers to B prompts, each a dict of `tokens` (L,) and, if asked for, their `times` (L, 2)."""
-        inputs = self.processor.tokenizer(
+        inputs = self.processor.tokenize(
             [prompt["text"] for prompt in prompts],
             padding=True,
             padding_side="left",

@@ -8,6 +8,7 @@ training batches, see `data_collator.py`.
 import numbers
 import os
 import re
+import threading
 from contextlib import contextmanager
 
 import numpy as np
@@ -29,6 +30,13 @@ WINDOW_S = 30
 ANALYSIS_WINDOW_S = 0.025
 AUDIO_KEYS = ("audio", "path", "bytes", "url")
 NOT_BASE64 = re.compile(r"[^A-Za-z0-9+/=\s]")
+# Tokenizers keep padding and truncation of a call on themselves, so two threads must not use one at the same time.
+_tokenizing = threading.Lock()
+if hasattr(os, "register_at_fork"):  # not on Windows
+    # A process that is forked meanwhile, as the workers of a DataLoader are, would wait for a thread it does not have.
+    os.register_at_fork(
+        before=_tokenizing.acquire, after_in_parent=_tokenizing.release, after_in_child=_tokenizing.release
+    )
 
 # Put before an LLM's own chat template: turns each message's list of blocks into the string that the LLM's template
 # expects, with the placeholder for each audio, and one line per block. It must not strip what follows it: white space
@@ -201,7 +209,7 @@ class BlspKdProcessor(ProcessorMixin):
                 f"The text holds {sum(num_placeholders)} {self.audio_token!r} placeholder(s) (per prompt: "
                 f"{num_placeholders}), but {len(clips)} audio(s) were given. Write it exactly once for every audio."
             )
-        data = dict(self.tokenizer(prompts, **text_kwargs))
+        data = dict(self.tokenize(prompts, **text_kwargs))
         num_kept = sum(list(ids).count(self.audio_token_id) for ids in data["input_ids"])
         if num_kept != len(clips):
             raise ValueError(
@@ -211,6 +219,11 @@ class BlspKdProcessor(ProcessorMixin):
         if clips:
             data |= self.extract_features(clips, sampling_rate)
         return BatchFeature(data, tensor_type=return_tensors)
+
+    def tokenize(self, texts, **kwargs):
+        """The tokenizer's own call, for use by any number of threads at once."""
+        with _tokenizing:
+            return self.tokenizer(texts, **kwargs)
 
     @staticmethod
     def check_unicode(texts: list[str]):

@@ -101,9 +101,9 @@ class EndpointHandler:
             for message in inputs:
                 content = message["content"]
                 texts += [content] if isinstance(content, str) else [block.get("text", "") for block in content]
-        tokenizer, texts = self.answers.processor.tokenizer, [text for text in texts if text]
-        self.answers.processor.check_unicode(texts)
-        num_text_tokens = sum(len(ids) for ids in tokenizer(texts)["input_ids"]) if texts else 0
+        processor, texts = self.answers.processor, [text for text in texts if text]
+        processor.check_unicode(texts)
+        num_text_tokens = sum(len(ids) for ids in processor.tokenize(texts)["input_ids"]) if texts else 0
         num_tokens = num_text_tokens + parameters.get("max_new_tokens", 0)
         if num_tokens > MAX_TOTAL_TOKENS:
             raise ValueError(
