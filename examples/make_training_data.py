@@ -30,6 +30,7 @@ from typing import NamedTuple
 import torch
 from accelerate import PartialState
 from answering import user_turn
+from command_line import HelpFormatter
 from tqdm import tqdm
 from training_data import BadRow
 from training_data.engines import TransformersEngine, VllmEngine
@@ -103,7 +104,9 @@ class AnswerOptions:
 
 
 def main(arguments: list[str] | None = None):
-    parser = HfArgumentParser((SourceOptions, RowOptions, AnswerOptions), description=__doc__)
+    parser = HfArgumentParser(
+        (SourceOptions, RowOptions, AnswerOptions), description=__doc__, formatter_class=HelpFormatter
+    )
     source_options, row_options, answer_options = parser.parse_args_into_dataclasses(arguments)
     check_options(source_options, row_options, answer_options)
     # Unless it is told, accelerate does not see that processes without a GPU belong together. The timeout is long since

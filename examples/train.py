@@ -32,6 +32,7 @@ import transformers
 import yaml
 from accelerate.utils import broadcast_object_list
 from answering import accuracy, answer_rows
+from command_line import HelpFormatter
 from datasets import Dataset
 from training_input.batches import TrainingInputTrainer, data_seed
 from training_input.clips import duration_s
@@ -148,7 +149,9 @@ class Arguments(TrainingArguments):
 
 
 def main():
-    parser = HfArgumentParser((ModelOptions, DataOptions, Arguments), description=__doc__)
+    parser = HfArgumentParser(
+        (ModelOptions, DataOptions, Arguments), description=__doc__, formatter_class=HelpFormatter
+    )
     model_options, data_options, args = parser.parse_args_into_dataclasses(unfold_recipe(sys.argv[1:]))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     set_seed(args.seed)

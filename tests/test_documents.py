@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import functools
 import io
 import re
 import shutil
@@ -49,6 +50,12 @@ def _readme() -> str:
     return (ROOT / "README.md").read_text()
 
 
+def test_the_examples_page_tells_what_every_script_is_for():
+    page = (ROOT / "examples" / "README.md").read_text()
+    runnable = [script for script in SCRIPTS if "__main__" in (ROOT / script).read_text()]
+    assert [script for script in runnable if f"| `{Path(script).name}` |" not in page] == []
+
+
 def test_the_readme_stays_short():
     assert len(_readme().splitlines()) <= 230
 
@@ -57,22 +64,24 @@ def test_the_readme_stays_short():
 def test_documents_name_only_options_that_exist(document):
     text = (ROOT / document).read_text().replace("\\\n", " ").replace("\\\\", " ")
     for script, arguments in re.findall(r"(examples/\w+\.py)([^\n`]*)", text):
-        known = _options_of(script)
+        known = set(re.findall(r"--\w+", _help_of(script)))
         for option in re.findall(r"(?<=\s)--\w+", arguments):
             assert option in known, f"{document} passes {option} to {script}, which does not know it"
 
 
-def _options_of(script):
-    if script not in _options_of.cache:
-        finished = subprocess.run(
-            [sys.executable, ROOT / script, "--help"], capture_output=True, text=True, timeout=300
-        )
-        assert finished.returncode == 0, finished.stderr[-3000:]
-        _options_of.cache[script] = set(re.findall(r"--\w+", finished.stdout))
-    return _options_of.cache[script]
+@functools.cache
+def _help_of(script: str) -> str:
+    finished = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, timeout=300)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    return finished.stdout
 
 
-_options_of.cache = {}
+@pytest.mark.parametrize("script", [script for script in SCRIPTS if "ArgumentParser(" in (ROOT / script).read_text()])
+def test_help_keeps_the_line_breaks_of_commands(script):
+    """Commands of several lines ran into the prose around them, so they could not be copied."""
+    docstring = ast.get_docstring(ast.parse((ROOT / script).read_text()), clean=False)
+    for line in filter(None, docstring.splitlines()):
+        assert line in _help_of(script).splitlines()
 
 
 @pytest.mark.parametrize("page", PAGES)

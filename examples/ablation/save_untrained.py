@@ -6,12 +6,15 @@ Takes the options of `examples/train.py`. Leaves out: training.
 import json
 from pathlib import Path
 
+from command_line import HelpFormatter
 from train import Arguments, DataOptions, ModelOptions, build_model, build_processor
 from transformers import HfArgumentParser, set_seed
 
 
 def main():
-    parser = HfArgumentParser((ModelOptions, DataOptions, Arguments), description=__doc__)
+    parser = HfArgumentParser(
+        (ModelOptions, DataOptions, Arguments), description=__doc__, formatter_class=HelpFormatter
+    )
     model_options, _, args = parser.parse_args_into_dataclasses()
     set_seed(args.seed)
     processor = build_processor(model_options)

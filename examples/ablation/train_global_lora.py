@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import torch
+from command_line import HelpFormatter
 from train import REPORTED, Arguments, DataOptions, ModelOptions, make_dataset, make_trainer
 from transformers import HfArgumentParser, set_seed
 
@@ -50,7 +51,9 @@ def merge_lora(model: BlspKdForCausalLM) -> BlspKdForCausalLM:
 
 
 def main():
-    parser = HfArgumentParser((ModelOptions, DataOptions, Arguments), description=__doc__)
+    parser = HfArgumentParser(
+        (ModelOptions, DataOptions, Arguments), description=__doc__, formatter_class=HelpFormatter
+    )
     model_options, data_options, args = parser.parse_args_into_dataclasses()
     if not model_options.plora:
         raise ValueError("LoRA at all positions takes the layers of PLoRA: pass --plora true.")

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from command_line import HelpFormatter
 from evaluation.recognition import read_off
 from torch import nn
 from tqdm import tqdm
@@ -115,7 +116,9 @@ def transcribe(read_clips, processor, rows: list[dict], device, batch_size: int 
 
 
 def main():
-    parser = HfArgumentParser((RecognizerOptions, ModelOptions, DataOptions, Arguments), description=__doc__)
+    parser = HfArgumentParser(
+        (RecognizerOptions, ModelOptions, DataOptions, Arguments), description=__doc__, formatter_class=HelpFormatter
+    )
     options, model_options, data_options, args = parser.parse_args_into_dataclasses()
     if not data_options.eval_manifest:
         raise ValueError("A cascade needs --eval_manifest: the rows whose clips are recognised.")
