@@ -28,6 +28,9 @@ def load_recognizer(name: str):
         return lambda clips: transcribe(model, processor, clips)
     recognize = pipeline("automatic-speech-recognition", model=name, device_map="auto")
     rate = recognize.feature_extractor.sampling_rate
+    if recognize.type == "seq2seq_whisper" and recognize.tokenizer.pad_token is None:
+        # A pipeline asks for one before it batches. What ends a transcript may fill it up.
+        recognize.tokenizer.pad_token = recognize.tokenizer.eos_token
 
     def run_pipeline(clips: list) -> list[str]:
         waveforms = [load_audio(clip, rate) for clip in clips]
