@@ -9,11 +9,7 @@ from collections import defaultdict
 import torch
 from tqdm import tqdm
 
-
-def user_turn(instruction: str | None, content: dict) -> list[dict]:
-    """One user turn: the instruction, then the content (a text or an audio block)."""
-    blocks = [content] if not instruction else [{"type": "text", "text": instruction}, content]
-    return [{"role": "user", "content": blocks}]
+from processing.spoken_inputs import user_turn
 
 
 @torch.inference_mode()
@@ -35,7 +31,7 @@ def answer(model, processor, conversations, max_new_tokens=32, batch_size=64, de
 def answer_rows(model, processor, rows, source: str, **options) -> list[str]:
     """Answers to rows, from their `"text"` or from their `"audio"`."""
     content = {
-        "text": lambda row: {"type": "text", "text": row["text"]},
+        "text": lambda row: {"type": "text", "text": row["text"].strip()},
         "audio": lambda row: {"type": "audio", "audio": row["audio"]},
     }[source]
     conversations = [user_turn(row.get("instruction"), content(row)) for row in rows]

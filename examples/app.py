@@ -20,6 +20,7 @@ import gradio as gr
 from transformers import AutoModelForCausalLM, AutoProcessor, TextIteratorStreamer
 
 from processing.audio_loading import load_audio
+from processing.chat_templates import read_options
 from processing.hearing import Hearing, hear, plot_hearing
 
 CLIPS = Path(__file__).parent / "tiny_world" / "clips"
@@ -207,9 +208,13 @@ def main():
     model = os.environ.get("MODEL_ID", "outputs/default")
     parser.add_argument("--model", default=model, help="folder or Hub id of a BLSP-KD model")
     parser.add_argument("--clips", type=Path, default=CLIPS, help="folder of example clips, with a metadata.jsonl")
+    parser.add_argument(
+        "--chat_template_kwargs", help="JSON options of the LLM's chat template (those that it was trained with)"
+    )
     options = parser.parse_args()
 
-    processor = AutoProcessor.from_pretrained(options.model, trust_remote_code=True)
+    given = read_options(options.chat_template_kwargs)
+    processor = AutoProcessor.from_pretrained(options.model, trust_remote_code=True, **given)
     model = AutoModelForCausalLM.from_pretrained(options.model, trust_remote_code=True, device_map="auto")
     launch(build_page(Listener(model, processor), read_clips(options.clips)), options.clips)
 

@@ -35,6 +35,7 @@ from modeling_blsp_kd import BlspKdForCausalLM
 from modeling_blsp_kd.thin_checkpoints import identify
 from processing import BlspKdProcessor
 from processing.audio_loading import load_audio
+from processing.chat_templates import read_options
 
 HEARING = ("speech", "cascade")
 
@@ -61,6 +62,9 @@ def main():
     parser.add_argument("--kept_frames", help="file for frames of a Whisper encoder, see train.py: encodes a clip once")
     parser.add_argument("--batch_size", type=int, default=32, help="rows at once")
     parser.add_argument("--max_new_tokens", type=int, default=64, help="longest answer")
+    parser.add_argument(
+        "--chat_template_kwargs", help="JSON options of the LLM's chat template (those that it was trained with)"
+    )
     parser.add_argument("--translation_instruction", help="what to ask where rows have a translation")
     parser.add_argument("--bleu_tokenizer", default="13a", help="sacrebleu's: 13a, intl, zh, ja-mecab, ko-mecab, char")
     parser.add_argument("--num_resamples", type=int, default=1000, help="bootstrap samples of an interval")
@@ -128,6 +132,8 @@ def settings_of(system: str, options, data: str) -> dict:
     """What the predictions of a system depend on."""
     settings = {"model": identify(options.model, {})["revision"], "data": data, "tasks": list(options.tasks)}
     settings |= {name: getattr(options, name) for name in ("max_new_tokens", "translation_instruction")}
+    if options.chat_template_kwargs:
+        settings["chat_template_kwargs"] = options.chat_template_kwargs
     if options.train_manifest:
         settings["train_manifest"] = Path(options.train_manifest).name
     if system == "cascade":
@@ -138,7 +144,7 @@ def settings_of(system: str, options, data: str) -> dict:
 def load_systems(options) -> Systems:
     return Systems(
         BlspKdForCausalLM.from_pretrained(options.model, device_map="auto").requires_grad_(False),
-        BlspKdProcessor.from_pretrained(options.model),
+        BlspKdProcessor.from_pretrained(options.model, **read_options(options.chat_template_kwargs)),
         tasks=options.tasks,
         recognizer=load_recognizer(options.asr_model) if options.asr_model else None,
         translation_instruction=options.translation_instruction,

@@ -7,8 +7,10 @@ Works with a folder or a Hub id; the answer appears as it is generated.
 
 import argparse
 
-from answering import user_turn
 from transformers import AutoModelForCausalLM, AutoProcessor, TextStreamer
+
+from processing.chat_templates import read_options
+from processing.spoken_inputs import user_turn
 
 
 def main():
@@ -16,10 +18,14 @@ def main():
     parser.add_argument("--model", required=True, help="folder or Hub id of a BLSP-KD model")
     parser.add_argument("--audio", required=True, help="wav, flac, ogg or mp3 file")
     parser.add_argument("--instruction", default="Repeat the words.", help="what to do with what is said")
+    parser.add_argument(
+        "--chat_template_kwargs", help="JSON options of the LLM's chat template (those that it was trained with)"
+    )
     parser.add_argument("--max_new_tokens", type=int, default=64, help="longest answer")
     options = parser.parse_args()
 
-    processor = AutoProcessor.from_pretrained(options.model, trust_remote_code=True)
+    given = read_options(options.chat_template_kwargs)
+    processor = AutoProcessor.from_pretrained(options.model, trust_remote_code=True, **given)
     model = AutoModelForCausalLM.from_pretrained(options.model, trust_remote_code=True, device_map="auto")
     inputs = processor.apply_chat_template(
         user_turn(options.instruction, {"type": "audio", "path": options.audio}),

@@ -29,7 +29,6 @@ from typing import NamedTuple
 
 import torch
 from accelerate import PartialState
-from answering import user_turn
 from command_line import HelpFormatter
 from tqdm import tqdm
 from training_data import BadRow
@@ -41,6 +40,8 @@ from training_data.unfinished import Unfinished
 from transformers import AutoConfig, HfArgumentParser
 
 from processing import BlspKdProcessor
+from processing.chat_templates import is_in_thought, read_options
+from processing.spoken_inputs import user_turn
 
 TINY_TEXT_MODEL = str(Path(__file__).parent / "tiny_world" / "llm")
 # Prompts are text: of the processor only tokenizer and chat template are used, so any feature extractor will do.
@@ -92,6 +93,13 @@ class RowOptions:
 @dataclass
 class AnswerOptions:
     text_model: str = field(default=TINY_TEXT_MODEL, metadata={"help": "Hub id or folder of the LLM."})
+    chat_template_kwargs: str | None = field(
+        default=None,
+        metadata={
+            "help": "JSON options of the LLM's chat template, for example '{\"enable_thinking\": false}'. Give "
+            "train.py the same."
+        },
+    )
     engine: str = field(default="transformers", metadata={"help": "transformers, or vllm where it is installed."})
     dtype: str = field(default="auto", metadata={"help": "auto, float32, bfloat16 or float16."})
     batch_size: int = field(default=64, metadata={"help": "Rows per block, and prompts answered at once."})
@@ -145,7 +153,9 @@ def answer_all(state, source, templates, unfinished, source_options, row_options
     """Answer this process's share of the blocks that no earlier run has finished; the main process joins them all."""
     done = set(unfinished.done())
     state.wait_for_everyone()  # before anybody writes
-    processor = BlspKdProcessor.from_backbones(ANY_SPEECH_MODEL, answer_options.text_model)
+    processor = BlspKdProcessor.from_backbones(
+        ANY_SPEECH_MODEL, answer_options.text_model, **read_options(answer_options.chat_template_kwargs)
+    )
     max_prompt_tokens = longest_prompt(row_options, answer_options)
     maker = RowMaker(
         source=source,
@@ -327,8 +337,7 @@ class RowMaker:
         rows = []
         answers = self.engine.answer([one.prompt for one in asked], [one.row["seed"] for one in asked]) if asked else []
         for one, answer in zip(asked, answers):
-            if not answer.text or self.processor.audio_token in answer.text:
-                fault = "holds the audio placeholder" if answer.text else "is empty"
+            if fault := self._fault(one.prompt, answer.text):
                 error = BadRow(f"answer: that of the LLM to template {one.row['template']!r} {fault}")
                 rejects.append(self._reject(one.index, one.source_row, error))
                 continue
@@ -379,6 +388,19 @@ class RowMaker:
         if len(prompt) > self.max_prompt_tokens:
             raise BadRow(f"text: too long, the prompt has {len(prompt)} tokens, at most {self.max_prompt_tokens}")
         return row, prompt
+
+    def _fault(self, prompt: list[int], answer: str) -> str | None:
+        """What makes an answer useless, if anything."""
+        if not answer:
+            return "is empty"
+        if self.processor.audio_token in answer:
+            return "holds the audio placeholder"
+        if is_in_thought(self.processor.decode(prompt) + answer):
+            return (
+                "ends within a thought. Raise --max_new_tokens, or have the LLM not think, for example with "
+                "--chat_template_kwargs '{\"enable_thinking\": false}'"
+            )
+        return None
 
     def _place(self, one: Asked) -> str:
         """The path of a row's audio, relative to the output; embedded audio becomes a file."""

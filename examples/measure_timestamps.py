@@ -19,12 +19,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from answering import user_turn
 from tqdm import tqdm
 from training_input.manifests import read_manifest
 
 from modeling_blsp_kd import BlspKdForCausalLM
 from processing import BlspKdProcessor
+from processing.spoken_inputs import user_turn
 
 RAW = {"delay_s": 0.0, "silence": 0.0}
 DELAYS_S = [round(0.02 * step, 2) for step in range(16)]

@@ -46,6 +46,8 @@ from transformers.integrations import unset_hf_deepspeed_config
 
 from modeling_blsp_kd import BlspKdForCausalLM, BlspKdTrainer
 from processing import BlspKdDataCollator, BlspKdProcessor
+from processing.chat_templates import is_in_thought, read_options
+from processing.spoken_inputs import user_turn
 
 TINY_TEXT_MODEL = str(Path(__file__).parent / "tiny_world" / "llm")
 TINY_SPEECH_MODEL = str(Path(__file__).parent / "tiny_world" / "speech_encoder")
@@ -68,6 +70,13 @@ class ModelOptions:
         metadata={
             "help": "JSON options of the adapter, for example '{\"num_pre_layers\": 2}'. If omitted: the defaults of "
             "BlspKdConfig, or for the tiny world's encoder fewer layers (1 + 2, or 2 of the subsampler)."
+        },
+    )
+    chat_template_kwargs: str | None = field(
+        default=None,
+        metadata={
+            "help": "JSON options of the LLM's chat template, for example '{\"enable_thinking\": false}'. They are "
+            "saved with the processor. If omitted: none, or those of --start_from."
         },
     )
     dtype: str = field(
@@ -262,6 +271,13 @@ def make_trainer(
                 f"from, first {empty[0].get('origin', empty[0])}. Look at what it answers to text (its chat template? "
                 "its tokenizer?), give these rows a 'response', or leave them out, as make_training_data.py does."
             )
+        opened = processor.apply_chat_template(user_turn(None), add_generation_prompt=True)
+        if thinking := [row for row in unanswered if is_in_thought(opened + row["response"])]:
+            raise ValueError(
+                f"{len(thinking)} of {len(unanswered)} answers of the LLM end within a thought, so nothing after it "
+                f"would be learnt, first {thinking[0].get('origin', thinking[0])}. Have the LLM not think, for example "
+                "with --chat_template_kwargs '{\"enable_thinking\": false}', or raise --max_response_tokens."
+            )
     with args.main_process_first(desc="looking at the clips"):
         train_dataset = training_data(train_rows, data_options, args, processor)
     trainer = TrainingInputTrainer(
@@ -277,9 +293,10 @@ def make_trainer(
 
 
 def build_processor(options: ModelOptions) -> BlspKdProcessor:
+    given = read_options(options.chat_template_kwargs)
     if options.start_from:
-        return BlspKdProcessor.from_pretrained(options.start_from)
-    return BlspKdProcessor.from_backbones(options.speech_model, options.text_model)
+        return BlspKdProcessor.from_pretrained(options.start_from, **given)
+    return BlspKdProcessor.from_backbones(options.speech_model, options.text_model, **given)
 
 
 def build_model(options: ModelOptions, processor, model_class=BlspKdForCausalLM) -> BlspKdForCausalLM:

@@ -4,12 +4,18 @@ Follows arXiv 2405.19041: both prompts are instruction + content; the content is
 audio for the student. Leaves out: where rows come from, and responses, which the LLM itself should have written.
 """
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
+
+from .spoken_inputs import user_turn
+
+# Stands for an answer where only what a template writes around it matters: no text, so no template looks into it.
+ANSWER = "\ue000"
 
 
 @dataclass
@@ -25,8 +31,9 @@ class BlspKdDataCollator:
     - `response`: the LLM's answer to instruction and text;
     - `instruction` (optional): what to do with the content.
 
-    The prompt is tokenised in pieces around the content, so the transcript's tokens are the same in the teacher's
-    prompt as alone, and their number is what CIF has to fire.
+    The student's prompt is tokenised as at inference, with the placeholder in it. The teacher's has the transcript's
+    tokens in its place, whose number is what CIF has to fire, and is otherwise the same. These tokens, and those of the
+    response, are the ones that they have in the whole text, see [`continue_ids`].
 
     Args:
         processor ([`BlspKdProcessor`]).
@@ -46,7 +53,7 @@ class BlspKdDataCollator:
         Raises:
             ValueError: a row lacks a field, or holds an unusable one; the message names the row in the batch.
         """
-        pieces = [self._tokenize(index, row) for index, row in enumerate(rows)]
+        pieces = self._tokenize(rows)
         audio_token_id = self.processor.audio_token_id
         for index, row in enumerate(rows):
             if "audio" not in row and "input_features" not in row:  # a misspelt name makes no row of text only
@@ -75,8 +82,24 @@ class BlspKdDataCollator:
             **self._features([row for row, spoken in zip(rows, is_spoken) if spoken]),
         }
 
-    def _tokenize(self, index: int, row: dict) -> tuple[list[int], list[int], list[int], list[int]]:
-        """Token ids before the content, of the content, between content and response, and of the response."""
+    def _tokenize(self, rows: list[dict]) -> list[tuple[list[int], list[int], list[int], list[int]]]:
+        """Token ids of each row: before the content, of the content, between content and response, of the response."""
+        processor = self.processor
+        for index, row in enumerate(rows):
+            self._check(index, row)
+        texts = [split_prompt(processor, row.get("instruction"), row["response"].strip()) for row in rows]
+        prompts = [f"{prefix}{processor.audio_token}{suffix}" for prefix, suffix, _ in texts]
+        prompt_ids = processor.tokenize(prompts, add_special_tokens=False)["input_ids"]
+        places = [ids.index(processor.audio_token_id) for ids in prompt_ids]
+        prefix_ids = [ids[:place] for ids, place in zip(prompt_ids, places)]
+        contents = continue_ids(
+            processor, [prefix for prefix, _, _ in texts], prefix_ids, [row["text"].strip() for row in rows]
+        )
+        responses = continue_ids(processor, prompts, prompt_ids, [response for _, _, response in texts])
+        suffix_ids = [ids[place + 1 :] for ids, place in zip(prompt_ids, places)]
+        return list(zip(prefix_ids, contents, suffix_ids, responses))
+
+    def _check(self, index: int, row: dict):
         for field in ("text", "response"):
             if not isinstance(row.get(field), str) or not row[field].strip():
                 raise ValueError(
@@ -88,9 +111,6 @@ class BlspKdDataCollator:
                 f"Row {index} of the batch holds the audio placeholder {self.processor.audio_token!r} in its "
                 "instruction, text or response. Remove it: the collator places it."
             )
-        prefix, suffix, response = split_prompt(self.processor, row.get("instruction"), row["response"])
-        tokenized = self.processor.tokenize([prefix, row["text"], suffix, response], add_special_tokens=False)
-        return tuple(tokenized["input_ids"])
 
     def _join(self, pieces):
         """Concatenate the four pieces of each row, pad, and mark content and response."""
@@ -127,18 +147,55 @@ def split_prompt(processor, instruction: str | None, response: str) -> tuple[str
 
     Returns:
         `tuple[str, str, str]`: what stands before the content, what stands between content and response, and the
-        response with the end of the turn.
+        response from where the LLM begins to answer, with the token that ends its turn.
     """
-    content = [{"type": "audio"}]
-    if instruction:
-        content.insert(0, {"type": "text", "text": instruction})
-    user_turn = [{"role": "user", "content": content}]
-    prompt = processor.apply_chat_template(user_turn, add_generation_prompt=True)
+    question = user_turn(instruction)
+    prompt = processor.apply_chat_template(question, add_generation_prompt=True)
     prefix, suffix = prompt.split(processor.audio_token)
-    # What ends the turn is what the template writes after the response; it may write more before it (an empty thought,
-    # say), and white space after it, but the LLM that answers the prompt generates neither.
-    response = response.strip()
-    dialogue = processor.apply_chat_template([*user_turn, {"role": "assistant", "content": response}])
-    _, found, end_of_turn = dialogue.rpartition(response)
-    end_of_turn = end_of_turn.rstrip() if found else ""
-    return prefix, suffix, response + (end_of_turn or processor.tokenizer.eos_token)
+    dialogue = processor.apply_chat_template([*question, {"role": "assistant", "content": ANSWER}])
+    start, _, end = dialogue.rpartition(ANSWER)
+    # The LLM that answers the prompt generates white space that finished turns have after it (Llama 2), but nothing
+    # else that only they have (an empty thought, say).
+    gap = start.removeprefix(prompt) if start.startswith(prompt) else ""
+    gap = "" if gap.strip() else gap
+    return prefix, suffix, f"{gap}{response}{_end_of_turn(processor.tokenizer, end)}"
+
+
+def _end_of_turn(tokenizer, text: str) -> str:
+    """What a template writes after an answer, up to the first special token, which ends generation.
+
+    Templates write more after it (Phi-3 a line break and another token), and some none at all (GLM-4, whose turns end
+    where the next begins): there the tokenizer's EOS is the end.
+    """
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    found = re.search("|".join(re.escape(token) for token in sorted(special, key=len, reverse=True)), text)
+    if found:
+        return text[: found.end()]
+    if tokenizer.eos_token is None:
+        raise ValueError(
+            f"Neither the chat template nor the tokenizer tells what ends an answer: after it stands {text!r:.80}, "
+            "without a special token, and the tokenizer has no eos_token. Set it."
+        )
+    return tokenizer.eos_token
+
+
+def continue_ids(processor, contexts: list[str], context_ids: list[list[int]], texts: list[str]) -> list[list[int]]:
+    """Token ids of texts that stand after contexts whose own ids are given.
+
+    They are those of the whole, context and text, without those of the context: SentencePiece tokenizers write a "▁"
+    before a text that stands alone, but not within a line. Where the tokenizer would join the last token of the
+    context with the text, the context keeps its ids, since they are the prompt at inference, and the text gets the ids
+    that it has at the start of a line, or else after a special token.
+    """
+    wholes = processor.tokenize([before + text for before, text in zip(contexts, texts)], add_special_tokens=False)[
+        "input_ids"
+    ]
+    continued = []
+    for whole, ids, text in zip(wholes, context_ids, texts):
+        if whole[: len(ids)] != ids:
+            for border in ("\n", processor.audio_token):
+                ids, whole = processor.tokenize([border, border + text], add_special_tokens=False)["input_ids"]
+                if whole[: len(ids)] == ids:
+                    break
+        continued.append(whole[len(ids) :])
+    return continued

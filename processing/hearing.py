@@ -23,6 +23,8 @@ from transformers.utils import is_matplotlib_available
 from modeling_blsp_kd.distillation_step import frozen
 
 from .audio_loading import load_audio
+from .data_collator import continue_ids
+from .spoken_inputs import user_turn
 
 if is_matplotlib_available():
     from matplotlib import colormaps
@@ -123,17 +125,16 @@ def hear(
     """
     rate = processor.feature_extractor.sampling_rate
     waveform = load_audio(audio, rate)
-    content = [{"type": "audio", "audio": (waveform, rate)}]
-    if instruction:
-        content.insert(0, {"type": "text", "text": instruction})
-    inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True
-    ).to(model.device)
+    chat = user_turn(instruction, {"type": "audio", "audio": (waveform, rate)})
+    inputs = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True)
+    inputs = inputs.to(model.device)
     input_ids = inputs["input_ids"][0]
     place = int((input_ids == processor.audio_token_id).nonzero())
     transcript_ids = num_speech_tokens = kl_to_text = None
     if transcript is not None:
-        transcript_ids = input_ids.new_tensor(processor.tokenize(transcript, add_special_tokens=False)["input_ids"])
+        before, _ = processor.apply_chat_template(chat, add_generation_prompt=True).split(processor.audio_token)
+        [transcript_ids] = continue_ids(processor, [before], [input_ids[:place].tolist()], [transcript.strip()])
+        transcript_ids = input_ids.new_tensor(transcript_ids)
         num_speech_tokens = input_ids.new_tensor([len(transcript_ids)])
         if len(transcript_ids) == 0:
             raise ValueError(f"The transcript {transcript!r} has no tokens. Give what is said, or leave it out.")

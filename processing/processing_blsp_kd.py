@@ -19,6 +19,7 @@ from transformers.processing_utils import AudioKwargs, ProcessingKwargs, Process
 from transformers.utils import logging
 
 from .audio_loading import load_audio
+from .chat_templates import PLAIN_TEMPLATE, check_options, content_prefix, knows, warn_of_thoughts
 from .pipeline_blsp_kd import BlspKdPipeline  # noqa: F401 (saved with a processor are the files that this one imports)
 
 logger = logging.get_logger(__name__)
@@ -29,6 +30,10 @@ TRANSCRIPTION_INSTRUCTION = "Repeat the words."
 WINDOW_S = 30
 ANALYSIS_WINDOW_S = 0.025
 AUDIO_KEYS = ("audio", "path", "bytes", "url")
+LOST_IN_TEMPLATE = (
+    "If a chat template made the text, it has to write the content of each message once and as it is: look at what it "
+    "makes of the chat (tokenize=False), and set another one (processor.chat_template) if it leaves something out."
+)
 NOT_BASE64 = re.compile(r"[^A-Za-z0-9+/=\s]")
 # Tokenizers keep padding and truncation of a call on themselves, so two threads must not use one at the same time.
 _tokenizing = threading.Lock()
@@ -37,38 +42,6 @@ if hasattr(os, "register_at_fork"):  # not on Windows
     os.register_at_fork(
         before=_tokenizing.acquire, after_in_parent=_tokenizing.release, after_in_child=_tokenizing.release
     )
-
-# Put before an LLM's own chat template: turns each message's list of blocks into the string that the LLM's template
-# expects, with the placeholder for each audio, and one line per block. It must not strip what follows it: white space
-# at the start of the LLM's template is part of its prompts.
-FLATTEN_CONTENT = """\
-{%- set flat = namespace(messages=[]) -%}
-{%- for message in messages -%}
-{%- if message.content is defined and message.content is not string -%}
-{%- set text = namespace(lines=[]) -%}
-{%- for block in message.content -%}
-{%- if block.type == "audio" -%}
-{%- set text.lines = text.lines + ["AUDIO_TOKEN"] -%}
-{%- elif block.type == "text" -%}
-{%- set text.lines = text.lines + [block.text] -%}
-{%- else -%}
-{{- raise_exception("Message content must be of type 'text' or 'audio', got '" ~ block.type ~ "'.") -}}
-{%- endif -%}
-{%- endfor -%}
-{%- set flat.messages = flat.messages + [dict(message, content=text.lines | join("\\n"))] -%}
-{%- else -%}
-{%- set flat.messages = flat.messages + [message] -%}
-{%- endif -%}
-{%- endfor -%}
-{%- set messages = flat.messages %}
-"""
-# For an LLM without a chat template: its text, one turn per line.
-PLAIN_TEMPLATE = """\
-{{- bos_token or "" -}}
-{%- for message in messages -%}
-{{- message.content ~ (eos_token if message.role == "assistant" else "\\n") -}}
-{%- endfor -%}
-"""
 
 
 class BlspKdProcessorKwargs(ProcessingKwargs, total=False):
@@ -88,6 +61,9 @@ class BlspKdProcessor(ProcessorMixin):
         audio_token (`str`): the placeholder for one audio.
         transcription_instruction (`str`): what to tell the LLM when the words themselves are wanted, as a speech
             recognition pipeline does. It should be one that the model was trained on.
+        chat_template_kwargs (`dict`, *optional*): options of the chat template, such as `{"enable_thinking": False}`.
+            They are saved with the processor and hold for every prompt, in training and afterwards; arguments of a
+            call of `apply_chat_template` win.
     """
 
     valid_processor_kwargs = BlspKdProcessorKwargs
@@ -99,6 +75,7 @@ class BlspKdProcessor(ProcessorMixin):
         chat_template=None,
         audio_token=AUDIO_TOKEN,
         transcription_instruction=TRANSCRIPTION_INSTRUCTION,
+        chat_template_kwargs=None,
     ):
         if not isinstance(audio_token, str) or audio_token not in tokenizer.get_vocab():
             raise ValueError(
@@ -112,6 +89,7 @@ class BlspKdProcessor(ProcessorMixin):
                 f"{audio_token!r}, got {transcription_instruction!r}."
             )
         self.transcription_instruction = transcription_instruction
+        self.chat_template_kwargs = check_options(chat_template_kwargs, chat_template)
         self.audio_token = audio_token
         self.audio_token_id = tokenizer.convert_tokens_to_ids(audio_token)
         super().__init__(feature_extractor, tokenizer, chat_template=chat_template)
@@ -123,6 +101,7 @@ class BlspKdProcessor(ProcessorMixin):
         text_model,
         audio_token: str = AUDIO_TOKEN,
         transcription_instruction: str = TRANSCRIPTION_INSTRUCTION,
+        chat_template_kwargs: dict | None = None,
         **kwargs,
     ) -> "BlspKdProcessor":
         """Join the feature extractor of a speech model with the tokenizer and chat template of an LLM.
@@ -131,8 +110,11 @@ class BlspKdProcessor(ProcessorMixin):
             speech_model, text_model (`str` or `os.PathLike`): Hub ids or folders.
             audio_token (`str`): added to the tokenizer unless it has it; the LLM's embeddings are not resized, since
                 the placeholder is never embedded.
-            transcription_instruction (`str`): see [`BlspKdProcessor`].
+            transcription_instruction (`str`), chat_template_kwargs (`dict`): see [`BlspKdProcessor`].
             kwargs: for both `from_pretrained` calls (`revision` does not belong here, the models differ).
+
+        Raises:
+            ValueError: the chat template loses the placeholder, or does not know an option.
         """
         feature_extractor = AutoFeatureExtractor.from_pretrained(speech_model, **kwargs)
         tokenizer = AutoTokenizer.from_pretrained(text_model, **kwargs)
@@ -143,12 +125,14 @@ class BlspKdProcessor(ProcessorMixin):
         if tokenizer.pad_token is None:
             # Padding is masked, so any token will do.
             tokenizer.pad_token = tokenizer.eos_token
-        flatten, chat_template = FLATTEN_CONTENT.replace("AUDIO_TOKEN", audio_token), tokenizer.chat_template
-        if isinstance(chat_template, dict):  # several, by name
-            chat_template = {name: flatten + template for name, template in chat_template.items()}
-        else:
-            chat_template = flatten + (chat_template or PLAIN_TEMPLATE)
-        return cls(feature_extractor, tokenizer, chat_template, audio_token, transcription_instruction)
+        own = tokenizer.chat_template or PLAIN_TEMPLATE
+        options = check_options(chat_template_kwargs, own)
+        default = own.get("default", next(iter(own.values()))) if isinstance(own, dict) else own  # several, by name
+        prefix = content_prefix(default, tokenizer, audio_token, options)
+        chat_template = {name: prefix + each for name, each in own.items()} if isinstance(own, dict) else prefix + own
+        processor = cls(feature_extractor, tokenizer, chat_template, audio_token, transcription_instruction, options)
+        warn_of_thoughts(default, processor)
+        return processor
 
     @classmethod
     def get_processor_dict(cls, pretrained_model_name_or_path, **kwargs):
@@ -207,7 +191,8 @@ class BlspKdProcessor(ProcessorMixin):
         if sum(num_placeholders) != len(clips):
             raise ValueError(
                 f"The text holds {sum(num_placeholders)} {self.audio_token!r} placeholder(s) (per prompt: "
-                f"{num_placeholders}), but {len(clips)} audio(s) were given. Write it exactly once for every audio."
+                f"{num_placeholders}), but {len(clips)} audio(s) were given. Write it exactly once for every audio. "
+                f"{LOST_IN_TEMPLATE}"
             )
         data = dict(self.tokenize(prompts, **text_kwargs))
         num_kept = sum(list(ids).count(self.audio_token_id) for ids in data["input_ids"])
@@ -309,6 +294,29 @@ class BlspKdProcessor(ProcessorMixin):
             widths[time_axis] = (0, max(lengths) - length)
             padded.append(np.pad(clip, widths))
         return {"input_features": np.stack(padded).astype(np.float32), "input_features_mask": mask}
+
+    def apply_chat_template(self, conversation, chat_template=None, *args, **kwargs):
+        """Render chats, and tokenise them if told to, as in all processors of transformers.
+
+        `chat_template_kwargs` of the processor hold unless a call says otherwise.
+
+        Raises:
+            ValueError: the template does not write the placeholder once for each audio.
+        """
+        own = self.chat_template
+        template = own.get(chat_template or "default", chat_template) if isinstance(own, dict) else chat_template or own
+        options = {name: value for name, value in self.chat_template_kwargs.items() if knows(template or "", name)}
+        rendered = super().apply_chat_template(conversation, chat_template, *args, **{**options, **kwargs})
+        prompts = [rendered] if isinstance(rendered, str) else rendered
+        if isinstance(prompts, list) and prompts and isinstance(prompts[0], str):  # otherwise `__call__` has counted
+            for chat, prompt in zip([conversation] if isinstance(rendered, str) else conversation, prompts):
+                expected, written = _num_placeholders(chat, self.audio_token), prompt.count(self.audio_token)
+                if written != expected:
+                    raise ValueError(
+                        f"The chat has {expected} audio(s), but its text holds {written} {self.audio_token!r} "
+                        f"placeholder(s). {LOST_IN_TEMPLATE}"
+                    )
+        return rendered
 
     def word_timestamps(self, token_ids, token_timestamps) -> list[dict]:
         """Words of one answer and when they were said, as the `chunks` of transformers' speech recognition.
@@ -435,6 +443,15 @@ def _check_chat(chat):
         for block in content if is_blocks else ():
             if block.get("type") == "text" and not isinstance(block.get("text"), str):
                 raise ValueError(f"A block of type 'text' needs a 'text' that is a string, but got {block!r:.80}.")
+
+
+def _num_placeholders(chat, audio_token: str) -> int:
+    """How often a chat's text has to hold the placeholder: once for each audio, and where a text already holds it."""
+    contents = [message.get("content") or "" for message in chat]
+    texts = [content for content in contents if isinstance(content, str)]
+    blocks = [block for content in contents if not isinstance(content, str) for block in content]
+    texts += [block.get("text") or "" for block in blocks]
+    return sum(text.count(audio_token) for text in texts) + sum(block.get("type") == "audio" for block in blocks)
 
 
 def _known_arguments() -> set[str]:

@@ -38,10 +38,10 @@ def as_chat(inputs):
     return Chat(inputs) if is_chat else inputs
 
 
-def user_turn(instruction: str | None) -> list[dict]:
-    """The chat of one clip: the instruction, if any, then the clip."""
-    blocks = [] if instruction is None else [{"type": "text", "text": instruction}]
-    return [{"role": "user", "content": [*blocks, {"type": "audio"}]}]
+def user_turn(instruction: str | None, content: dict | None = None) -> list[dict]:
+    """Return the chat of one user turn: the instruction, if any, then the content (a block; omitted, an audio)."""
+    blocks = [{"type": "text", "text": instruction}] if instruction else []
+    return [{"role": "user", "content": [*blocks, content or {"type": "audio"}]}]
 
 
 def read_input(inputs, instruction, sampling_rate, audio_token: str):

@@ -164,7 +164,7 @@ def make_processor():
     from transformers import WhisperFeatureExtractor
 
     from processing import BlspKdProcessor
-    from processing.processing_blsp_kd import FLATTEN_CONTENT
+    from processing.chat_templates import FLATTEN_CONTENT
 
     tokenizer = make_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|audio|>"]})

@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from answering import answer, answer_rows, user_turn
+from answering import answer, answer_rows
 from measure_timestamps import errors_of
 
 from processing import BlspKdDataCollator
+from processing.spoken_inputs import user_turn
 
 from .recognition import transcribe
 

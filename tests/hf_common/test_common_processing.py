@@ -14,7 +14,8 @@ from transformers_tests.test_processing_common import ProcessorTesterMixin
 
 from hf_common.plugin import skip
 from processing import BlspKdProcessor
-from processing.processing_blsp_kd import AUDIO_TOKEN, FLATTEN_CONTENT, PLAIN_TEMPLATE
+from processing.chat_templates import FLATTEN_CONTENT, PLAIN_TEMPLATE
+from processing.processing_blsp_kd import AUDIO_TOKEN
 
 pytestmark = pytest.mark.hf_common
 
