@@ -18,6 +18,8 @@ from torch.linalg import vector_norm
 from torch.nn.functional import embedding_bag, pad
 from transformers.utils import ModelOutput
 
+from .devices import computes_in_float64
+
 
 @dataclass
 class CifOutput(ModelOutput):
@@ -234,12 +236,13 @@ def _integrate(
     return tokens, frame + (bin_ends - before) / (after - before)
 
 
+@computes_in_float64
 def continuous_integrate_and_fire(hidden_states, alphas, frame_mask=None, target_lengths=None) -> CifOutput:
     """Integrate whole utterances and fire a fixed number of tokens from each.
 
     The alphas of each row are scaled so that they sum to its token count exactly: `target_lengths` (training), or
     max(1, round(sum of alphas)) (inference). Rows do not see each other, nor their padding. Rows whose alphas are
-    all zero have nothing to integrate and give zero vectors.
+    all zero have nothing to integrate and give zero vectors. For devices without float64, the CPU does it.
 
     Args:
         hidden_states (`torch.FloatTensor` of shape (B, T, C)): B batch, T frames, C channels. Any float dtype; sums
@@ -327,6 +330,7 @@ class CifStreamState:
     num_frames: int = 0
 
 
+@computes_in_float64
 def stream_integrate_and_fire(hidden_states, alphas, state: CifStreamState | None = None):
     """Integrate the next chunk of one stream, without scaling, and fire every token that it completes.
 

@@ -70,8 +70,9 @@ def tokens_per_window(firing_places, is_token, frames_per_window, windows_per_cl
     Returns:
         (N,); a token that is complete exactly at a border belongs to the window before it.
     """
-    window_ends = frames_per_window.cumsum(0).double()
     frames_per_clip = per_clip(frames_per_window, windows_per_clip)
     clip_start = frames_per_clip.cumsum(0) - frames_per_clip
-    place = firing_places.double() + clip_start[:, None]
-    return torch.bincount(torch.searchsorted(window_ends, place[is_token]), minlength=len(window_ends))
+    # Borders are whole numbers, so counting whole frames is exact.
+    last_frame = firing_places.ceil().clamp(max=frames_per_clip[:, None]).long() + clip_start[:, None]
+    window = torch.searchsorted(frames_per_window.cumsum(0), last_frame[is_token])
+    return torch.bincount(window, minlength=len(frames_per_window))

@@ -10,7 +10,10 @@ Shapes: A clips, T encoder frames, U speech tokens of a clip, J text tokens.
 import torch
 from torch.nn.functional import cosine_similarity, pad
 
+from .devices import computes_in_float64
 
+
+@computes_in_float64
 def token_times(
     alphas, num_speech_tokens, is_silent, frame_starts_s, frame_duration_s: float, delay_s: float
 ) -> torch.Tensor:
@@ -96,7 +99,7 @@ def align(similarity) -> torch.LongTensor:
     """
     num_text, num_speech = similarity.shape
     shares = num_text > num_speech
-    similarity = similarity.double().cpu()  # small, and read step by step
+    similarity = similarity.cpu().double()  # small, and read step by step
     never = similarity.new_full((1,), -torch.inf)
     # The best sum of the text tokens so far, by the speech token that the last of them lies on.
     best = similarity[0].clone()

@@ -18,6 +18,8 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
+from modeling_blsp_kd.devices import float64_device
+
 
 class Answer(NamedTuple):
     text: str
@@ -99,10 +101,11 @@ class RowSampler(LogitsProcessor):
 
     def __call__(self, input_ids, scores):
         uniform = torch.cat([torch.rand(1, generator=stream, dtype=torch.float64) for stream in self.streams])
-        cumulative = scores.double().softmax(-1).cumsum(-1)
+        exact = float64_device(scores.device)
+        cumulative = scores.to(exact).double().softmax(-1).cumsum(-1)
         # The first token whose cumulative probability exceeds the number; it has a probability above 0 itself.
-        chosen = torch.searchsorted(cumulative, uniform.to(scores.device)[:, None] * cumulative[:, -1:], right=True)
-        return torch.full_like(scores, -torch.inf).scatter(1, chosen, 0.0)
+        chosen = torch.searchsorted(cumulative, uniform.to(exact)[:, None] * cumulative[:, -1:], right=True)
+        return torch.full_like(scores, -torch.inf).scatter(1, chosen.to(scores.device), 0.0)
 
 
 class VllmEngine:
