@@ -36,6 +36,7 @@ from .distillation_step import (
 from .generation_blsp_kd import BlspKdGenerationMixin
 from .loudness import find_silence, loudness
 from .plora import ADAPTER_NAME, PartialLora, leave_out_of_peft_model
+from .plora_switching import load_as_stored, switch
 from .speech_encoder import (
     WINDOW_S,
     TrueLengthWhisperEncoder,
@@ -157,7 +158,7 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, BlspKdGenerationMixin):
         self.plora = None
         if config.plora:
             self.plora = PartialLora(self.language_model, **config.plora)
-            self.register_state_dict_post_hook(leave_out_of_peft_model)
+        self.register_state_dict_post_hook(leave_out_of_peft_model)
         self.post_init()
         # Whisper also names its decoder's layers, and accelerate's FSDP refuses names of layers that are not there.
         self._no_split_modules = set(self._no_split_modules) & {type(module).__name__ for module in self.modules()}
@@ -231,20 +232,32 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, BlspKdGenerationMixin):
 
         Quantisation is for the LLM: speech encoder, adapter and partial LoRA keep their precision.
 
+        Of the config's fields that may be given here, `plora` also puts partial LoRA on a model without it (it changes
+        nothing until it is trained), or takes it off (`False`), leaving the LLM as it was.
+
         Raises:
             OSError: a file is missing or cannot be read.
-            ValueError: a file is broken, or weights do not fit the config.
+            ValueError: a file is broken, or weights do not fit the config, or lack what it asks for.
         """
         files = {name: kwargs[name] for name in ("subfolder", "variant") if name in kwargs}
         check_folder(pretrained_model_name_or_path, **files)
-        if is_thin(cls.config_class, pretrained_model_name_or_path, **kwargs):
-            return load_thin(cls, pretrained_model_name_or_path, *args, **kwargs)
-        if kwargs.get("quantization_config") is not None:
-            kwargs["quantization_config"] = _for_language_model_only(kwargs["quantization_config"])
-        result = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        # transformers makes every loaded parameter trainable, so freezing has to be repeated.
+        kwargs, plora, is_switched = load_as_stored(cls.config_class, pretrained_model_name_or_path, kwargs)
+        is_full = not is_thin(cls.config_class, pretrained_model_name_or_path, **kwargs)
+        if is_full:
+            if kwargs.get("quantization_config") is not None:
+                kwargs["quantization_config"] = _for_language_model_only(kwargs["quantization_config"])
+            result = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        else:
+            result = load_thin(cls, pretrained_model_name_or_path, *args, **kwargs)
         model = result[0] if isinstance(result, tuple) else result
-        model.freeze_backbones()
+        if is_switched:
+            names = switch(model, plora, pretrained_model_name_or_path)
+            if isinstance(result, tuple):
+                result[1]["unexpected_keys" if plora is None else "missing_keys"].update(names)
+        if is_full:
+            # transformers makes every loaded parameter trainable, so freezing has to be repeated.
+            model.freeze_backbones()
+        model._skip_backbones_on_save()
         distributed = getattr(model.config, "distributed_config", None)
         if model.plora is not None and getattr(distributed, "tp_plan", None) is not None:
             raise ValueError(
@@ -259,7 +272,16 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, BlspKdGenerationMixin):
         wrong = [(name, tuple(stored), tuple(own)) for name, stored, own in loading_info.mismatched_keys]
         if wrong and not load_config.ignore_mismatched_sizes:
             raise ValueError(misfits(load_config.pretrained_model_name_or_path, wrong))
-        return PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
+        loading_info = PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
+        # Partial LoRA without weights changes nothing. Who brings a state dict of their own knows what is in it.
+        missing = sorted(name for name in loading_info.missing_keys if f".{ADAPTER_NAME}." not in name)
+        if missing and load_config.pretrained_model_name_or_path is not None:
+            raise ValueError(
+                f"{load_config.pretrained_model_name_or_path} lacks weights that the config asks for, which would be "
+                f"random: {missing[:5]} ({len(missing)} in all). Load it with its own config; only plora may be "
+                "switched while loading. Another adapter or LLM is joined, and trained, by from_backbones."
+            )
+        return loading_info
 
     def save_pretrained(self, save_directory, *args, full: bool = False, **kwargs):
         """Save a checkpoint; see `PreTrainedModel.save_pretrained` for the other arguments.

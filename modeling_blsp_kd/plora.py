@@ -224,6 +224,12 @@ class PartialLora:
                 layer.lora_A.to_empty(device=offload.execution_device)
                 layer.lora_B.to_empty(device=offload.execution_device)
 
+    def take_off(self, language_model: nn.Module):
+        """Put the LLM's own layers back where this was injected."""
+        for name, layer in zip(self.layer_names, self.layers):
+            language_model.set_submodule(name, layer.base_layer)
+        del language_model.peft_config
+
     def initialize(self):
         """Initialise as PEFT does: random A, zero B, so that the untrained update is nothing.
 

@@ -1,0 +1,91 @@
+"""Partial LoRA put on, or taken off, while a checkpoint is loaded: `from_pretrained(..., plora=...)`.
+
+The checkpoint is loaded as it was stored, whose names fit, and the LLM's layers are changed afterwards, so that shards,
+device maps and quantisation are transformers' business as ever. Leaves out: other ranks or layers of a partial LoRA
+that is stored, whose weights do not fit and are refused.
+"""
+
+import copy
+
+from transformers import PreTrainedConfig
+from transformers.utils import logging
+
+from .plora import ADAPTER_NAME, PartialLora
+from .thin_checkpoints import HUB_OPTIONS
+
+logger = logging.get_logger(__name__)
+
+
+def load_as_stored(config_class, name_or_path, kwargs: dict) -> tuple[dict, dict | None, bool]:
+    """What to ask `from_pretrained` for, so that it loads a checkpoint with partial LoRA as it is there.
+
+    Args:
+        config_class (`type`): [`BlspKdConfig`].
+        name_or_path (`str` or `os.PathLike`, *optional*), kwargs (`dict`): arguments of `from_pretrained`.
+
+    Returns:
+        `tuple`: `kwargs` to use instead, the options of partial LoRA that were wanted (None: off), and whether these
+        differ, so that [`switch`] has to follow.
+
+    Raises:
+        ValueError: the options are wrong.
+    """
+    config = kwargs.get("config")
+    is_made = isinstance(config, PreTrainedConfig)
+    names_weights = kwargs.get("state_dict") is not None or kwargs.get("key_mapping") is not None
+    if name_or_path is None or names_weights or not (is_made or "plora" in kwargs):
+        return kwargs, None, False
+    source = name_or_path if is_made or config is None else config
+    hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+    try:
+        stored = config_class.get_config_dict(source, **hub)[0].get("plora") or None
+    except OSError:
+        if is_made:  # then weights alone will do
+            return kwargs, None, False
+        raise
+    wanted = config.plora if is_made else kwargs["plora"]
+    if (stored is None) == (wanted is None or wanted is False):
+        return kwargs, None, False
+    if is_made:
+        config = copy.deepcopy(config)
+        config.plora = stored
+        return {**kwargs, "config": config}, wanted, True
+    wanted = config_class.from_pretrained(source, plora=wanted, **hub).plora
+    return {**kwargs, "plora": stored}, wanted, True
+
+
+def switch(model, options: dict | None, name_or_path) -> set[str]:
+    """Put partial LoRA on a model that has none (`options`), or take it off (None).
+
+    Once put on, it changes no answer until it is trained: A is random, B is zero.
+
+    Returns:
+        `set[str]`: the names of its weights.
+    """
+    language_model = model.language_model
+    if options is None:
+        names = _weight_names(model)
+        model.plora.take_off(language_model)
+        model.plora = None
+        logger.warning(
+            f"plora is off: {len(names)} trained weights of partial LoRA in {name_or_path} are left out, and the LLM "
+            "reads speech with its own weights alone."
+        )
+    else:
+        trained = [parameter for parameter in language_model.parameters() if parameter.requires_grad]
+        model.plora = PartialLora(language_model, **options)
+        model.plora.initialize()
+        dtype = next(model.adapter.parameters()).dtype
+        for parameter in model.plora.parameters:
+            parameter.data = parameter.data.to(dtype)
+        for parameter in trained:  # PEFT freezes all but its own
+            parameter.requires_grad_(True)
+        language_model.train(language_model.training)
+        names = _weight_names(model)
+        logger.info(f"plora is on, which {name_or_path} has no weights of: it changes nothing until it is trained.")
+    model.config.plora = options
+    return names
+
+
+def _weight_names(model) -> set[str]:
+    return {name for name in model.state_dict() if f".{ADAPTER_NAME}." in name}
