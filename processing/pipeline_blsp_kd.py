@@ -17,6 +17,7 @@ from transformers.pipelines.base import ChunkPipeline
 from transformers.utils.chat_template_utils import Chat
 
 from .audio_loading import MAX_DURATION_S, SILENCE_PEAK
+from .chat_templates import check_options
 from .spoken_inputs import as_chat, as_inputs, check_text, load_clip, read_chat, read_input, user_turn
 
 GENERATE_ARGUMENTS = (
@@ -54,9 +55,10 @@ class BlspKdPipeline(ChunkPipeline):
 
     Options, when the pipeline is made or called: `instruction` (what to do with the clip; omitted, the clip is all that
     the LLM gets), `sampling_rate` (of bare arrays, Hz; the model's own unless given), `allowed_url_prefixes` (URLs are
-    refused unless they begin with one of these), `batch_size`, `num_workers` (1: clips are decoded ahead, in a process
-    of their own), `streamer`, `generate_kwargs`, and all arguments of `generate` by name, of which `max_new_tokens` is
-    256 unless given.
+    refused unless they begin with one of these), `chat_template_kwargs` (options of the LLM's chat template, such as
+    `{"enable_thinking": False}`; those that the processor was saved with hold unless overruled), `batch_size`,
+    `num_workers` (1: clips are decoded ahead, in a process of their own), `streamer`, `generate_kwargs`, and all
+    arguments of `generate` by name, of which `max_new_tokens` is 256 unless given.
     """
 
     _load_processor = True
@@ -80,6 +82,7 @@ class BlspKdPipeline(ChunkPipeline):
         instruction=None,
         sampling_rate=None,
         allowed_url_prefixes=None,
+        chat_template_kwargs=None,
         generate_kwargs=None,
         **generate_options,
     ):
@@ -87,6 +90,8 @@ class BlspKdPipeline(ChunkPipeline):
             "instruction": instruction,
             "sampling_rate": sampling_rate,
             "allowed_url_prefixes": allowed_url_prefixes,
+            "chat_template_kwargs": chat_template_kwargs
+            and check_options(chat_template_kwargs, self.processor.chat_template),
         }
         known = {*GENERATE_ARGUMENTS, *(name for name in vars(GenerationConfig()) if not name.startswith("_"))}
         unknown = sorted(set(generate_options) - known)
@@ -109,7 +114,7 @@ class BlspKdPipeline(ChunkPipeline):
         return preprocess_params, {**generate_kwargs, **generate_options}, {}
 
     def _own_options(self) -> tuple[str, ...]:
-        return "instruction", "sampling_rate", "allowed_url_prefixes"
+        return "instruction", "sampling_rate", "allowed_url_prefixes", "chat_template_kwargs"
 
     def __call__(self, inputs, **options):
         """Answer one input, a list of inputs, or an iterable of inputs; see the class.
@@ -166,7 +171,9 @@ class BlspKdPipeline(ChunkPipeline):
 
     # -- one input to prompts -----------------------------------------------------------------------------------------
 
-    def preprocess(self, inputs, instruction=None, sampling_rate=None, allowed_url_prefixes=()):
+    def preprocess(
+        self, inputs, instruction=None, sampling_rate=None, allowed_url_prefixes=(), chat_template_kwargs=None
+    ):
         """The prompt of one input: a list of one dict of `text` and `features`, as `_forward` takes."""
         if isinstance(inputs, Chat):
             messages, clips = read_chat(inputs, self.processor.audio_token)
@@ -177,11 +184,12 @@ class BlspKdPipeline(ChunkPipeline):
             messages, clips = user_turn(instruction), [clip]
         rate = self.processor.feature_extractor.sampling_rate
         waveforms = [load_clip(clip, rate, sampling_rate, allowed_url_prefixes) for clip in clips]
-        return [self._as_prompt(messages, waveforms)]
+        return [self._as_prompt(messages, waveforms, chat_template_kwargs)]
 
-    def _as_prompt(self, messages: list[dict], waveforms: list[np.ndarray]) -> dict:
+    def _as_prompt(self, messages: list[dict], waveforms: list[np.ndarray], chat_template_kwargs: dict | None) -> dict:
         rate = self.processor.feature_extractor.sampling_rate
-        text = self.processor.apply_chat_template(messages, add_generation_prompt=True)
+        options = chat_template_kwargs or {}
+        text = self.processor.apply_chat_template(messages, add_generation_prompt=True, **options)
         self.processor.check_unicode([text])
         clips = [self.processor.extract_features([(waveform, rate)]) for waveform in waveforms]
         return {"text": text, "features": [clip["input_features"][0] for clip in clips]}
@@ -286,6 +294,7 @@ class BlspKdSpeechRecognitionPipeline(BlspKdPipeline):
         instruction=None,
         sampling_rate=None,
         allowed_url_prefixes=(),
+        chat_template_kwargs=None,
         chunk_length_s=None,
         stride_length_s=None,
     ):
@@ -307,7 +316,7 @@ class BlspKdSpeechRecognitionPipeline(BlspKdPipeline):
             loud = [chunk for chunk in chunks if np.abs(waveform[chunk[0] : chunk[1]]).max() >= SILENCE_PEAK]
             chunks = loud or chunks[:1]
         for start, stop, keep_from, keep_to in chunks:
-            prompt = self._as_prompt(messages, [waveform[start:stop]])
+            prompt = self._as_prompt(messages, [waveform[start:stop]], chat_template_kwargs)
             keeps_s = (keep_from / rate, keep_to / rate) if left_s + right_s and len(chunks) > 1 else None
             yield {**prompt, "start_s": start / rate, "keeps_s": keeps_s}
 

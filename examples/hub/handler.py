@@ -17,6 +17,7 @@ A data URL may stand for base64. `parameters`, in the JSON or in the query strin
 import base64
 import binascii
 import io
+import json
 import os
 from numbers import Real
 
@@ -47,6 +48,8 @@ PARAMETERS = {
     "return_timestamps": (("word", "token", True, False), None, None),
     "chunk_length_s": (float, 1.0, MAX_DURATION_S),
     "stride_length_s": (float, 0.0, MAX_DURATION_S),
+    # Options of the LLM's chat template, an object; characters of its JSON.
+    "chat_template_kwargs": (dict, 0, 1000),
 }
 OF_SAMPLING = ("temperature", "top_p", "top_k")
 OF_TRANSCRIPTION = ("return_timestamps", "chunk_length_s", "stride_length_s")
@@ -96,7 +99,8 @@ class EndpointHandler:
         return self.answers(inputs, **parameters)
 
     def _check_length(self, inputs, parameters: dict):
-        texts = [parameters.get("instruction", "")]
+        options = parameters.get("chat_template_kwargs")
+        texts = [parameters.get("instruction", ""), json.dumps(options) if options else ""]
         if isinstance(inputs, list):
             for message in inputs:
                 content = message["content"]
@@ -143,6 +147,8 @@ def _checked(name: str, value):
     kind, smallest, largest = PARAMETERS[name]
     if kind in (bool, int, float) or isinstance(kind, tuple):
         value = _from_query(value)
+    if kind is dict and isinstance(value, str):
+        value = _of_json(name, value)
     if isinstance(kind, tuple):
         if not any(value is choice or (isinstance(value, str) and value == choice) for choice in kind):
             raise ValueError(f"The parameter {name!r} must be one of {list(kind)}, got {value!r:.100}.")
@@ -151,11 +157,18 @@ def _checked(name: str, value):
         value = float(value)
     if type(value) is not kind:
         raise TypeError(f"The parameter {name!r} must be of type {kind.__name__}, got {value!r:.100}.")
-    size = len(value.strip()) if kind is str else value
+    size = len(value.strip()) if kind is str else len(json.dumps(value)) if kind is dict else value
     if not smallest <= size <= largest:  # so that NaN is out of bounds
-        unit = " characters" if kind is str else ""
+        unit = " characters" if kind in (str, dict) else ""
         raise ValueError(f"The parameter {name!r} must be within {smallest} and {largest}{unit}, got {value!r:.100}.")
     return value
+
+
+def _of_json(name: str, text: str):
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"The parameter {name!r} must be a JSON object, got {text!r:.100}: {error}.") from error
 
 
 def _from_query(value):
