@@ -533,7 +533,8 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, BlspKdGenerationMixin):
         if capacity is not None and num_positions + num_new_tokens > capacity:
             raise ValueError(
                 f"The prompt takes {num_positions} positions ({int(prompt.is_speech.sum(1).max())} of them speech), "
-                f"but the LLM's context holds {capacity}, the answer included. Shorten the audio or the text."
+                f"but the LLM's context holds {capacity}, the answer included. Shorten the audio or the text. "
+                "A pipeline for speech recognition cuts recordings itself: chunk_length_s=20."
             )
 
     def _mask_after_cache(self, input_ids, attention_mask, num_past: int):

@@ -72,6 +72,10 @@ def container_of(beginning: bytes) -> Container | None:
     return None
 
 
+class TooLongError(ValueError):
+    """A clip lasts longer than its caller takes."""
+
+
 class AudioInfo(NamedTuple):
     duration_s: float
     format: str
@@ -99,7 +103,8 @@ def decoded(audio, max_duration_s: float):
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not decodable, of more than `MAX_CHANNELS` channels, or longer than `max_duration_s` by its header.
+        ValueError: not decodable, of more than `MAX_CHANNELS` channels, or ([`TooLongError`]) longer than
+            `max_duration_s` by its header.
     """
     name, source = _open(audio)
     with _demuxed(source, name) as file:
@@ -107,12 +112,12 @@ def decoded(audio, max_duration_s: float):
             raise ValueError(f"{name} has {file.num_channels} channels. Expected at most {MAX_CHANNELS}.")
         # Asked of the header first, so that an absurd length is refused before it is read.
         if file.promised_s is not None and file.promised_s > max_duration_s:
-            raise ValueError(too_long(name, file.promised_s, max_duration_s))
+            raise too_long(name, file.promised_s, max_duration_s)
         yield name, file.blocks(), file.rate
 
 
-def too_long(name, duration_s, max_duration_s) -> str:
-    return (
+def too_long(name, duration_s, max_duration_s) -> TooLongError:
+    return TooLongError(
         f"{name} lasts {duration_s:.2f} s, but a clip may last at most {max_duration_s:g} s. Split it into shorter "
         "clips."
     )

@@ -83,7 +83,7 @@ def _of_decoder(decoder, max_duration_s: float):
     """Return the samples and the rate of torchcodec's `AudioDecoder`, which rows of `datasets` hold."""
     duration_s = getattr(getattr(decoder, "metadata", None), "duration_seconds", None)
     if duration_s is not None and duration_s > max_duration_s:
-        raise ValueError(too_long("the audio of the decoder", duration_s, max_duration_s))
+        raise too_long("the audio of the decoder", duration_s, max_duration_s)
     try:
         samples = decoder.get_all_samples()
     except RuntimeError as error:
@@ -137,7 +137,7 @@ def _join(blocks, source_rate: int, sampling_rate: int, name: str, max_duration_
     for block in blocks:
         num_samples += len(block)
         if num_samples / source_rate > max_duration_s:
-            raise ValueError(too_long(name, num_samples / source_rate, max_duration_s))
+            raise too_long(name, num_samples / source_rate, max_duration_s)
         if not np.isfinite(block).all():
             raise ValueError(f"{name} holds NaN or infinite samples. Expected finite floats, usually within [-1, 1].")
         peak = max(peak, np.abs(block).max(initial=0.0))

@@ -16,6 +16,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from transformers.pipelines.base import ChunkPipeline
 from transformers.utils.chat_template_utils import Chat
 
+from .audio_decoding import TooLongError
 from .audio_loading import MAX_DURATION_S, SILENCE_PEAK
 from .chat_templates import check_options
 from .spoken_inputs import as_chat, as_inputs, check_text, load_clip, read_chat, read_input, user_turn
@@ -306,7 +307,15 @@ class BlspKdSpeechRecognitionPipeline(BlspKdPipeline):
         messages = user_turn(instruction or self.processor.transcription_instruction)
         rate = self.processor.feature_extractor.sampling_rate
         max_duration_s = MAX_DURATION_S if chunk_length_s is None else MAX_RECORDING_S
-        waveform = load_clip(clip, rate, sampling_rate, allowed_url_prefixes, max_duration_s)
+        try:
+            waveform = load_clip(clip, rate, sampling_rate, allowed_url_prefixes, max_duration_s)
+        except TooLongError as error:
+            if chunk_length_s is not None:
+                raise
+            raise TooLongError(
+                f"{error} Or have the pipeline do it: chunk_length_s=20 takes recordings of up to "
+                f"{MAX_RECORDING_S / 3600:g} hours."
+            ) from None
         chunks = [(0, len(waveform), -np.inf, np.inf)]
         if chunk_length_s is not None:
             chunks = _chunks(

@@ -566,12 +566,21 @@ def test_token_times_of_chunks_are_those_of_the_kept_words(recognizes, processor
 def test_long_recordings_need_chunks_and_their_silence_is_skipped(recognizes, model, processor):
     recording = np.zeros(601 * SAMPLING_RATE, np.float32)
     recording[-SAMPLING_RATE // 2 :] = clip(0.5)
-    with pytest.raises(ValueError, match=r"lasts 601\.00 s, but a clip may last at most 600 s"):
+    advice = "chunk_length_s=20 takes recordings of up to 4 hours"
+    with pytest.raises(ValueError, match=rf"lasts 601\.00 s, but a clip may last at most 600 s.* {advice}"):
         recognizes((recording, SAMPLING_RATE))
     result = recognizes((recording, SAMPLING_RATE), chunk_length_s=20, stride_length_s=0)
     assert result["text"] == direct(model, processor, recording[600 * SAMPLING_RATE :])[0].strip()
-    with pytest.raises(ValueError, match=r"lasts 14401\.00 s, but a clip may last at most 14400 s"):
+    with pytest.raises(
+        ValueError, match=r"lasts 14401\.00 s, but a clip may last at most 14400 s\. Split it .* clips\.$"
+    ):
         recognizes((np.ones(14_401_000, np.int8), 1000), chunk_length_s=20)
+
+
+def test_what_does_not_fit_the_context_may_be_cut(recognizes):
+    """The error for long audio did not tell of the option that is made for it."""
+    with pytest.raises(ValueError, match="but the LLM's context holds 256.* cuts recordings itself: chunk_length_s=20"):
+        recognizes((clip(60.0), SAMPLING_RATE))
 
 
 BAD_RECOGNITION = {
