@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from chat_families import FAMILIES
-from conftest import CHAT_TEMPLATE, clip, make_tokenizer
+from conftest import CHAT_TEMPLATE, clip, make_config, make_tokenizer
 
-from processing import BlspKdDataCollator, BlspKdProcessor
+from modeling_blsp_kd import BlspKdForCausalLM
+from processing import BlspKdDataCollator, BlspKdPipeline, BlspKdProcessor, BlspKdSpeechRecognitionPipeline
 from processing.chat_templates import is_in_thought, read_options
 from processing.data_collator import split_prompt
 from processing.spoken_inputs import user_turn
@@ -303,3 +304,44 @@ def test_templates_of_trl(backbones, tmp_path, path):
         add_special_tokens=False,
     )
     assert torch.equal(batch["input_ids"][0, : prompt["input_ids"].shape[1]], prompt["input_ids"][0])
+
+
+# -- pipelines --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def thinker(backbones, tmp_path_factory):
+    """The folder of a model whose LLM closes a thought in the prompt if it is told to, trained to think."""
+    folder = tmp_path_factory.mktemp("thinker")
+    tokenizer = make_tokenizer()
+    quick = "<|assistant|>{% if enable_thinking is defined and not enable_thinking %}(no thought){% endif %}{% endif %}"
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("<|assistant|>{% endif %}", quick)
+    tokenizer.save_pretrained(folder / "llm")
+    options = {"enable_thinking": True}
+    processor = BlspKdProcessor.from_backbones(backbones[0], folder / "llm", chat_template_kwargs=options)
+    BlspKdForCausalLM(make_config()).save_pretrained(folder / "model")
+    processor.save_pretrained(folder / "model")
+    return folder / "model"
+
+
+@pytest.mark.parametrize("pipeline_class", [BlspKdPipeline, BlspKdSpeechRecognitionPipeline])
+def test_pipelines_use_the_saved_options_unless_told_otherwise(thinker, pipeline_class):
+    model, processor = BlspKdForCausalLM.from_pretrained(thinker), BlspKdProcessor.from_pretrained(thinker)
+
+    def prompt(made_with=None, called_with=None):
+        pipe = pipeline_class(model=model, processor=processor, chat_template_kwargs=made_with)
+        seen = []
+        apply = processor.apply_chat_template
+        processor.apply_chat_template = lambda *args, **kwargs: seen.append(apply(*args, **kwargs)) or seen[-1]
+        try:
+            pipe((clip(0.3), 16_000), max_new_tokens=2, chat_template_kwargs=called_with)
+        finally:
+            del processor.apply_chat_template
+        return seen[-1]
+
+    quick, slow = {"enable_thinking": False}, {"enable_thinking": True}
+    assert prompt() == prompt(slow) == prompt(quick, slow) == prompt(called_with=slow)
+    assert prompt(quick) == prompt(slow, quick) == prompt(called_with=quick)
+    assert prompt(quick).endswith("(no thought)") and not prompt().endswith("(no thought)")
+    with pytest.raises(ValueError, match=r"does not know the option\(s\) \['thoughts'\]"):
+        pipeline_class(model=model, processor=processor, chat_template_kwargs={"thoughts": 1})

@@ -333,6 +333,18 @@ def test_bad_parameters_are_refused(service, kind):
     refused(service.post("/", json={"inputs": BASE64, "parameters": parameters}), message)
 
 
+def test_the_handler_takes_options_as_object_or_json():
+    options = {"enable_thinking": False}
+    for given in (options, json.dumps(options)):
+        assert handler_file.read_parameters({"chat_template_kwargs": given}) == {"chat_template_kwargs": options}
+    with pytest.raises(ValueError, match=r"'chat_template_kwargs' must be a JSON object, got 'enable_thinking'"):
+        handler_file.read_parameters({"chat_template_kwargs": "enable_thinking"})
+    with pytest.raises(TypeError, match=r"'chat_template_kwargs' must be of type dict, got \[1\]"):
+        handler_file.read_parameters({"chat_template_kwargs": [1]})
+    with pytest.raises(ValueError, match="'chat_template_kwargs' must be within 0 and 1000 characters"):
+        handler_file.read_parameters({"chat_template_kwargs": {"a": "b" * 1000}})
+
+
 def test_an_instruction_is_given_once(handler):
     data = {"inputs": {"audio": BASE64, "text": "a"}, "parameters": {"instruction": "b"}}
     with pytest.raises(ValueError, match="The instruction is given twice, in 'inputs' and in 'parameters'"):
