@@ -31,8 +31,8 @@ def load_audio(
             - `str` that begins with `data:`: a data URL, `data:audio/wav;base64,...`;
             - `bytes`, `memoryview`, or an object whose `read()` returns them: the contents of an audio file; so is a
               uint8 array that begins as one does;
-            - `dict`: `{"array", "sampling_rate"}` (or `"raw"` for `"array"`), `{"base64"}`, or `{"bytes"}` and/or
-              `{"path"}`, as in `datasets`;
+            - `dict`: `{"array", "sampling_rate"}` (or `"raw"` for `"array"`), `{"base64"}` (a data URL, too), or
+              `{"bytes"}` and/or `{"path"}`, as in `datasets`;
             - `(array, sampling_rate)`;
             - torchcodec's `AudioDecoder`, which rows of `datasets` hold;
             - an array (numpy, torch, list) of `source_rate`: 1-D, or 2-D with the channels as its shorter side;
@@ -58,7 +58,7 @@ def load_audio(
     elif hasattr(audio, "get_all_samples"):
         audio, source_rate = _of_decoder(audio, max_duration_s)
     if isinstance(audio, str) and audio.startswith("data:"):
-        audio = _of_base64(_after_comma(audio))
+        audio = _of_base64(audio)
     elif hasattr(audio, "read") and not isinstance(audio, os.PathLike):
         audio = audio.read()
         if not isinstance(audio, bytes):
@@ -77,6 +77,15 @@ def load_audio(
         return _join(blocks, sampling_rate if source_rate is None else source_rate, sampling_rate, name, max_duration_s)
     with decoded(audio, max_duration_s) as (name, blocks, source_rate):
         return _join(blocks, source_rate, sampling_rate, name, max_duration_s)
+
+
+def knows_rate(audio) -> bool:
+    """Return whether a clip tells its own sampling rate: all kinds do, but arrays."""
+    if isinstance(audio, dict):
+        is_array = any(audio.get(key) is not None for key in ("array", "raw"))
+        return not is_array or audio.get("sampling_rate") is not None
+    is_file = isinstance(audio, (str, bytes, bytearray, os.PathLike)) or hasattr(audio, "read")
+    return is_file or hasattr(audio, "get_all_samples") or (isinstance(audio, tuple) and len(audio) == 2)
 
 
 def _of_decoder(decoder, max_duration_s: float):
@@ -117,6 +126,8 @@ def _after_comma(data_url: str) -> str:
 def _of_base64(text) -> bytes:
     if not isinstance(text, (str, bytes)):
         raise TypeError(f"Expected base64 audio as a string, got {type(text)}.")
+    if isinstance(text, str) and text.startswith("data:"):
+        text = _after_comma(text)
     try:
         # Line breaks are usual in base64; anything else that is not of its alphabet is an error.
         return base64.b64decode("".join(text.split()) if isinstance(text, str) else text, validate=True)
@@ -183,16 +194,15 @@ def _as_array(audio) -> np.ndarray:
 
 def _as_float(samples: np.ndarray) -> np.ndarray:
     """Return samples as float32, (num_samples,) or (num_samples, num_channels)."""
-    _check_full_scale(samples)
-    waveform = full_scale(samples)
-    if waveform.ndim == 2 and waveform.shape[0] < waveform.shape[1]:
-        waveform = waveform.T
-    if waveform.ndim not in (1, 2) or (waveform.ndim == 2 and waveform.shape[1] > MAX_CHANNELS):
+    if samples.ndim == 2 and samples.shape[0] < samples.shape[1]:
+        samples = samples.T
+    if samples.ndim not in (1, 2) or (samples.ndim == 2 and samples.shape[1] > MAX_CHANNELS):
         raise ValueError(
             f"Expected one clip of shape (samples,) or with up to {MAX_CHANNELS} channels, got an array of shape "
-            f"{waveform.shape}."
+            f"{samples.shape}."
         )
-    return waveform.astype(np.float32)
+    _check_full_scale(samples)
+    return full_scale(samples).astype(np.float32)
 
 
 def _check_full_scale(samples: np.ndarray):

@@ -18,7 +18,8 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import AudioKwargs, ProcessingKwargs, ProcessorMixin, TextKwargs, Unpack
 from transformers.utils import logging
 
-from .audio_loading import load_audio
+from .audio_loading import knows_rate, load_audio
+from .chat_audio import read_block
 from .chat_templates import PLAIN_TEMPLATE, check_options, content_prefix, knows, warn_of_thoughts
 from .pipeline_blsp_kd import BlspKdPipeline  # noqa: F401 (saved with a processor are the files that this one imports)
 
@@ -29,7 +30,6 @@ TRANSCRIPTION_INSTRUCTION = "Repeat the words."
 # Longer clips are encoded window by window; features are made so too, since feature extractors normalise over a clip.
 WINDOW_S = 30
 ANALYSIS_WINDOW_S = 0.025
-AUDIO_KEYS = ("audio", "path", "bytes", "url")
 LOST_IN_TEMPLATE = (
     "If a chat template made the text, it has to write the content of each message once and as it is: look at what it "
     "makes of the chat (tokenize=False), and set another one (processor.chat_template) if it leaves something out."
@@ -240,7 +240,7 @@ class BlspKdProcessor(ProcessorMixin):
             frames (A, length, bins).
         """
         rate = self.feature_extractor.sampling_rate
-        if sampling_rate is None and any(not _knows_rate(clip) for clip in clips):
+        if sampling_rate is None and any(not knows_rate(clip) for clip in clips):
             logger.warning_once(
                 f"Audio arrays came without a sampling_rate and are taken as {rate} Hz. Pass sampling_rate=... (or "
                 "(array, rate) pairs) to be sure."
@@ -391,18 +391,23 @@ class BlspKdProcessor(ProcessorMixin):
         )
         for chat in conversation if is_batch else [conversation]:
             _check_chat(chat)
-        return super()._normalize_conversations(conversation)
+        conversations, is_batched = super()._normalize_conversations(conversation)
+        for messages in conversations:
+            for message in messages:
+                if isinstance(message.get("content"), (list, tuple)):
+                    message["content"] = [_with_clip(*read_block(block)) for block in message["content"]]
+        return conversations, is_batched
 
     def _multimodal_inputs_from_conversations(self, conversations, *args, **kwargs):
         # `apply_chat_template` collects the media here. Ours leaves loading to `__call__`, which takes more kinds of
         # audio and checks them.
         audio = [
-            _audio_of(block)
+            _without_names(block["audio"])
             for conversation in conversations
             for message in conversation
             if not isinstance(message.get("content") or "", str)
             for block in message["content"]
-            if block.get("type") == "audio" and any(block.get(key) is not None for key in AUDIO_KEYS)
+            if block.get("type") == "audio" and block.get("audio") is not None
         ]
         return [], [], audio, {}
 
@@ -451,7 +456,9 @@ def _num_placeholders(chat, audio_token: str) -> int:
     texts = [content for content in contents if isinstance(content, str)]
     blocks = [block for content in contents if not isinstance(content, str) for block in content]
     texts += [block.get("text") or "" for block in blocks]
-    return sum(text.count(audio_token) for text in texts) + sum(block.get("type") == "audio" for block in blocks)
+    return sum(text.count(audio_token) for text in texts) + sum(
+        read_block(block)[0].get("type") == "audio" for block in blocks
+    )
 
 
 def _known_arguments() -> set[str]:
@@ -465,33 +472,26 @@ def _known_arguments() -> set[str]:
     }
 
 
-def _audio_of(block: dict):
-    """The clip of an audio block, with its rate if the block tells one."""
-    key = next(key for key in AUDIO_KEYS if block.get(key) is not None)
-    clip = _without_names(block["url"]) if key == "url" else block[key]
-    return clip if _knows_rate(clip) or block.get("sampling_rate") is None else (clip, block["sampling_rate"])
+def _with_clip(block: dict, clip) -> dict:
+    """Return a block as [`read_block`] gives it, with its clip under "audio"."""
+    return block if clip is None else {**block, "audio": clip}
 
 
-def _without_names(url):
-    """The `url` of an audio block as what [`load_audio`] can only decode: a data URL, or else base64.
+def _without_names(clip):
+    """Return the clip of an audio block with its `url` as what [`load_audio`] can only decode: a data URL, or base64.
 
     Servers pass on as `url` what their clients wrote, so it must not name a file of this machine, nor an address that
     this machine can reach.
     """
-    if isinstance(url, str) and url.startswith("data:"):
-        return url
+    url = clip.get("url") if isinstance(clip, dict) else None
+    if url is None or (isinstance(url, str) and url.startswith("data:")):
+        return clip if url is None else url
     if not isinstance(url, str) or NOT_BASE64.search(url):
         raise ValueError(
             "The 'url' of an audio block must be a string of base64, bare or after 'data:audio/wav;base64,', but is "
             f"{repr(url)[:60]}. Give a file as 'path'; what lies at an address has to be downloaded first."
         )
     return {"base64": url}
-
-
-def _knows_rate(clip) -> bool:
-    if isinstance(clip, dict) and clip.get("array") is not None:
-        return "sampling_rate" in clip
-    return isinstance(clip, (str, bytes, bytearray, os.PathLike, dict, tuple))
 
 
 def _as_clips(audio) -> list:

@@ -11,11 +11,10 @@ import torch
 from transformers.utils.chat_template_utils import Chat, is_valid_message
 
 from .audio_loading import MAX_DURATION_S, load_audio
+from .chat_audio import read_block
 from .url_fetching import fetch_audio
 
 INPUT_KEYS = ("audio", "instruction", "text", "sampling_rate")
-# What a chat's audio block may hold its clip under.
-AUDIO_KEYS = ("audio", "path", "url", "bytes", "base64", "array", "raw")
 
 
 def as_inputs(inputs):
@@ -26,7 +25,7 @@ def as_inputs(inputs):
         return np.asarray(inputs)  # the samples of one clip
     if isinstance(inputs, list) and not is_valid_message(inputs[0]):
         return [as_chat(item) for item in inputs]  # transformers looks for chats by the first input alone
-    is_one = isinstance(inputs, (str, bytes, bytearray, dict, list, tuple, np.ndarray, torch.Tensor, Chat))
+    is_one = isinstance(inputs, (str, bytes, bytearray, memoryview, dict, list, tuple, np.ndarray, torch.Tensor, Chat))
     if is_one or hasattr(inputs, "read") or not isinstance(inputs, Iterable):
         return inputs
     return (item for item in inputs)
@@ -87,26 +86,19 @@ def read_chat(chat: Chat, audio_token: str) -> tuple[list[dict], list]:
 
 
 def _read_block(block, audio_token: str, clips: list) -> dict:
-    """A block without its clip, which is put to `clips`."""
-    kind = block.get("type") if isinstance(block, dict) else None
-    if kind == "text":
-        check_text(block.get("text"), "text of a block", audio_token, may_be_empty=True)
-        return block
-    if kind == "input_audio" and isinstance(block.get("input_audio"), dict):  # as OpenAI's clients write it
-        clip = {"base64": block["input_audio"].get("data")}
-    elif kind == "audio":
-        clip = {key: value for key, value in block.items() if key in (*AUDIO_KEYS, "sampling_rate")}
-    else:
+    """Return a block without its clip, which is put to `clips`."""
+    read, clip = read_block(block) if isinstance(block, dict) else ({}, None)
+    if read.get("type") == "text":
+        check_text(read.get("text"), "text of a block", audio_token, may_be_empty=True)
+    elif read.get("type") != "audio":
         raise ValueError(
-            f"A block of a message is a dict of type 'text', 'audio' or 'input_audio', got {block!r:.200}."
+            f"A block of a message is a dict of type 'text', 'audio', 'audio_url' or 'input_audio', got {block!r:.200}."
         )
-    if all(clip.get(key) is None for key in AUDIO_KEYS):
-        raise ValueError(f"The audio block {block!r:.200} holds no audio. Give it one of {list(AUDIO_KEYS)}.")
-    if clip.get("audio") is not None:
-        has_rate = clip.get("sampling_rate") is not None and not isinstance(clip["audio"], (dict, tuple))
-        clip = (clip["audio"], clip["sampling_rate"]) if has_rate else clip["audio"]
-    clips.append(clip)
-    return {"type": "audio"}
+    elif clip is None:
+        raise ValueError(f"The audio block {block!r:.200} holds no audio. Write {{'type': 'audio', 'audio': clip}}.")
+    else:
+        clips.append(clip)
+    return read
 
 
 def check_text(text, name: str, audio_token: str, may_be_empty: bool = False):

@@ -11,10 +11,12 @@ import sys
 import threading
 from pathlib import Path
 
+import av
 import httpx
 import pytest
 import soundfile
 import uvicorn
+from audio_files import encode_by_ffmpeg
 from conftest import clip
 from spoken_cases import BAD_FILES, INSTRUCTION, base64_of, encode, make_repository
 from starlette.applications import Starlette
@@ -171,6 +173,8 @@ ANSWERED = {
     "chat": (chat({"type": "audio", "audio": BASE64}), {}),
     "chat of base64": (chat({"type": "audio", "base64": BASE64}), {}),
     "chat of a data URL": (chat({"type": "audio", "url": f"data:audio/wav;base64,{BASE64}"}), {}),
+    "chat of audio_url": (chat({"type": "audio_url", "audio_url": {"url": f"data:audio/wav;base64,{BASE64}"}}), {}),
+    "chat of data": (chat({"type": "audio", "data": BASE64, "mime_type": "audio/wav"}), {}),
     "chat of input_audio": (chat({"type": "input_audio", "input_audio": {"data": BASE64, "format": "wav"}}), {}),
 }
 
@@ -260,7 +264,10 @@ BAD_INPUTS = {
     "chat of a path": (chat({"type": "audio", "path": "/etc/passwd"}), NOT_BASE64),
     "chat of a URL": (chat({"type": "audio", "url": "http://127.0.0.1:9/a.wav"}), NOT_BASE64),
     "two blocks, one file": (chat({"type": "audio", "audio": BASE64}, {"type": "audio"}), "needs one 'audio', base64"),
-    "two files, one block": (chat({"type": "audio", "audio": BASE64, "path": BASE64}), "needs one 'audio', base64"),
+    "two files, one block": (
+        chat({"type": "audio", "audio": BASE64, "path": BASE64}),
+        r"holds audio under \['audio', 'path'\]",
+    ),
     "block of text": (chat("a.wav"), "A block of a message is {'type': 'text'"),
     "message without content": ([{"role": "user"}], "A message has a 'role' and a 'content'"),
     "message of more": ([{"role": "user", "content": "a", "tool_calls": []}], "A message has a 'role' and a 'content'"),
@@ -359,10 +366,19 @@ def test_a_request_without_inputs_is_refused(handler, data):
         handler(data)
 
 
+def test_the_clips_of_phones_count_together(handler, monkeypatch):
+    """The length of files that libsndfile does not read was not counted."""
+    block = {"type": "audio", "audio": base64_of(encode_by_ffmpeg(clip(1.0), "webm", "libopus", coded_rate=48_000))}
+    monkeypatch.setattr(handler_file, "MAX_DURATION_S", 1.5)
+    assert handler({"inputs": chat(block), "parameters": SHORT})["generated_text"]
+    with pytest.raises(ValueError, match=r"The audio lasts 2\.0 s, but at most 1\.5 s are served"):
+        handler({"inputs": chat(block, block), "parameters": SHORT})
+
+
 @pytest.mark.parametrize("as_text", [True, False])
 def test_a_huge_body_is_refused_before_it_is_decoded(handler, as_text, monkeypatch):
     monkeypatch.setattr(handler_file, "MAX_AUDIO_BYTES", 2 * len(CONTENTS) - 1)
-    monkeypatch.setattr(handler_file.soundfile, "info", lambda file: pytest.fail("it was read") if as_text else None)
+    monkeypatch.setattr(handler, "audio_info", lambda file: pytest.fail("it was read"))
     audio = "A" * 8 * len(CONTENTS) if as_text else bytes(2 * len(CONTENTS))
     with pytest.raises(ValueError, match=r"The audio takes more than \d+ bytes, which is the limit"):
         handler({"inputs": audio})
@@ -378,12 +394,14 @@ def test_the_clips_of_a_chat_count_together(handler, answer, monkeypatch):
 
 def test_no_file_is_opened_for_a_request(handler, monkeypatch):
     """Audio is read from memory alone: whatever a request names, no file of the server is looked at for it."""
-    read, looked_at = [], []
-    open_sound, is_file = soundfile.SoundFile, Path.is_file
+    phone, read, looked_at = encode_by_ffmpeg(clip(0.5), "ipod", "aac"), [], []
+    open_sound, open_av, is_file = soundfile.SoundFile, av.open, Path.is_file
     monkeypatch.setattr(soundfile, "SoundFile", lambda source: read.append(source) or open_sound(source))
+    monkeypatch.setattr(av, "open", lambda source, **options: read.append(source) or open_av(source, **options))
     monkeypatch.setattr(Path, "is_file", lambda path: looked_at.append(path) or is_file(path))
-    handler({"inputs": BASE64, "parameters": SHORT})
-    assert len(read) == 2, "the watch does not see what is read"
+    for contents in (CONTENTS, phone):
+        handler({"inputs": base64_of(contents), "parameters": SHORT})
+    assert len(read) == 4, "the watch does not see what is read"
     for inputs, _ in BAD_INPUTS.values():
         with pytest.raises((ValueError, TypeError)):
             handler({"inputs": inputs, "parameters": SHORT})
@@ -433,5 +451,7 @@ def test_requirements_are_those_of_the_shipped_files(repository):
     assert wanted == {name: packaged[name] for name in wanted}
     texts = [path.read_text() for path in (*repository.glob("*.py"), HUB_FOLDER / "handler.py")]
     imported = set(itertools.chain(*(re.findall(r"^(?:import|from) (\w+)", text, re.M) for text in texts)))
-    third_party = imported - set(sys.stdlib_module_names) - {"numpy", "huggingface_hub"}  # which transformers brings
+    imported |= {"av"}  # under `try:`
+    brought = {"numpy", "huggingface_hub", "packaging"}  # by transformers
+    third_party = imported - set(sys.stdlib_module_names) - brought
     assert third_party <= set(wanted), third_party - set(wanted)

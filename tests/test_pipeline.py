@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from audio_files import StandInDecoder
 from conftest import SAMPLING_RATE, clip
 from spoken_cases import (
     BAD_FILES,
@@ -116,6 +117,9 @@ CLIPS = {
     "dict of bytes": lambda path: {"bytes": CONTENTS, "path": None},
     "dict of base64": lambda path: {"base64": base64_of(CONTENTS)},
     "dict of data URL": lambda path: {"url": DATA_URL},
+    "decoder": lambda path: StandInDecoder(WAVEFORM),
+    "memoryview": lambda path: memoryview(CONTENTS),
+    "array of bytes": lambda path: np.frombuffer(CONTENTS, np.uint8),
 }
 
 
@@ -136,10 +140,23 @@ BLOCKS = {
     "bytes": lambda path: {"type": "audio", "bytes": CONTENTS},
     "base64": lambda path: {"type": "audio", "base64": base64_of(CONTENTS)},
     "array": lambda path: {"type": "audio", "array": WAVEFORM, "sampling_rate": SAMPLING_RATE},
+    "path and rate": lambda path: {"type": "audio", "audio": str(path), "sampling_rate": SAMPLING_RATE},
+    "dict without its rate": lambda path: {"type": "audio", "audio": {"raw": WAVEFORM}, "sampling_rate": SAMPLING_RATE},
+    "row of datasets": lambda path: {"type": "audio", "bytes": CONTENTS, "path": "not there.wav"},
+    "decoder": lambda path: {"type": "audio", "audio": StandInDecoder(WAVEFORM)},
+    # Of other frameworks.
     "input_audio": lambda path: {
         "type": "input_audio",
         "input_audio": {"data": base64_of(CONTENTS), "format": "wav"},
     },
+    "input_audio of a data URL": lambda path: {"type": "input_audio", "input_audio": {"data": DATA_URL}},
+    "audio_url": lambda path: {"type": "audio_url", "audio_url": {"url": DATA_URL}},
+    "audio_url as text": lambda path: {"type": "audio_url", "audio_url": DATA_URL},
+    "audio_url of Qwen2-Audio": lambda path: {"type": "audio", "audio_url": DATA_URL},
+    "data": lambda path: {"type": "audio", "data": base64_of(CONTENTS), "mime_type": "audio/wav"},
+    "data of bytes": lambda path: {"type": "audio", "data": CONTENTS},
+    "input_audio of type audio": lambda path: {"type": "audio", "input_audio": {"data": base64_of(CONTENTS)}},
+    "no type": lambda path: {"audio": str(path)},
 }
 
 
@@ -650,9 +667,25 @@ BAD_CHATS = {
     "without audio": ([{"role": "user", "content": "hello"}], "The chat holds no audio. Give at least one block"),
     "unknown block": (
         chat({"type": "image", "path": "a.png"}),
-        "of type 'text', 'audio' or 'input_audio', got {'type'",
+        "of type 'text', 'audio', 'audio_url' or 'input_audio', got {'type'",
     ),
     "block without audio": (chat(AUDIO_BLOCK, {"type": "audio"}), r"The audio block {'type': 'audio'} holds no audio"),
+    "audio under another name": (
+        chat({"type": "audio", "file": "a.wav"}),
+        r"The audio block {'type': 'audio', 'file': 'a.wav'} holds no audio\. Write {'type': 'audio', 'audio': clip}",
+    ),
+    "audio twice": (
+        chat({**AUDIO_BLOCK, "url": DATA_URL}),
+        r"(?s)The audio block {'type': 'audio', .* holds audio under \['audio', 'url'\]\. Leave one of them",
+    ),
+    "input_audio without data": (
+        chat({"type": "input_audio", "input_audio": {"id": "a"}}),
+        "The audio block {'type': 'input_audio', .*} holds no audio",
+    ),
+    "audio_url that is not allowed": (
+        chat({"type": "audio_url", "audio_url": {"url": "https://a.org/a.wav"}}),
+        "Fetching 'https://a.org/a.wav' is not allowed",
+    ),
     "block of text": (chat("a.wav"), "A block of a message is a dict of type"),
     "content of None": ([{"role": "user", "content": None}], "content of a message is a string or a list of blocks"),
     "message without role": ([*chat(AUDIO_BLOCK), {"content": "a"}], "must have a 'role' and 'content' key"),
@@ -851,7 +884,7 @@ def test_a_saved_pipeline_is_complete(answers, repository, expected, tmp_path, m
 
 def test_the_files_of_pipelines_can_travel_alone(repository):
     names = {path.name for path in repository.glob("*.py")}
-    assert {"pipeline_blsp_kd.py", "audio_loading.py", "spoken_inputs.py", "url_fetching.py"} <= names
+    assert {"pipeline_blsp_kd.py", "audio_decoding.py", "chat_audio.py", "spoken_inputs.py", "url_fetching.py"} <= names
     for path in repository.glob("*.py"):
         assert unshippable(path.read_text()) == [], path.name
 

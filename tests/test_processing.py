@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from audio_files import StandInDecoder, encode
 from conftest import CHAT_TEMPLATE, SAMPLING_RATE, VOCAB_SIZE, clip, make_tokenizer, spoken_prompts
 from tokenizers.processors import TemplateProcessing
 from transformers import Wav2Vec2FeatureExtractor, WhisperFeatureExtractor
@@ -294,10 +295,61 @@ def test_a_block_may_hold_audio_in_any_key(processor, tmp_path):
         {"bytes": path.read_bytes()},
         {"url": f"data:audio/wav;base64,{base64.b64encode(path.read_bytes()).decode()}"},
         {"audio": None, "path": str(path)},
+        {"bytes": path.read_bytes(), "path": "not there.wav"},
+        {"base64": base64.b64encode(path.read_bytes()).decode()},
+        {"raw": waveform, "sampling_rate": SAMPLING_RATE},
+        {"audio": waveform, "sampling_rate": SAMPLING_RATE},
+        {"audio": {"array": waveform}, "sampling_rate": SAMPLING_RATE},
+        {"audio": StandInDecoder(waveform)},
     ]
     expected = processor(f"<|user|>{AUDIO}<|end|>\n<|assistant|>", (waveform, SAMPLING_RATE))
     for block in blocks:
         assert_same(tokenized(processor, user({"type": "audio", **block})), expected)
+
+
+def test_a_block_may_be_that_of_another_framework(processor):
+    """They reached the template as they were, which refused them, or were taken for a place to fill."""
+    waveform = clip(0.4)
+    data = base64.b64encode(encode(waveform)).decode()
+    url = f"data:audio/wav;base64,{data}"
+    blocks = [
+        {"type": "input_audio", "input_audio": {"data": data, "format": "wav"}},
+        {"type": "input_audio", "input_audio": {"data": url}},
+        {"type": "audio_url", "audio_url": {"url": url}},
+        {"type": "audio_url", "audio_url": url},
+        {"type": "audio", "audio_url": url},
+        {"type": "audio", "data": data, "mime_type": "audio/wav"},
+        {"type": "audio", "input_audio": {"data": data, "format": "wav"}},
+        {"type": None, "audio": waveform},
+        {"audio": waveform},
+    ]
+    expected = processor(f"<|user|>{AUDIO}<|end|>\n<|assistant|>", (waveform, SAMPLING_RATE))
+    for block in blocks:
+        given = copy.deepcopy(block)
+        assert_same(tokenized(processor, user(block)), expected)
+        assert str(block) == str(given), "the caller's chat is left alone"
+        assert processor.apply_chat_template(user(block)) == f"<|user|>{AUDIO}<|end|>\n"
+
+
+@pytest.mark.parametrize(
+    "block, message",
+    [
+        (
+            {"type": "audio", "file": "a.wav"},
+            r"The audio block {'type': 'audio', 'file': 'a.wav'} holds no audio\. Write",
+        ),
+        ({"type": "audio_url", "url": None}, "The audio block {'type': 'audio_url', 'url': None} holds no audio"),
+        ({"type": "input_audio", "input_audio": "a"}, "The audio block .* holds no audio"),
+        ({"type": "audio", "audio": "a.wav", "url": "b"}, r"holds audio under \['audio', 'url'\]\. Leave one"),
+        ({"type": "audio_url", "audio_url": {"url": "https://a.org/a.wav"}}, "must be a string of base64"),
+        ({"type": "audio", "audio": {"url": "/etc/a.wav"}}, "must be a string of base64"),
+        ({"type": "audio", "audio": "https://a.org/a.wav"}, "from files, not from URLs"),
+    ],
+)
+def test_an_audio_block_that_cannot_be_read_is_named(block, message, processor):
+    """A name for the clip that is not known made the block a place to fill, and the error was about counts."""
+    with pytest.raises(ValueError, match=message):
+        tokenized(processor, user(block))
 
 
 def test_blocks_are_one_line_each_in_their_order(processor):

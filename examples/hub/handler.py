@@ -6,17 +6,17 @@ in one request, and anything that would make the server open a path or a URL.
 
 What a request may hold:
 
-- an audio file as its body (`audio/wav`, `audio/flac`, `audio/ogg`, `audio/mpeg`), or `{"inputs": base64}`: gives what
-  is said, `{"text": ...}`;
+- an audio file as its body (`audio/wav`, `audio/flac`, `audio/ogg`, `audio/mpeg`, `audio/webm`, `audio/m4a`), or
+  `{"inputs": base64}`: gives what is said, `{"text": ...}`;
 - `{"inputs": {"audio": base64, "instruction": text}}`: gives the answer, `{"generated_text": ...}`;
 - `{"inputs": messages}`, a chat of `{"role": "user", "content": [{"type": "audio", "audio": base64}]}`: likewise.
 
-A data URL may stand for base64. `parameters`, in the JSON or in the query string, are those of `PARAMETERS` below.
+A data URL may stand for base64, and OpenAI's `input_audio` for the block of a chat. `parameters`, in the JSON or in the
+query string, are those of `PARAMETERS` below.
 """
 
 import base64
 import binascii
-import io
 import json
 import os
 from numbers import Real
@@ -26,7 +26,6 @@ from numbers import Real
 os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
-import soundfile
 from transformers import pipeline
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
@@ -55,7 +54,6 @@ OF_SAMPLING = ("temperature", "top_p", "top_k")
 OF_TRANSCRIPTION = ("return_timestamps", "chunk_length_s", "stride_length_s")
 # Names under which clients of the speech recognition task nest what is for `generate`.
 NESTED = ("generate_kwargs", "generation_parameters")
-AUDIO_KEYS = ("audio", "base64", "bytes", "url", "path")
 
 
 class EndpointHandler:
@@ -66,6 +64,9 @@ class EndpointHandler:
         self.answers = pipeline("audio-text-to-text", model=path, trust_remote_code=True)
         pipelines = self.answers.model.config.custom_pipelines
         transcribing = get_class_from_dynamic_module(pipelines["automatic-speech-recognition"]["impl"], path)
+        # The model's own code reads the blocks of chats, and measures files.
+        self.read_block = get_class_from_dynamic_module("chat_audio.read_block", path)
+        self.audio_info = get_class_from_dynamic_module("audio_decoding.audio_info", path)
         self.transcribes = transcribing(model=self.answers.model, processor=self.answers.processor)
 
     def __call__(self, data: dict) -> dict:
@@ -82,7 +83,7 @@ class EndpointHandler:
                 "A request needs 'inputs': an audio file, base64 of one, an object with 'audio', or a chat."
             )
         parameters = read_parameters(data.get("parameters"))
-        inputs = read_inputs(data["inputs"])
+        inputs = read_inputs(data["inputs"], self.read_block, self.audio_info)
         if isinstance(inputs, dict) and "instruction" in inputs:
             if "instruction" in parameters:
                 raise ValueError("The instruction is given twice, in 'inputs' and in 'parameters'. Give it once.")
@@ -184,9 +185,14 @@ def _from_query(value):
     return value
 
 
-def read_inputs(inputs):
-    """An audio, `{"audio", "instruction"}`, or a chat, with the contents of audio files in the place of base64."""
-    budget = _Budget()
+def read_inputs(inputs, read_block, audio_info):
+    """Return an audio, `{"audio", "instruction"}`, or a chat, with the contents of audio files in the place of base64.
+
+    Args:
+        inputs: of the request.
+        read_block, audio_info: the functions of `chat_audio.py` and `audio_decoding.py`.
+    """
+    budget = _Budget(audio_info)
     if isinstance(inputs, (bytes, bytearray, str)):
         return {"audio": budget.read(inputs)}
     if isinstance(inputs, dict):
@@ -201,44 +207,43 @@ def read_inputs(inputs):
         audio = {"audio": budget.read(inputs["audio"])}
         return audio if instruction is None else {**audio, "instruction": instruction}
     if isinstance(inputs, list) and inputs and all(isinstance(item, dict) and "role" in item for item in inputs):
-        return [_read_message(message, budget) for message in inputs]
+        return [_read_message(message, read_block, budget) for message in inputs]
     raise ValueError(
         "'inputs' must be an audio file, base64 of one, an object with 'audio', or a chat (a list of messages with "
         f"'role' and 'content'), got {type(inputs).__name__}. One request takes one input."
     )
 
 
-def _read_message(message: dict, budget: "_Budget") -> dict:
+def _read_message(message: dict, read_block, budget: "_Budget") -> dict:
     unknown = sorted(map(str, set(message) - {"role", "content"}))
     content = message.get("content")
     if unknown or not isinstance(message["role"], str) or not isinstance(content, (str, list)):
         raise ValueError(f"A message has a 'role' and a 'content' (text or a list of blocks), got {message!r:.200}.")
     if isinstance(content, list):
-        content = [_read_block(block, budget) for block in content]
+        content = [_read_block(block, read_block, budget) for block in content]
     return {"role": message["role"], "content": content}
 
 
-def _read_block(block, budget: "_Budget") -> dict:
-    kind = block.get("type") if isinstance(block, dict) else None
-    if kind == "text" and isinstance(block.get("text"), str):
-        return {"type": "text", "text": block["text"]}
-    if kind == "input_audio" and isinstance(block.get("input_audio"), dict):  # as OpenAI's clients write it
-        return {"type": "audio", "audio": budget.read(block["input_audio"].get("data"))}
-    if kind == "audio":
-        found = [block[key] for key in AUDIO_KEYS if block.get(key) is not None]
-        if len(found) == 1:
-            return {"type": "audio", "audio": budget.read(found[0])}
+def _read_block(block, read_block, budget: "_Budget") -> dict:
+    read, clip = read_block(block) if isinstance(block, dict) else ({}, None)
+    if read.get("type") == "text" and isinstance(read.get("text"), str):
+        return {"type": "text", "text": read["text"]}
+    if read.get("type") != "audio":
+        raise ValueError(
+            f"A block of a message is {{'type': 'text', 'text': ...}} or {{'type': 'audio', 'audio': base64}}, "
+            f"got {block!r:.200}."
+        )
+    values = list(clip.values()) if isinstance(clip, dict) else [clip]
+    if len(values) != 1 or values[0] is None:
         raise ValueError(f"An audio block needs one 'audio', base64 of a file, but has {sorted(map(str, block))}.")
-    raise ValueError(
-        f"A block of a message is {{'type': 'text', 'text': ...}} or {{'type': 'audio', 'audio': base64}}, "
-        f"got {block!r:.200}."
-    )
+    return {"type": "audio", "audio": budget.read(values[0])}
 
 
 class _Budget:
     """What is left of a request's bytes and seconds of audio."""
 
-    def __init__(self):
+    def __init__(self, audio_info):
+        self.audio_info = audio_info
         self.num_bytes, self.duration_s = 0, 0.0
 
     def read(self, audio) -> bytes:
@@ -255,8 +260,8 @@ class _Budget:
         else:
             raise TypeError(f"Audio must be a file's contents or base64 of them, got {type(audio).__name__}.")
         try:
-            self.duration_s += soundfile.info(io.BytesIO(contents)).duration
-        except soundfile.LibsndfileError:
+            self.duration_s += self.audio_info(contents).duration_s
+        except ValueError:
             return contents  # the pipeline says what is wrong with it
         if self.duration_s > MAX_DURATION_S:
             raise ValueError(

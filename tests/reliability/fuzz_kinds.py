@@ -28,7 +28,9 @@ from training_data.sources import ManifestSource, OutsideFolderError, check_audi
 from modeling_blsp_kd import BlspKdConfig, BlspKdForCausalLM  # noqa: E402
 from modeling_blsp_kd.speech_encoder import TrueLengthWhisperEncoder  # noqa: E402
 from processing import BlspKdProcessor  # noqa: E402
+from processing.audio_decoding import audio_info  # noqa: E402
 from processing.audio_loading import MAX_DURATION_S, load_audio  # noqa: E402
+from processing.chat_audio import read_block  # noqa: E402
 
 AUDIO = {
     "wav": ("WAV", ("PCM_16", "PCM_24", "PCM_U8", "FLOAT", "DOUBLE", "ULAW", "IMA_ADPCM", "MS_ADPCM", "GSM610")),
@@ -116,7 +118,7 @@ def audio_kind(material: Material, name: str) -> Kind:
         if way == "file":
             audio = write(material.scratch / f"clip.{name}", contents)
         elif way == "endpoint":
-            audio = read_inputs(contents)["audio"]
+            audio = read_inputs(contents, read_block, audio_info)["audio"]
         else:
             audio = contents
         waveform = load_audio(audio, SAMPLING_RATE)
