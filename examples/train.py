@@ -47,6 +47,7 @@ from transformers.integrations import unset_hf_deepspeed_config
 from modeling_blsp_kd import BlspKdForCausalLM, BlspKdTrainer
 from processing import BlspKdDataCollator, BlspKdProcessor
 from processing.chat_templates import is_in_thought, read_options
+from processing.data_collator import split_prompt
 from processing.spoken_inputs import user_turn
 
 TINY_TEXT_MODEL = str(Path(__file__).parent / "tiny_world" / "llm")
@@ -253,6 +254,7 @@ def make_trainer(
         # TrainingArguments asks for shares of the weights all the same, but the LLM is to answer first.
         unset_hf_deepspeed_config()
     model = build_model(model_options, processor, model_class)
+    warn_of_endless_answers(model, processor)
     with args.main_process_first(desc="making the data"):
         train_rows, eval_rows = load_rows(data_options, data_seed(args))
     # As in the method, the LLM's own answers are what it learns to give after speech.
@@ -333,6 +335,20 @@ def build_model(options: ModelOptions, processor, model_class=BlspKdForCausalLM)
         thin=options.thin,
         **training,
     )
+
+
+def warn_of_endless_answers(model, processor):
+    """Warn if answers are trained to end with a token that generation does not stop at."""
+    [ids] = processor.tokenize([split_prompt(processor, None, "yes")[2]], add_special_tokens=False)["input_ids"]
+    ends = model.generation_config.eos_token_id
+    if ids[-1] not in (ends if isinstance(ends, list) else [ends]):
+        logging.warning(
+            "Answers are trained to end with %r (token %s), but generation of this LLM stops at %s: add it to "
+            "eos_token_id of the LLM's generation_config.json, or its answers may go on.",
+            processor.tokenizer.convert_ids_to_tokens(ids[-1]),
+            ids[-1],
+            ends,
+        )
 
 
 def load_rows(options: DataOptions, seed: int) -> tuple[list[dict], list[dict]]:

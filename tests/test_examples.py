@@ -5,15 +5,16 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import clip
+from conftest import CHAT_TEMPLATE, clip, make_tokenizer
 from safetensors.torch import load_file
 from test_hub_loading import ELSEWHERE, run_python
-from transformers import pipeline
+from transformers import GenerationConfig, pipeline
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
@@ -214,15 +215,46 @@ def test_a_manifest_row_without_text_is_named(tmp_path, monkeypatch):
         train.read_manifest(str(tmp_path / "bad.jsonl"))
 
 
-def test_an_llm_that_answers_nothing_stops_before_training(tmp_path, monkeypatch):
+def test_options_of_the_chat_template_come_from_the_command_line_or_the_model(tmp_path, monkeypatch, backbones):
+    train = load_example("train", monkeypatch)
+    llm = make_tokenizer()
+    llm.chat_template = "{% if enable_thinking %}(thinks){% endif %}" + CHAT_TEMPLATE
+    llm.save_pretrained(tmp_path / "llm")
+    names = {"speech_model": str(backbones[0]), "text_model": str(tmp_path / "llm")}
+    first = train.build_processor(train.ModelOptions(**names, chat_template_kwargs='{"enable_thinking": true}'))
+    first.save_pretrained(tmp_path / "first")
+    further = {"start_from": str(tmp_path / "first")}
+    for options, thinks in [({}, True), ({"chat_template_kwargs": '{"enable_thinking": false}'}, False)]:
+        processor = train.build_processor(train.ModelOptions(**further, **options))
+        assert processor.chat_template_kwargs == {"enable_thinking": thinks}
+        prompt = processor.apply_chat_template([{"role": "user", "content": "cat"}])
+        assert prompt.startswith("(thinks)") == thinks
+    with pytest.raises(ValueError, match="--chat_template_kwargs must be a JSON object"):
+        train.build_processor(train.ModelOptions(**names, chat_template_kwargs="enable_thinking=true"))
+
+
+def test_an_end_of_answers_that_generation_does_not_stop_at_is_warned_of(processor, monkeypatch, caplog):
+    train = load_example("train", monkeypatch)
+    for ends, num_warnings in ((2, 0), ([7, 2], 0), (7, 1), ([7], 1), (None, 1)):
+        caplog.clear()
+        model = SimpleNamespace(generation_config=GenerationConfig(eos_token_id=ends))
+        train.warn_of_endless_answers(model, processor)
+        assert len(caplog.messages) == num_warnings
+        assert all("trained to end with '<|end|>' (token 2)" in message for message in caplog.messages)
+
+
+@pytest.mark.parametrize(
+    "answer, message", [("", "with nothing"), ("<think>\nred", "answers of the LLM end within a thought")]
+)
+def test_an_llm_that_answers_nothing_stops_before_training(tmp_path, monkeypatch, answer, message):
     soundfile.write(tmp_path / "a.wav", clip(0.8), 16_000)
     rows = [{"audio": "a.wav", "text": "the red cat", "response": "red"}, {"audio": "a.wav", "text": "the sea"}]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     train = load_example("train", monkeypatch)
-    monkeypatch.setattr(train, "answer_rows", lambda model, processor, rows, *_, **__: [""] * len(rows))
+    monkeypatch.setattr(train, "answer_rows", lambda model, processor, rows, *_, **__: [answer] * len(rows))
     data = train.DataOptions(train_manifest=str(tmp_path / "train.jsonl"))
     args = train.Arguments(output_dir=str(tmp_path / "model"), use_cpu=True, report_to="none")
-    with pytest.raises(ValueError, match=r"1 of 1 prompts with nothing.*train\.jsonl, row 2"):
+    with pytest.raises(ValueError, match=rf"1 of 1 .*{message}.*train\.jsonl, row 2"):
         train.make_trainer(train.ModelOptions(), data, args)
 
 

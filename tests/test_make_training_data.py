@@ -22,13 +22,18 @@ import pyarrow.parquet
 import pytest
 import soundfile
 import torch
-from conftest import clip
+from conftest import CHAT_TEMPLATE, clip, make_tokenizer
 from filelock import FileLock
 from transformers import AutoModelForCausalLM
 
-from processing import BlspKdDataCollator
+from processing import BlspKdDataCollator, BlspKdProcessor
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+THINKING_TEMPLATE = CHAT_TEMPLATE.replace(
+    "<|assistant|>{% endif %}",
+    "<|assistant|>{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    "{% endif %}",
+)
 TEXTS = [
     "THE RED CAT RAN TO THE RIVER",
     "I'M SURE I CAN",
@@ -182,7 +187,51 @@ def test_bad_rows_are_rejected_with_their_line_and_reason(script, asr, backbones
         assert re.search(expected[reject["line"]], reject["reason"], re.DOTALL), reject
 
 
-@pytest.mark.parametrize("text, fault", [("", "is empty"), ("I hear <|audio|>", "holds the audio placeholder")])
+def test_prompts_are_those_of_training_and_inference_for_the_same_options(
+    script, asr, backbones, monkeypatch, tmp_path
+):
+    """With a thinking LLM the answers of one prompt would be trained after another."""
+    llm = make_tokenizer()
+    llm.chat_template = THINKING_TEMPLATE
+    shutil.copytree(backbones[1], tmp_path / "llm")
+    llm.save_pretrained(tmp_path / "llm")
+    answer, asked = sys.modules["training_data.engines"].Answer, []
+
+    def answer_yes(self, prompts, seeds):
+        asked.extend(prompts)
+        return [answer("yes", True) for _ in prompts]
+
+    monkeypatch.setattr(script.TransformersEngine, "answer", answer_yes)
+    texts = {}
+    for given in (None, '{"enable_thinking": false}', '{"enable_thinking": true}'):
+        asked.clear()
+        output = asr / f"out{len(texts)}.jsonl"
+        rows, _ = make(
+            script, asr / "asr.jsonl", output, tmp_path / "llm", chat_template_kwargs=given, max_new_tokens=1
+        )
+        options = None if given is None else json.loads(given)
+        processor = BlspKdProcessor.from_backbones(backbones[0], tmp_path / "llm", chat_template_kwargs=options)
+        read = [{**row, "audio": str(asr / row["audio"])} for row in rows]
+        batch = BlspKdDataCollator(processor)(read)
+        for prompt, teacher, answers in zip(asked, batch["teacher_input_ids"], batch["teacher_is_response"]):
+            assert teacher[: int(answers.long().argmax())].tolist() == prompt
+        texts[given] = processor.decode(asked[0])
+    assert len(set(texts.values())) == 2 and texts[None] == texts['{"enable_thinking": true}']
+    assert texts['{"enable_thinking": false}'].endswith("</think>\n\n")
+
+
+@pytest.mark.parametrize(
+    "text, fault",
+    [
+        ("", "is empty"),
+        ("I hear <|audio|>", "holds the audio placeholder"),
+        (
+            "<think>\nThe user",
+            "ends within a thought. Raise --max_new_tokens, or have the LLM not think, for example with "
+            "--chat_template_kwargs '{\"enable_thinking\": false}'",
+        ),
+    ],
+)
 def test_an_answer_that_cannot_be_trained_on_is_a_reject(script, asr, backbones, monkeypatch, text, fault):
     answer = sys.modules["training_data.engines"].Answer
 
