@@ -43,16 +43,18 @@ NEED_STUDENT = NEED_TEACHER | {"response_ce"}
 
 
 @contextmanager
-def frozen(module: nn.Module):
-    """Run a frozen module: no gradient, and no dropout whatever the mode of the model around it.
+def frozen(module: nn.Module, *inputs: torch.Tensor):
+    """Run a frozen module: no gradient, unless for one of its inputs, and no dropout whatever the mode of the model
+    around it.
 
     Not in inference mode: FSDP2 keeps what it gathers there, and may not write to it in the student's forward.
     """
     was_training = [child for child in module.modules() if child.training]
     if was_training:
         module.eval()
+    has_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
     try:
-        with torch.no_grad():
+        with torch.set_grad_enabled(has_gradient):
             yield
     finally:
         for child in was_training:
@@ -252,8 +254,9 @@ def check_output_head(language_model: nn.Module):
     head = OutputHead.of(language_model)
     parameters = [parameter for parameter in (head.weight, head.bias) if parameter is not None]
     with frozen(language_model):
-        own = language_model(input_ids=input_ids, use_cache=False).logits.float()
-        states = language_model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+        options = {"input_ids": input_ids, "use_cache": False, "return_dict": True}
+        own = language_model(**options).logits.float()
+        states = language_model.base_model(**options).last_hidden_state
         with gather_params_ctx(parameters, modifier_rank=None):  # under ZeRO-3
             logits = nn.functional.linear(states, head.weight, head.bias)
     difference = (postprocess_logits(logits, head.scale, head.softcap) - own).abs().max()

@@ -412,13 +412,18 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, BlspKdGenerationMixin):
         wanted = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
         wanted = {name: value for name, value in wanted.items() if value is not None}
         window, time_axis = window_of(self.config.speech_config)
+        if input_features.shape[time_axis] == 0:
+            raise ValueError(
+                f"input_features of shape {tuple(input_features.shape)} hold no frames: axis {time_axis} is time. "
+                "Leave out clips without samples, and their placeholders, or pass features as the processor makes them."
+            )
         if input_features_mask is None:
             input_features_mask = input_features.new_ones(len(input_features), input_features.shape[time_axis])
         windows, window_mask, windows_per_clip = split_into_windows(
             input_features, input_features_mask, window, time_axis
         )
         is_trained = any(parameter.requires_grad for parameter in self.audio_tower.parameters())
-        with nullcontext() if is_trained else frozen(self.audio_tower):
+        with nullcontext() if is_trained else frozen(self.audio_tower, input_features):
             encoded = encode_speech(self.audio_tower, windows, window_mask, **wanted)
         frames, frame_mask = encoded.last_hidden_state, encoded.frame_mask
         if self.training and self.is_activation_checkpointing and not frames.requires_grad:
@@ -486,7 +491,11 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, BlspKdGenerationMixin):
             audio = self._hear_nothing(input_features)
         else:
             audio = self.get_audio_features(
-                input_features, input_features_mask, num_speech_tokens, output_token_times=output_token_times
+                input_features,
+                input_features_mask,
+                num_speech_tokens,
+                output_token_times=output_token_times,
+                return_dict=True,
             )
         prompt = lay_out(
             input_ids,
@@ -510,7 +519,8 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, BlspKdGenerationMixin):
         """
         silence = input_features.new_zeros(1, *input_features.shape[1:])
         num_tokens = torch.ones(1, dtype=torch.long, device=silence.device) if self.adapter.one_to_one else None
-        audio = self.get_audio_features(silence, silence.new_ones(1, silence.shape[-1]).long(), num_tokens)
+        mask = silence.new_ones(1, silence.shape[-1]).long()
+        audio = self.get_audio_features(silence, mask, num_tokens, return_dict=True)
         return BlspKdAudioOutput(
             **{name: value[:0] for name, value in audio.items() if isinstance(value, torch.Tensor)}
         )
@@ -550,7 +560,8 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, BlspKdGenerationMixin):
                 f"positions, of shape {expected}, but got "
                 f"{None if attention_mask is None else tuple(attention_mask.shape)}."
             )
-        return attention_mask
+        # As in the LLM alone it may be of any dtype. Half precision cannot count positions beyond 256.
+        return attention_mask.long()
 
     def _check_text_only(self, input_ids, attention_mask):
         if not isinstance(attention_mask, torch.Tensor) or attention_mask.shape != input_ids.shape:
@@ -588,13 +599,14 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, BlspKdGenerationMixin):
         weights = self.config.distillation
         wanted = wanted_losses(weights, self.training, self.adapter.one_to_one)
         student_states = teacher_states = None
+        options = {"use_cache": False, "return_dict": True}
         # `base_model` is the LLM without its head: vocabulary products are taken at the compared positions only.
         if wanted & NEED_TEACHER:
-            with frozen(self.language_model):
-                teacher_states = self.language_model.base_model(**teacher, use_cache=False).last_hidden_state
+            with frozen(self.language_model), self._partial_lora_at(None):
+                teacher_states = self.language_model.base_model(**teacher, **options).last_hidden_state
         if wanted & NEED_STUDENT:
             with self._partial_lora_at(prompts.is_speech):
-                student_states = self.language_model.base_model(**student, use_cache=False).last_hidden_state
+                student_states = self.language_model.base_model(**student, **options).last_hidden_state
         return distillation_loss(
             prompts,
             audio,

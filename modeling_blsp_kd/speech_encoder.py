@@ -185,7 +185,7 @@ def encode_speech(audio_tower: PreTrainedModel, input_features, input_features_m
         input_features_mask (`torch.Tensor` of shape (N, length)): 1 at what belongs to the clip, on the time axis.
     """
     if isinstance(audio_tower, TrueLengthWhisperEncoder):
-        return audio_tower(input_features, input_features_mask, **kwargs)
+        return audio_tower(input_features, input_features_mask, return_dict=True, **kwargs)
     config, mask = audio_tower.config, input_features_mask.long()
     is_valid = mask.bool().reshape(*mask.shape, *[1] * (input_features.ndim - 2))
     input_features = input_features.masked_fill(~is_valid, 0.0).to(audio_tower.dtype)
@@ -206,7 +206,7 @@ def encode_speech(audio_tower: PreTrainedModel, input_features, input_features_m
         if num_frames <= config.mask_time_length:
             # SpecAugment refuses clips that are shorter than the span that it masks.
             kwargs["mask_time_indices"] = mask.new_zeros(len(mask), num_frames, dtype=torch.bool)
-    encoded = audio_tower(input_features, attention_mask=mask, **kwargs)
+    encoded = audio_tower(input_features, attention_mask=mask, return_dict=True, **kwargs)
     frames = encoded.last_hidden_state
     if config.model_type == "parakeet_encoder":
         frame_mask = encoded.attention_mask

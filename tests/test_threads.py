@@ -5,8 +5,10 @@ import gc
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 from itertools import zip_longest
+from types import SimpleNamespace
 
 import pytest
+import reliability.threads
 import torch
 from conftest import clip, make_model, spoken_prompts
 
@@ -250,3 +252,23 @@ def test_features_are_the_same_in_threads(processor):
     with ThreadPoolExecutor(8) as pool:
         for number, found in enumerate(pool.map(prepare, range(25))):
             assert all(torch.equal(values, alone[number % 5][name]) for name, values in found.items())
+
+
+@pytest.fixture(scope="module")
+def asked_pipe():
+    return reliability.threads.build_pipeline(None)
+
+
+def test_a_short_run_of_many_threads_finds_nothing(asked_pipe):
+    """The short form of `python -m tests.reliability.threads`."""
+    result = reliability.threads.run(asked_pipe, num_threads=8, num_requests=6)
+    assert result["wrong"] == [] and result["left"] == 0
+    assert result["requests"] == 48 and result["distinct_answers"] > 30
+    assert "48 requests from 8 threads" in reliability.threads.report(result)
+
+
+def test_a_mask_that_threads_share_would_be_found(asked_pipe, monkeypatch):
+    monkeypatch.setattr(plora_module, "_here", SimpleNamespace(call=None))
+    result = reliability.threads.run(asked_pipe, num_threads=8, num_requests=12)
+    assert {wrong["outcome"] for wrong in result["wrong"]} - {"same"}
+    assert sum(num_wrong for _, num_wrong in result["kinds"].values()) == len(result["wrong"]) > 0
