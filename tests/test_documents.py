@@ -84,6 +84,19 @@ def test_help_keeps_the_line_breaks_of_commands(script):
         assert line in _help_of(script).splitlines()
 
 
+def test_commands_expect_an_activated_environment():
+    """Some commands named the environment's programs and others did not, and no page told of activating it."""
+    commands = [line for page in PAGES for block in blocks(page, "bash") for line in block.splitlines()]
+    assert "source .venv/bin/activate" in commands[0]
+    whole = [line for line in commands if ".venv/bin/" in line.replace("source .venv/bin/activate", "")]
+    assert len(whole) == 2 and all(line.startswith("python3 -m venv .venv && .venv/bin/pip ") for line in whole)
+
+
+def test_a_cpu_build_of_torch_is_the_pinned_version():
+    pinned = re.search(r"^torch==\S+", (ROOT / "constraints.txt").read_text(), re.MULTILINE).group()
+    assert f"pip install {pinned} --index-url https://download.pytorch.org/whl/cpu" in blocks("README.md", "bash")[0]
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_modules_that_pages_run_exist(page):
     for name in re.findall(r"python -m (tests[.\w]*\w)", (ROOT / page).read_text()):
