@@ -14,7 +14,6 @@ import json
 import shutil
 from pathlib import Path
 
-import soundfile
 from answering import answer_rows
 from hub.card import TINY_WORLD, make_card
 from hub.facts import OWN_BACKBONES, OWN_LICENCE, describe_parts
@@ -27,6 +26,7 @@ from training_input.manifests import read_manifest
 
 from modeling_blsp_kd import BlspKdForCausalLM
 from processing import BlspKdPipeline, BlspKdProcessor
+from processing.audio_decoding import audio_info
 
 HUB_FILES = Path(__file__).parent / "hub"
 LICENCE_FILE = Path(__file__).parents[1] / "LICENSE"
@@ -163,7 +163,7 @@ def measure(folder: Path, repo_id: str, backbones: dict | None, samples: list[di
         return None
     clip = folder / samples[0]["audio"]
     memory = measure_memory(folder, repo_id, backbones, clip, samples[0]["instruction"])
-    return memory and {**memory, "clip_s": soundfile.info(clip).duration}
+    return memory and {**memory, "clip_s": audio_info(clip).duration_s}
 
 
 def report(checks: list[tuple[str, bool, str]]):

@@ -19,7 +19,8 @@ try:
     import av
 except ImportError:
     av = None
-FFmpegError = av.FFmpegError if av else ()
+# Damaged files have FFmpeg seek to where no file can, too.
+FFMPEG_ERRORS = (OSError, OverflowError, *([av.FFmpegError] if av else []))
 
 MAX_CHANNELS = 8
 # Files are mixed and resampled piece by piece: many channels of a high rate would take many times the result's memory.
@@ -55,6 +56,8 @@ CONTAINERS = (
 AAC = Container(b"\xff", 0, "aac", "aac")
 MP3 = Container(b"\xff", 0, "mp3", None, is_of_libsndfile=True)
 MAGIC_BYTES = 12
+OF_FFMPEG = {".m4a", ".mp4", ".mov", ".3gp", ".webm", ".mka", ".mkv", ".aac", ".amr", ".wma"}
+SUFFIXES = {f".{name.lower()}" for name in soundfile.available_formats()} | {".opus"} | (OF_FFMPEG if av else set())
 
 
 def container_of(beginning: bytes) -> Container | None:
@@ -176,8 +179,8 @@ def _demuxed(source: Path | io.BytesIO, name: str):
             yield file
     except soundfile.LibsndfileError as error:
         raise ValueError(_undecodable(name, error.error_string)) from error
-    except FFmpegError as error:
-        raise ValueError(_undecodable(name, error.strerror)) from error
+    except FFMPEG_ERRORS as error:
+        raise ValueError(_undecodable(name, getattr(error, "strerror", None) or str(error))) from error
 
 
 def _undecodable(name: str, reason: str) -> str:
@@ -237,6 +240,8 @@ class _FFmpegFile:
             if not self.file.streams.audio:
                 raise ValueError(f"{name} is a {container.name} file without an audio track.")
             self.track = self.file.streams.audio[0]
+            if self.track.codec_context is None:
+                raise ValueError(_undecodable(name, "its codec is not known"))
             self.num_channels, self.rate = self.track.codec_context.channels, self.track.codec_context.sample_rate
             self.promised_s = self._promised_s()
         except BaseException:

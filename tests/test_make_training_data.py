@@ -22,6 +22,7 @@ import pyarrow.parquet
 import pytest
 import soundfile
 import torch
+from audio_files import encode_by_ffmpeg
 from conftest import CHAT_TEMPLATE, clip, make_tokenizer
 from filelock import FileLock
 from transformers import AutoModelForCausalLM
@@ -146,10 +147,14 @@ def test_bad_rows_are_rejected_with_their_line_and_reason(script, asr, backbones
     soundfile.write(asr / "silent.wav", np.zeros(8000), 16_000)
     soundfile.write(asr / "click.wav", clip(0.01), 16_000)
     soundfile.write(asr / "long.wav", clip(1.2), 16_000)
+    (asr / "phone.m4a").write_bytes(encode_by_ffmpeg(clip(0.5), "ipod", "aac"))
+    (asr / "browser.webm").write_bytes(encode_by_ffmpeg(clip(0.5), "webm", "libopus", coded_rate=48_000))
     (asr / "damaged.flac").write_bytes((asr / "clips/3.flac").read_bytes()[:30])
     good = {"audio": "clips/1.flac", "text": "RUN"}
     lines = [
         (good, None),
+        ({**good, "audio": "phone.m4a"}, None),
+        ({**good, "audio": "browser.webm"}, None),
         ({**good, "audio": "missing.flac"}, r"audio: Audio file not found"),
         ({**good, "audio": "empty.wav"}, r"audio: .*empty\.wav is empty"),
         ({**good, "audio": "silent.wav"}, r"audio: .*silent"),
@@ -180,7 +185,8 @@ def test_bad_rows_are_rejected_with_their_line_and_reason(script, asr, backbones
     rows, rejects = make(
         script, asr / "bad.jsonl", asr / "out.jsonl", backbones[1], max_duration_s=1, max_prompt_tokens=60
     )
-    assert [row["id"] for row in rows] == ["0-continue", f"{len(lines) - 1}-continue"]
+    good_lines = [index for index, (_, reason) in enumerate(lines) if reason is None]
+    assert [row["id"] for row in rows] == [f"{index}-continue" for index in good_lines]
     expected = {number: reason for number, (_, reason) in enumerate(lines, start=1) if reason}
     assert [reject["line"] for reject in rejects] == [*expected]
     for reject in rejects:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from audio_files import encode, encode_by_ffmpeg
 from conftest import clip, make_model
 from transformers import TrainingArguments
 
@@ -21,7 +22,7 @@ sys.path.append(str(Path(__file__).parents[1] / "examples"))
 
 from training_input.augmentation import Augmentation
 from training_input.batches import RowsInMemory, StreamedBatches, StreamedRows, TrainingInputTrainer
-from training_input.clips import BadClipError, ClipFeatures, SkippedClips, lengths
+from training_input.clips import BadClipError, ClipFeatures, SkippedClips, duration_s, lengths
 from training_input.data import training_data
 from training_input.manifests import DEFAULT_INSTRUCTION, read_manifest
 from training_input.mixtures import Source, read_mixture, read_sources, stream_sources
@@ -343,6 +344,40 @@ def test_without_augmentation_features_are_those_of_the_processor(manifests, pro
             for row, heard in zip(rows, hear([{**row, "epoch": 0} for row in rows])):
                 expected = processor.extract_features([row["audio"]])["input_features"][0]
                 assert np.array_equal(heard["input_features"], expected)
+
+
+def test_kept_features_of_embedded_clips_are_their_own(processor):
+    """Clips without a name were kept under the number of their bytes, and of two that had as many the second got the
+    features of the first."""
+    clips = [encode(clip(0.5, seed=seed), subtype="PCM_16") for seed in range(2)]
+    rows = [
+        {"audio": {"bytes": contents, "path": path}, "text": "a", "epoch": 0}
+        for contents, path in [(clips[0], None), (clips[1], None), (clips[0], "a.wav"), (clips[1], "a.wav")]
+    ]
+    hear = ClipFeatures(processor, keep=True)
+    for _ in range(2):
+        for row, heard in zip(rows, hear(rows)):
+            expected = processor.extract_features([row["audio"]["bytes"]])["input_features"][0]
+            assert np.array_equal(heard["input_features"], expected)
+
+
+@pytest.mark.parametrize("container, codec, rate", [("ipod", "aac", 16_000), ("webm", "libopus", 48_000)])
+def test_files_of_phones_and_browsers_are_trained_on(container, codec, rate, processor, tmp_path):
+    """Their lengths were asked of libsndfile alone, which does not know them."""
+    contents = encode_by_ffmpeg(clip(0.5), container, codec, coded_rate=rate)
+    (tmp_path / "clip.bin").write_bytes(contents)
+    row = {"text": "a", "instruction": "b", "response": "c", "epoch": 0}
+    for audio in (str(tmp_path / "clip.bin"), {"bytes": contents, "path": None}):
+        assert duration_s({**row, "audio": audio}) == pytest.approx(0.5, abs=0.05)
+        [heard] = ClipFeatures(processor)([{**row, "audio": audio}])
+        assert np.array_equal(heard["input_features"], processor.extract_features([contents])["input_features"][0])
+
+
+def test_a_missing_clip_is_said_to_be_missing(tmp_path):
+    """libsndfile's word for it is "System error."."""
+    row = {"audio": str(tmp_path / "none.wav"), "text": "a"}
+    with pytest.raises(BadClipError, match="Audio file not found: '.*none.wav'"):
+        duration_s(row)
 
 
 def test_speed_shortens_and_raises_the_pitch(tmp_path):

@@ -1,11 +1,10 @@
 """Rows of ASR data, in blocks of consecutive rows: JSONL manifests, parquet with embedded audio, Hub data sets.
 
-Audio stays undecoded until it is checked with the package's own `load_audio` (libsndfile), so torchcodec is not needed.
+Audio stays undecoded until it is checked with the package's own `load_audio`, so torchcodec is not needed.
 Leaves out: data sets on the Hub whose audio is not embedded in them.
 """
 
 import hashlib
-import io
 import json
 import os
 from collections.abc import Iterator
@@ -14,9 +13,9 @@ from itertools import islice
 from pathlib import Path
 
 import pyarrow.parquet
-import soundfile
 from datasets import Audio, load_dataset
 
+from processing.audio_decoding import audio_info
 from processing.audio_loading import load_audio
 from processing.processing_blsp_kd import ANALYSIS_WINDOW_S
 from training_data import BadRow
@@ -172,7 +171,7 @@ def check_audio(audio: Path | bytes, max_duration_s: float) -> tuple[float, str]
     """
     try:
         num_samples = len(load_audio(audio, SAMPLING_RATE, max_duration_s=max_duration_s))
-        kind = soundfile.info(io.BytesIO(audio) if isinstance(audio, bytes) else audio).format.lower()
+        kind = audio_info(audio).format
     except (OSError, ValueError, TypeError) as error:
         raise BadRow(f"audio: {error}") from error
     if num_samples < ANALYSIS_WINDOW_S * SAMPLING_RATE:

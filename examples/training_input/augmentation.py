@@ -8,12 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import soundfile
 import soxr
 
+from processing.audio_decoding import SUFFIXES
 from processing.audio_loading import load_audio
-
-SUFFIXES = {f".{name.lower()}" for name in soundfile.available_formats()} | {".opus"}
 
 
 @dataclass

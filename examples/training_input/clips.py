@@ -4,15 +4,15 @@ Runs in the data loader's workers, ahead of the model. What it makes of a row de
 so neither workers nor a resume change it. Leaves out: tokens and padding (`processing/data_collator.py`).
 """
 
-import io
+import hashlib
 import json
 import os
 import zlib
 from pathlib import Path
 
 import numpy as np
-import soundfile
 
+from processing.audio_decoding import audio_info
 from processing.audio_loading import load_audio
 
 from .augmentation import Augmentation
@@ -46,7 +46,7 @@ def duration_s(row: dict) -> float:
     """Seconds of audio: the row's own `duration`, or else what the file's header says; 0 for a row of text only.
 
     Raises:
-        BadClipError: there is no such file, or none that libsndfile knows.
+        BadClipError: there is no such file, or none that can be decoded.
     """
     if audio_name(row) is None:
         return 0.0
@@ -54,10 +54,10 @@ def duration_s(row: dict) -> float:
         return row["duration"]
     audio = row["audio"]
     if isinstance(audio, dict):
-        audio = io.BytesIO(audio["bytes"]) if audio["bytes"] else audio["path"]
+        audio = audio["bytes"] or audio["path"]
     try:
-        return soundfile.info(audio).duration
-    except soundfile.LibsndfileError as error:
+        return audio_info(audio).duration_s
+    except (OSError, ValueError) as error:
         raise bad_clip(row, error) from error
 
 
@@ -153,13 +153,15 @@ class ClipFeatures:
         return heard
 
     def _features(self, row: dict) -> np.ndarray:
-        key = audio_name(row)
+        # Embedded clips have no name, or one that others have, too.
+        embedded = row["audio"]["bytes"] if isinstance(row["audio"], dict) else None
+        key = hashlib.blake2b(embedded).digest() if embedded else audio_name(row)
         if self.kept is not None and key in self.kept:
             return self.kept[key]
         rate = self.processor.feature_extractor.sampling_rate
         waveform = load_audio(row["audio"], rate)
         if self.augmentation:
-            identity = zlib.crc32(f"{row.get('origin')} {key}".encode())
+            identity = zlib.crc32(f"{row.get('origin')} {audio_name(row)}".encode())
             generator = np.random.default_rng([self.seed, row["epoch"], identity])
             waveform = self.augmentation(waveform, rate, generator)
         features = self.processor.extract_features([(waveform, rate)])["input_features"][0]
