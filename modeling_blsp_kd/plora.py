@@ -346,7 +346,7 @@ class PartialLora:
 
     def _warn_of_others(self):
         for layer in self.layers:
-            others = [] if layer._disable_adapters else layer.active_adapters
+            others = [] if layer.disable_adapters else layer.active_adapters
             if others and layer.lora_A[ADAPTER_NAME].weight.requires_grad:
                 logger.warning_once(
                     f"LoRA {others} is trained, and the model's own partial LoRA with it, which PEFT does not save in "

@@ -1,0 +1,409 @@
+"""Every private name of other libraries that installed code leans on: that it exists, and takes what it is given.
+
+An upgrade that renames one is red here within a second, and says which file needs another way. A name that is used but
+not in the table is red, too: look for a public way first. Leaves out: `examples/`, and Python's own library.
+"""
+
+import ast
+import importlib
+import inspect
+import re
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("modeling_blsp_kd", "processing")
+# Public in Python's own library, in spite of their names, and the end of a folder's name.
+PUBLIC = {"_exit", "_fields", "_unfinished"}
+
+TRAINER = "transformers.Trainer"
+MODEL = "transformers.PreTrainedModel"
+CONFIG = "transformers.PreTrainedConfig"
+PROCESSOR = "transformers.ProcessorMixin"
+PIPELINE = "transformers.Pipeline"
+ENCODER = "transformers.models.wav2vec2.modeling_wav2vec2.Wav2Vec2PreTrainedModel"
+
+
+class Private(NamedTuple):
+    """A private name of another library.
+
+    Args:
+        owner: where it is looked up: a class, a function (whose parameter it is) or a namespace.
+        name: an attribute, a method, or a parameter.
+        files: who uses it.
+        reason: what for, and why there is no other way.
+        takes: the parameters that our calls name, or that our override reads.
+    """
+
+    owner: str
+    name: str
+    files: tuple[str, ...]
+    reason: str
+    takes: tuple[str, ...] = ()
+
+
+def of(package: str, *names: str) -> tuple[str, ...]:
+    return tuple(f"{package}/{name}.py" for name in names)
+
+
+TABLE = [
+    # -- training -----------------------------------------------------------------------------------------------------
+    Private(
+        TRAINER,
+        "_get_num_items_in_batch",
+        of("modeling_blsp_kd", "trainer"),
+        "each loss part has its own count, and Trainer counts labels alone",
+        ("batch_samples", "device"),
+    ),
+    Private(
+        TRAINER,
+        "_prepare_for_training",
+        of("modeling_blsp_kd", "trainer"),
+        "the only place between the optimiser's making and the first step",
+    ),
+    Private(
+        TRAINER,
+        "_get_grad_norm",
+        of("modeling_blsp_kd", "trainer"),
+        "the last place before a step at which it can still be left out",
+        ("model", "grad_norm"),
+    ),
+    Private(
+        TRAINER,
+        "_maybe_log_save_evaluate",
+        of("modeling_blsp_kd", "trainer"),
+        "a skipped step and a SIGTERM have to be known before what is logged and saved",
+    ),
+    Private(
+        TRAINER,
+        "_get_output_dir",
+        of("modeling_blsp_kd", "trainer"),
+        "checkpoints are written aside and renamed when complete",
+        ("trial",),
+    ),
+    Private(
+        TRAINER,
+        "_push_from_checkpoint",
+        of("modeling_blsp_kd", "trainer"),
+        "a checkpoint is pushed when complete, not while it is written aside",
+        ("checkpoint_folder",),
+    ),
+    Private(
+        TRAINER,
+        "_save_checkpoint",
+        of("modeling_blsp_kd", "trainer"),
+        "checkpoints are written aside and renamed when complete",
+        ("model", "trial"),
+    ),
+    Private(TRAINER, "_save_rng_state", of("modeling_blsp_kd", "trainer"), "loss sums of every process go along"),
+    Private(TRAINER, "_load_rng_state", of("modeling_blsp_kd", "trainer"), "loss sums of every process go along"),
+    Private(TRAINER, "_tr_loss", of("modeling_blsp_kd", "trainer"), "a skipped step must not count in the mean"),
+    Private(TRAINER, "_total_loss_scalar", of("modeling_blsp_kd", "trainer"), "the mean loss goes on after a resume"),
+    Private(
+        TRAINER,
+        "_globalstep_last_logged",
+        of("modeling_blsp_kd", "trainer"),
+        "the mean loss is one over the steps that were not skipped",
+    ),
+    # -- models -------------------------------------------------------------------------------------------------------
+    *(
+        Private(MODEL, name, of("modeling_blsp_kd", "modeling_blsp_kd"), "a model declares what it supports by it")
+        for name in (
+            "_can_compile_fullgraph",
+            "_supports_attention_backend",
+            "_supports_flash_attn",
+            "_supports_flex_attn",
+            "_supports_sdpa",
+        )
+    ),
+    Private(MODEL, "_no_split_modules", of("modeling_blsp_kd", "modeling_blsp_kd"), "FSDP's units, device maps' too"),
+    Private(
+        MODEL,
+        "_skip_keys_device_placement",
+        of("modeling_blsp_kd", "modeling_blsp_kd"),
+        "a key-value cache stays with its layers",
+    ),
+    Private(MODEL, "_keys_to_ignore_on_save", of("modeling_blsp_kd", "modeling_blsp_kd"), "thin checkpoints"),
+    *(
+        Private(MODEL, name, of("modeling_blsp_kd", "backbones"), "no report of the parts of a speech model not taken")
+        for name in ("_keys_to_ignore_on_load_missing", "_keys_to_ignore_on_load_unexpected")
+    ),
+    Private(
+        MODEL,
+        "_finalize_model_loading",
+        of("modeling_blsp_kd", "modeling_blsp_kd"),
+        "weights of other shapes are an error with names, before they are allocated",
+        ("model", "load_config", "loading_info"),
+    ),
+    Private(
+        MODEL,
+        "_set_gradient_checkpointing",
+        of("modeling_blsp_kd", "modeling_blsp_kd"),
+        "a recomputation needs the speech mask of the pass it repeats",
+        ("enable", "gradient_checkpointing_func"),
+    ),
+    Private(MODEL, "_from_config", of("modeling_blsp_kd", "speech_encoder"), "Auto classes do not know the class"),
+    Private(MODEL, "_init_weights", of("modeling_blsp_kd", "speech_encoder"), "documented for models", ("module",)),
+    Private(
+        "transformers.GenerationMixin",
+        "_get_logits_processor",
+        of("modeling_blsp_kd", "generation_blsp_kd"),
+        "the placeholder is never generated after audio; a processor passed in would come after the others",
+        ("model_kwargs", "device"),
+    ),
+    Private(
+        ENCODER,
+        "_get_feat_extract_output_lengths",
+        of("modeling_blsp_kd", "speech_encoder"),
+        "how many frames a waveform makes stands nowhere else",
+        ("input_lengths",),
+    ),
+    Private(
+        ENCODER,
+        "_get_feature_vector_attention_mask",
+        of("modeling_blsp_kd", "speech_encoder"),
+        "which frames belong to a clip stands nowhere else",
+        ("feature_vector_length", "attention_mask"),
+    ),
+    Private(
+        "transformers.WhisperModel",
+        "_mask_input_features",
+        of("modeling_blsp_kd", "speech_encoder"),
+        "SpecAugment as Whisper does it, which its encoder alone lacks",
+        ("input_features", "attention_mask"),
+    ),
+    Private(
+        CONFIG,
+        "_attn_implementation",
+        of("modeling_blsp_kd", "adapters", "configuration_blsp_kd", "modeling_blsp_kd", "thin_checkpoints"),
+        "what attention a model runs with stands nowhere else",
+    ),
+    Private(
+        CONFIG,
+        "_experts_implementation",
+        of("modeling_blsp_kd", "configuration_blsp_kd"),
+        "an option that transformers passes to any config",
+    ),
+    Private(
+        "transformers.PreTrainedConfig.__post_init__",
+        "_commit_hash",
+        of("modeling_blsp_kd", "configuration_blsp_kd", "thin_checkpoints"),
+        "an option that older files and Auto classes still pass",
+    ),
+    Private(
+        CONFIG,
+        "_name_or_path",
+        of("modeling_blsp_kd", "backbones", "configuration_blsp_kd"),
+        "the folder of a backbone does not belong into the saved config",
+    ),
+    Private(
+        "transformers.AutoConfig.from_pretrained",
+        "_from_auto",
+        of("modeling_blsp_kd", "thin_checkpoints"),
+        "Auto classes pass it on to from_pretrained",
+    ),
+    Private(
+        "transformers.utils.hub.cached_files",
+        "_raise_exceptions_for_missing_entries",
+        of("modeling_blsp_kd", "thin_checkpoints"),
+        "a file that may be missing, without an error of connection being swallowed",
+    ),
+    # -- layers -------------------------------------------------------------------------------------------------------
+    Private(
+        "peft.tuners.lora.LoraLayer",
+        "_active_adapter",
+        of("modeling_blsp_kd", "plora"),
+        "partial LoRA is off but for speech; PEFT's set_adapter would freeze it",
+    ),
+    Private(
+        "accelerate.hooks.add_hook_to_module",
+        "_hf_hook",
+        of("modeling_blsp_kd", "plora"),
+        "where an offloaded layer runs stands nowhere else",
+    ),
+    Private(
+        "torch.ops.aten",
+        "_embedding_bag_per_sample_weights_backward",
+        of("modeling_blsp_kd", "cif"),
+        "what autograd itself calls; all else costs several times the frames in time and memory",
+    ),
+    # -- processor and pipelines --------------------------------------------------------------------------------------
+    Private(
+        PROCESSOR,
+        "_get_arguments_from_pretrained",
+        of("processing", "processing_blsp_kd"),
+        "errors of a broken folder name it",
+        ("pretrained_model_name_or_path",),
+    ),
+    Private(
+        PROCESSOR,
+        "_merge_kwargs",
+        of("processing", "processing_blsp_kd"),
+        "options of tokenizer and features apart, as all processors have them",
+        ("tokenizer_init_kwargs",),
+    ),
+    *(
+        Private(PROCESSOR, name, of("processing", "processing_blsp_kd"), reason, takes)
+        for name, reason, takes in (
+            ("_prepare_processor_kwargs", "a template writes special tokens itself", ()),
+            ("_resolve_audio_loading_params", "a missing sampling rate is warned of", ("processor_kwargs",)),
+            ("_normalize_conversations", "chats from outside are checked before they are read", ("conversation",)),
+            ("_multimodal_inputs_from_conversations", "our loader takes more kinds of audio", ("conversations",)),
+        )
+    ),
+    *(
+        Private(PIPELINE, name, of("processing", "pipeline_blsp_kd"), "documented for pipelines")
+        for name in ("_forward", "_sanitize_parameters")
+    ),
+    *(
+        Private(PIPELINE, name, of("processing", "pipeline_blsp_kd"), "a pipeline declares what it loads by it")
+        for name in (
+            "_default_generation_config",
+            "_load_feature_extractor",
+            "_load_image_processor",
+            "_load_processor",
+            "_load_tokenizer",
+            "_load_video_processor",
+            "_pipeline_calls_generate",
+        )
+    ),
+    *(
+        Private(PIPELINE, name, of("processing", "pipeline_blsp_kd"), "streams take the options of plain calls")
+        for name in (
+            "_forward_params",
+            "_get_set_generation_params",
+            "_prepare_generate_kwargs",
+            "_preprocess_params",
+        )
+    ),
+]
+
+
+def is_private(name: str) -> bool:
+    return re.fullmatch(r"_[a-z]\w*", name) is not None and name not in PUBLIC
+
+
+@cache
+def sources() -> dict[str, ast.Module]:
+    paths = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+    return {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text()) for path in paths}
+
+
+def names_in(tree: ast.Module, defined: bool) -> set[str]:
+    """The private names that a file defines, or that it mentions."""
+    found = set()
+    in_strings = {part for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            found |= {node.name} if defined else set()
+        elif isinstance(node, ast.arg):
+            found |= {node.arg} if defined else set()
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found |= {node.id} if defined else set()
+        elif isinstance(node, ast.Attribute):
+            is_own = isinstance(node.ctx, ast.Store) and isinstance(node.value, ast.Name) and node.value.id == "self"
+            found |= {node.attr} if is_own or not defined else set()
+        elif defined:
+            continue
+        elif isinstance(node, ast.keyword):
+            found |= {node.arg or ""}
+        elif isinstance(node, (ast.Import, ast.ImportFrom)) and not getattr(node, "level", 0):
+            found |= {part for name in node.names for part in name.name.split(".")}
+            found |= set((getattr(node, "module", None) or "").split("."))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in in_strings:
+            found |= {node.value}
+    return {name for name in found if is_private(name)}
+
+
+def classes_of(file: str) -> list[tuple[type, ast.ClassDef]]:
+    module = importlib.import_module(file.removesuffix(".py").replace("/", "."))
+    return [(getattr(module, node.name), node) for node in sources()[file].body if isinstance(node, ast.ClassDef)]
+
+
+def foreign_bases(cls: type) -> list[type]:
+    return [base for base in cls.__mro__[1:] if base is not object and not base.__module__.startswith(PACKAGES)]
+
+
+@cache
+def text_of(cls: type) -> str:
+    try:
+        return inspect.getsource(cls)
+    except (OSError, TypeError):  # written in C
+        return ""
+
+
+def belongs_to(name: str, cls: type) -> bool:
+    return name in vars(cls) or re.search(rf"\bself\.{name}\b", text_of(cls)) is not None
+
+
+def scan() -> set[tuple[str, str]]:
+    """(file, name) of every private name that is another library's."""
+    ours = set().union(*(names_in(tree, defined=True) for tree in sources().values()))
+    found = {(file, name) for file, tree in sources().items() for name in names_in(tree, defined=False) - ours}
+    for file in sources():
+        for cls, node in classes_of(file):
+            tree = ast.Module([node], [])
+            for name in names_in(tree, defined=True) | names_in(tree, defined=False):
+                if any(belongs_to(name, base) for base in foreign_bases(cls)):
+                    found.add((file, name))
+    return found
+
+
+def look_up(path: str):
+    parts = path.split(".")
+    for length in range(len(parts), 0, -1):
+        try:
+            found = importlib.import_module(".".join(parts[:length]))
+        except ImportError:
+            continue
+        for name in parts[length:]:
+            found = getattr(found, name)
+        return found
+    raise ImportError(path)
+
+
+def test_every_private_name_that_is_used_is_in_the_table():
+    expected = {(file, entry.name) for entry in TABLE for file in entry.files}
+    found = scan()
+    assert not found - expected, "private names of other libraries: use a public way, or add them to the table"
+    assert not expected - found, "no longer used: take them off the table"
+
+
+@pytest.mark.parametrize("entry", TABLE, ids=lambda entry: entry.name)
+def test_it_exists_and_takes_what_it_is_given(entry):
+    owner = look_up(entry.owner)
+    if not inspect.isclass(owner) and hasattr(owner, entry.name):
+        return  # of a namespace
+    classes = owner.__mro__ if inspect.isclass(owner) else ()
+    is_there = any(belongs_to(entry.name, cls) for cls in classes) or (
+        not classes and re.search(rf"\b{entry.name}\b", inspect.getsource(owner))
+    )
+    assert is_there, f"{entry.owner} has no {entry.name}: {entry.files} need it, since {entry.reason}"
+    if entry.takes:
+        parameters = inspect.signature(getattr(owner, entry.name)).parameters
+        missing = [name for name in entry.takes if name not in parameters]
+        assert not missing, f"{entry.owner}.{entry.name} takes {list(parameters)}, and no {missing}"
+
+
+def test_what_is_overridden_is_given_to_us_whole():
+    """An override that lacks a parameter fails only where the library comes to pass it."""
+    checked = 0
+    for file in sources():
+        for cls, node in classes_of(file):
+            for name in [
+                part.name for part in node.body if isinstance(part, ast.FunctionDef) and is_private(part.name)
+            ]:
+                base = next((base for base in foreign_bases(cls) if name in vars(base)), None)
+                if base is None:
+                    continue
+                own = inspect.signature(getattr(cls, name)).parameters
+                kinds = {parameter.kind for parameter in own.values()}
+                if inspect.Parameter.VAR_KEYWORD in kinds:
+                    continue
+                missing = set(inspect.signature(getattr(base, name)).parameters) - set(own)
+                assert not missing, f"{cls.__name__}.{name} is not given {sorted(missing)}"
+                checked += 1
+    assert checked
