@@ -370,6 +370,9 @@ class BlspKdProcessor(ProcessorMixin):
         return pieces
 
     def save_pretrained(self, *args, **kwargs):
+        if hasattr(self.tokenizer, "legacy"):
+            # transformers forgets it when it saves a Llama tokenizer, which would then read other ids.
+            self.tokenizer.init_kwargs["legacy"] = self.tokenizer.legacy
         saved = super().save_pretrained(*args, **kwargs)
         # transformers notes on the processor where its code lies; saving must not change what is saved.
         vars(self).pop("auto_map", None)

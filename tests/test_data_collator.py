@@ -214,6 +214,12 @@ def test_a_thought_that_only_finished_turns_have_is_not_a_response(backbones, tm
     assert split_prompt(processor, "repeat", "cat")[2] == "cat<|end|>"
 
 
+@pytest.mark.parametrize("response", ["end", "|", "cat<", "assistant"])
+def test_an_answer_that_the_end_of_the_turn_contains_ends_where_it_ends(processor, response):
+    """The answer 'end' was found again in '<|end|>', so its turn ended with 'end|>'."""
+    assert split_prompt(processor, "repeat", response)[2] == response + END_OF_TURN
+
+
 def test_a_template_with_a_beginning_keeps_it_once(backbones, tmp_path, rows):
     processor = with_template(backbones, tmp_path, "{{ bos_token }}" + CHAT_TEMPLATE)
     batch = BlspKdDataCollator(processor)(rows)
