@@ -1,17 +1,26 @@
-"""Every admitted version of transformers: the key-value cache by both of its names.
+"""Every admitted version of the libraries: what `setup.cfg` admits is tested, and the key-value cache has two names.
 
-Two saved models that answer the same under several versions: `python -m tests.versions`.
+Leaves out: models that one version saved and another loads (`test_other_version.py`).
 """
 
+import configparser
 import copy
+import re
+from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import make_model, spoken_prompts
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 from transformers import Trainer, TrainingArguments
 
 from modeling_blsp_kd.versions import CACHE_NAME, CACHE_NAMES
 
+ROOT = Path(__file__).parent.parent
+OUTSIDE_CI = ("deepspeed", "benchmarks")  # extras that `.ci/run` does not install
 GREEDY = {"do_sample": False, "max_new_tokens": 6, "min_new_tokens": 6}
 
 
@@ -78,3 +87,54 @@ def test_a_plain_trainer_predicts_logits_alone(processor, tmp_path):
     with torch.no_grad():
         expected = model(**inputs).logits
     torch.testing.assert_close(torch.from_numpy(predictions), expected)
+
+
+# -- what setup.cfg admits ---------------------------------------------------------------------------------------------
+
+
+def admitted(*without) -> list[Requirement]:
+    """All requirements of `setup.cfg`, but those of some extras and the project itself."""
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / "setup.cfg")
+    lists = [parser["options"]["install_requires"]]
+    lists += [value for extra, value in parser["options.extras_require"].items() if extra not in without]
+    lines = {line.strip() for value in lists for line in value.splitlines() if line.strip()}
+    return [Requirement(line) for line in sorted(lines) if not line.startswith(("#", "blsp-kd"))]
+
+
+def pinned(file: str) -> dict[str, Version]:
+    pins = re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / file).read_text(), re.M)
+    return {canonicalize_name(name): Version(number) for name, number in pins}
+
+
+def bound(requirement: Requirement, operator: str) -> Version:
+    (number,) = [part.version for part in requirement.specifier if part.operator == operator]
+    return Version(number)
+
+
+def test_the_newest_set_is_admitted_and_nothing_beyond_is_unbounded():
+    """`transformers>=5.23` admitted 5.24, with which 48 tests failed."""
+    pins = pinned("constraints.txt")
+    for requirement in admitted():
+        pin = pins[canonicalize_name(requirement.name)]
+        assert pin in requirement.specifier, f"{requirement} does not admit the tested {pin}"
+        assert bound(requirement, "<") <= Version(f"{pin.major + 1}"), f"{requirement} admits an untested major version"
+
+
+@pytest.mark.parametrize("name", ["transformers", "peft", "accelerate"])
+def test_where_private_names_are_used_no_untested_minor_version_is_admitted(name):
+    pin = pinned("constraints.txt")[name]
+    for requirement in admitted():
+        if requirement.name == name:
+            assert bound(requirement, "<") == Version(f"{pin.major}.{pin.minor + 1}")
+
+
+def test_the_oldest_set_is_what_the_lower_bounds_say():
+    pins = pinned("constraints-oldest.txt")
+    for requirement in admitted(*OUTSIDE_CI, "lint"):
+        assert pins[canonicalize_name(requirement.name)] == bound(requirement, ">="), str(requirement)
+
+
+def test_the_installed_set_is_admitted():
+    for requirement in admitted(*OUTSIDE_CI, "lint", "test", "metrics", "quantization", "demo", "audio", "examples"):
+        assert Version(version(requirement.name)).public in requirement.specifier, str(requirement)
