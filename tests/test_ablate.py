@@ -94,6 +94,7 @@ def test_neighbours_differ_in_one_thing(one, other, differing):
 # -- LoRA at all positions --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.numerical
 def test_global_lora_reaches_every_position_and_merging_keeps_it(processor):
     options = {"plora": {"r": 4, "lora_dropout": 0.0}}
     partial = make_model(**options)
@@ -138,6 +139,7 @@ def test_the_teacher_of_global_lora_is_the_llm_without_it(processor, collator, r
 # -- recognisers ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.numerical
 def test_ctc_loss_is_that_of_each_clip_alone_and_paths_are_merged():
     model = make_model()
     torch.manual_seed(0)

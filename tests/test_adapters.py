@@ -7,6 +7,8 @@ from conftest import make_model
 from modeling_blsp_kd.adapters import CFormer, Subsampler
 from modeling_blsp_kd.cif import continuous_integrate_and_fire
 
+pytestmark = pytest.mark.numerical
+
 CHEAPER = {"frame_stride": 3, "attention_window": 4}
 
 

@@ -7,6 +7,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling_blsp_kd.cif import continuous_integrate_and_fire, flush_stream, stream_integrate_and_fire
 
+pytestmark = pytest.mark.numerical
+
 
 def literal_tokens(frames, alphas, num_tokens):
     """One row, by the definition: integrate frame by frame, split a frame where the integral reaches a whole number."""

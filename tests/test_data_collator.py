@@ -11,6 +11,8 @@ from transformers import SeamlessM4TFeatureExtractor, Wav2Vec2FeatureExtractor
 from processing import BlspKdDataCollator, BlspKdProcessor
 from processing.data_collator import split_prompt
 
+pytestmark = pytest.mark.numerical
+
 END_OF_TURN = "<|end|>"
 
 

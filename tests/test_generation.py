@@ -9,6 +9,8 @@ from conftest import FAMILIES, SAMPLING_RATE, VOCAB_SIZE, clip, make_model, spok
 from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, StaticCache, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
+pytestmark = pytest.mark.numerical
+
 GREEDY = {"do_sample": False, "max_new_tokens": 6, "min_new_tokens": 6}
 ADAPTERS = ["cformer", {"type": "subsampler", "bottleneck_dim": 8}]
 AUDIO = "<|audio|>"

@@ -12,6 +12,8 @@ from modeling_blsp_kd.adapters import AdapterOutput
 from processing import hearing as hearing_module
 from processing.hearing import Hearing, hear, plot_hearing
 
+pytestmark = pytest.mark.numerical
+
 INSTRUCTION, TRANSCRIPT = "repeat the words", "the red cat ran"
 
 

@@ -452,6 +452,7 @@ def test_learning_curve_has_a_point_per_evaluation_and_the_change_with_each_doub
         learning_curve.read_point(tmp_path / "5")
 
 
+@pytest.mark.numerical
 @pytest.mark.parametrize("num_frames", [1, 3, 4, 10])
 def test_parts_of_frames_are_means_of_consecutive_ones_and_none_is_empty(num_frames):
     frames = torch.randn(num_frames, 5, generator=torch.Generator().manual_seed(0))

@@ -20,6 +20,8 @@ from modeling_blsp_kd.backbones import load_audio_tower
 from modeling_blsp_kd.distillation_step import check_output_head
 from modeling_blsp_kd.speech_encoder import TrueLengthWhisperEncoder
 
+pytestmark = pytest.mark.numerical
+
 GREEDY = {"do_sample": False, "max_new_tokens": 4, "min_new_tokens": 4}
 TEXT = torch.arange(3, 12)[None]
 SUBSAMPLER = {"type": "subsampler", "bottleneck_dim": 8}
@@ -313,16 +315,17 @@ def test_every_layer_is_checkpointed_and_no_gradient_changes(enable, freeze, use
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("size", [320, 299])
 def test_another_vocabulary(size, tied, inputs, tmp_path):
-    model = make_model(text={"tie_word_embeddings": tied}, plora=True)
+    model = make_model(text={"tie_word_embeddings": tied}, plora=True).double()
     before = logits(model, inputs)
     model.resize_token_embeddings(size, mean_resizing=False)
     resized = logits(model, inputs)
     assert resized.shape[-1] == size
     kept = min(size, 300)
-    assert torch.equal(resized[..., :kept], before[..., :kept])
+    # Close, not equal: another number of columns may be multiplied by another kernel.
+    torch.testing.assert_close(resized[..., :kept], before[..., :kept])
     model.save_pretrained(tmp_path)
     loaded = BlspKdForCausalLM.from_pretrained(tmp_path)
-    assert torch.equal(logits(loaded, inputs), resized)
+    assert loaded.dtype == torch.float64 and torch.equal(logits(loaded, inputs), resized)
     assert loaded.config.text_config.vocab_size == loaded.config.get_text_config().vocab_size == size
     assert (loaded.get_input_embeddings().weight is loaded.get_output_embeddings().weight) == tied
     assert loaded.generate(**inputs, **GREEDY).shape[0] == 2

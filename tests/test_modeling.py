@@ -9,6 +9,8 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMultimodal
 
 from modeling_blsp_kd import BlspKdForCausalLM
 
+pytestmark = pytest.mark.numerical
+
 VARIANTS = [
     {"adapter": SMALL_CFORMER},
     {"adapter": SMALL_CFORMER, "plora": True},

@@ -10,6 +10,7 @@ from test_plora import base_llm, logits_at, prompt
 from modeling_blsp_kd import BlspKdForCausalLM, plora
 
 pytestmark = [
+    pytest.mark.numerical,
     # PEFT takes partial LoRA for a LoRA that somebody forgot on the model.
     pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time"),
     # Of `delete_adapter`, which looks for another adapter to activate.

@@ -10,6 +10,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from modeling_blsp_kd import BlspKdForCausalLM
 
+pytestmark = pytest.mark.numerical
+
 TEXT = torch.arange(3, 12)[None]
 OFFLOADED = {
     "audio_tower": "cpu",

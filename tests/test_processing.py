@@ -18,6 +18,8 @@ from transformers.utils import logging as transformers_logging
 
 from processing import BlspKdProcessor
 
+pytestmark = pytest.mark.numerical
+
 AUDIO = "<|audio|>"
 # Shapes of templates that LLMs really have: white space at the start, a namespace, messages reassigned, a named loop.
 LLM_TEMPLATES = {

@@ -12,6 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from modeling_blsp_kd.adapters import CFormer, Subsampler
 from modeling_blsp_kd.speech_windows import is_within, per_clip, regroup, split_into_windows, tokens_per_window
 
+pytestmark = pytest.mark.numerical
+
 WINDOW = 100  # mel frames that the tiny encoder takes at once, one second
 ADAPTERS = [
     {"type": "cformer", "num_pre_layers": 1, "num_post_layers": 1},

@@ -7,6 +7,8 @@ import pytest
 import torch
 from conftest import make_model
 
+pytestmark = pytest.mark.numerical
+
 OPTIONS = {
     "plora": {"plora": {"lora_dropout": 0.0}, "distillation": {"response_ce": 0.5, "transcript_ce": 0.5}},
     "adapter": {"freeze_speech_encoder": True},

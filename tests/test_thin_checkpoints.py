@@ -21,6 +21,8 @@ from transformers import (
 
 from modeling_blsp_kd import BlspKdConfig, BlspKdForCausalLM
 
+pytestmark = pytest.mark.numerical
+
 TEXT = torch.arange(3, 12)[None]
 OTHER_COMMIT = COMMIT[::-1]
 

@@ -178,6 +178,7 @@ def test_replicas_and_copies_are_independent():
     assert torch.equal(replica(x), replica.base_layer(x)) and not torch.equal(replica(x), layer(x))
 
 
+@pytest.mark.numerical
 def test_compiled_calls_in_threads():
     model = make_model(plora=True)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)

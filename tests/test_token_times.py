@@ -20,6 +20,8 @@ from modeling_blsp_kd.speech_encoder import frame_starts_s
 from modeling_blsp_kd.token_times import align, text_token_times, token_times
 from processing import BlspKdProcessor
 
+pytestmark = pytest.mark.numerical
+
 RAW = {"delay_s": 0.0, "silence": 0.0}
 GREEDY = {"do_sample": False, "max_new_tokens": 6, "min_new_tokens": 6}
 AUDIO = "<|audio|>"

@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM, AutoProcessor, TrainingArguments
 from modeling_blsp_kd import BlspKdTrainer
 from modeling_blsp_kd.trainer import _first_rows
 
+pytestmark = pytest.mark.numerical
+
 NUM_ROWS = 16
 
 

@@ -19,6 +19,8 @@ from transformers import Trainer, TrainingArguments
 
 from modeling_blsp_kd.versions import CACHE_NAME, CACHE_NAMES
 
+pytestmark = pytest.mark.numerical
+
 ROOT = Path(__file__).parent.parent
 OUTSIDE_CI = ("deepspeed", "benchmarks")  # extras that `.ci/run` does not install
 GREEDY = {"do_sample": False, "max_new_tokens": 6, "min_new_tokens": 6}

@@ -1,0 +1,1 @@
+"""The numerical tests as other CPUs would compute them."""
