@@ -11,7 +11,6 @@ import argparse
 import base64
 import html
 import io
-import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoProcessor, TextIteratorStream
 from processing.audio_loading import load_audio
 from processing.chat_templates import read_options
 from processing.hearing import Hearing, hear, plot_hearing
+from processing.manifests import read_objects
 
 CLIPS = Path(__file__).parent / "tiny_world" / "clips"
 MAX_DURATION_S = 60.0
@@ -131,8 +131,8 @@ def _png_url(hearing: Hearing, width: float, dpi: int) -> str:
 
 def read_clips(folder: Path) -> list[dict]:
     """Rows of `file_name` (made a full path), `text` and `instruction`; the first row of each file is its example."""
-    with open(folder / "metadata.jsonl") as lines:
-        return [{**row, "file_name": str(folder.resolve() / row["file_name"])} for row in map(json.loads, lines)]
+    rows = (row for _, row in read_objects(folder / "metadata.jsonl"))
+    return [{**row, "file_name": str(folder.resolve() / row["file_name"])} for row in rows]
 
 
 def build_page(listener: Listener, clips: list[dict]) -> gr.Blocks:

@@ -32,6 +32,8 @@ from tiny_world.world import DIGITS, digit_sentence, questions
 from tqdm import tqdm
 from training_input.augmentation import Augmentation
 
+from processing.manifests import read_objects
+
 LOUDNESS = 0.5  # of each digit's loudest sample
 
 
@@ -126,8 +128,7 @@ def main():
 def read_recordings(metadata: Path) -> dict[str, dict[str, list[Path]]]:
     """speaker -> digit -> recordings."""
     pool, num_left_out = defaultdict(lambda: defaultdict(list)), 0
-    for line in metadata.read_text().splitlines():
-        row = json.loads(line)
+    for _, row in read_objects(metadata):
         if row["text"] in DIGITS:
             pool[row["speaker"]][row["text"]].append(metadata.parent / row["file_name"])
         else:

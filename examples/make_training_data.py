@@ -31,7 +31,6 @@ import torch
 from accelerate import PartialState
 from command_line import HelpFormatter
 from tqdm import tqdm
-from training_data import BadRow
 from training_data.engines import TransformersEngine, VllmEngine
 from training_data.normalisers import NORMALISERS
 from training_data.sources import DatasetSource, ManifestSource, check_audio, file_identity
@@ -41,6 +40,7 @@ from transformers import AutoConfig, HfArgumentParser
 
 from processing import BlspKdProcessor
 from processing.chat_templates import is_in_thought, read_options
+from processing.manifests import BadRow
 from processing.spoken_inputs import user_turn
 
 TINY_TEXT_MODEL = str(Path(__file__).parent / "tiny_world" / "llm")

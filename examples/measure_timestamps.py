@@ -20,10 +20,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from tqdm import tqdm
-from training_input.manifests import read_manifest
 
 from modeling_blsp_kd import BlspKdForCausalLM
 from processing import BlspKdProcessor
+from processing.manifests import read_manifest
 from processing.spoken_inputs import user_turn
 
 RAW = {"delay_s": 0.0, "silence": 0.0}

@@ -22,11 +22,11 @@ from hub.space import write_space
 from hub.upload import UploadError, upload
 from hub.verify import measure_memory, verify
 from huggingface_hub.utils import validate_repo_id
-from training_input.manifests import read_manifest
 
 from modeling_blsp_kd import BlspKdForCausalLM
 from processing import BlspKdPipeline, BlspKdProcessor
 from processing.audio_decoding import audio_info
+from processing.manifests import read_manifest
 
 HUB_FILES = Path(__file__).parent / "hub"
 LICENCE_FILE = Path(__file__).parents[1] / "LICENSE"

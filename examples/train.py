@@ -11,11 +11,12 @@ Without arguments it uses the two tiny backbones of `examples/tiny_world` and sp
 A manifest has one JSON object per line: `audio` (a path, relative to the manifest; null in a training row of text
 alone), `text` (what is said) and optionally `instruction`, `response` (the LLM's answer; made here if absent),
 `duration` (seconds; omitted, the file is asked), `answer` and `kind` (to score with) and `voice`. A mixture is a YAML
-list of manifests and data sets, each with a `weight`. All other options are those of `transformers.TrainingArguments`.
-A recipe is a YAML file of any of them, which options after it override.
+list of manifests and data sets, each with a `weight`. All other options are those of `transformers.TrainingArguments`
+(docs/training_arguments.md tells of each). A recipe is a YAML file of any of them, which options after it override.
 
 Leaves in the output folder: the model with its processor, `results.json` (what was measured, and on what it was
-trained), the clips of three evaluation rows, checkpoints.
+trained; written after each part, so that what fails late takes nothing along), the clips of three evaluation rows,
+checkpoints.
 """
 
 import json
@@ -34,20 +35,26 @@ from accelerate.utils import broadcast_object_list
 from answering import accuracy, answer_rows
 from command_line import HelpFormatter
 from datasets import Dataset
+from hub.card import make_card
+from hub.facts import describe_parts
+from huggingface_hub import ModelCard
 from training_input.batches import TrainingInputTrainer, data_seed
-from training_input.clips import duration_s
+from training_input.clips import check_clips, duration_s
 from training_input.data import SKIPPED_FILE, training_data, training_sources
 from training_input.frames import KeptFrames
-from training_input.manifests import read_manifest
 from training_input.mixtures import read_sources
 from training_input.options import DataOptions
 from transformers import AutoConfig, HfArgumentParser, TrainingArguments, set_seed
 from transformers.integrations import unset_hf_deepspeed_config
+from transformers.trainer_pt_utils import get_parameter_names
+from transformers.training_args import OptimizerNames
 
 from modeling_blsp_kd import BlspKdForCausalLM, BlspKdTrainer
+from modeling_blsp_kd.training_arguments import check_training_arguments
 from processing import BlspKdDataCollator, BlspKdProcessor
 from processing.chat_templates import is_in_thought, read_options
 from processing.data_collator import split_prompt
+from processing.manifests import read_manifest
 from processing.spoken_inputs import user_turn
 
 TINY_TEXT_MODEL = str(Path(__file__).parent / "tiny_world" / "llm")
@@ -59,6 +66,12 @@ OF_A_MODEL = ("text_model", "speech_model", "adapter", "adapter_options", "plora
 # For its 25 frames a second: less depth than the defaults, and 6.25 tokens a second from the subsampler.
 TINY_ADAPTERS = {"cformer": {"num_pre_layers": 1, "num_post_layers": 2}, "subsampler": {"num_layers": 2}}
 NUM_SAMPLES = 3
+VOICE_GROUPS = ("seen_voices", "held_out_voices", "unnamed_voices")
+DEFAULT_STEPS = 2400
+NOT_DECAYING = [r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"]  # as in the Trainer
+OPTIMIZERS_WITH_OWN_GROUPS = tuple(
+    name for name in OptimizerNames if name.value.startswith(("galore", "apollo", "lomo", "adalomo"))
+)
 
 
 @dataclass
@@ -130,14 +143,22 @@ class ModelOptions:
 
 @dataclass
 class Arguments(TrainingArguments):
-    """TrainingArguments with defaults that suit the tiny world."""
+    """TrainingArguments with defaults that suit the tiny world.
+
+    Steps end training, 2,400 of them, unless `num_train_epochs` is given and `max_steps` is not.
+    """
 
     output_dir: str = "outputs/default"
     per_device_train_batch_size: int = 32
     per_device_eval_batch_size: int = 64
     learning_rate: float = 1e-3
     adam_beta2: float = 0.98
-    max_steps: int = 2400
+    max_steps: int = field(
+        default=-1, metadata={"help": "Optimiser steps; 2400 if neither this nor num_train_epochs is given."}
+    )
+    num_train_epochs: float | None = field(
+        default=None, metadata={"help": "Passes over the training rows, unless max_steps is given."}
+    )
     warmup_steps: float = 100
     lr_scheduler_type: str = "cosine"
     logging_steps: float = 50
@@ -155,7 +176,17 @@ class Arguments(TrainingArguments):
 
     def __post_init__(self):
         self.dataloader_persistent_workers &= self.dataloader_num_workers > 0  # DataLoader refuses none that persist
+        if self.max_steps <= 0 and self.num_train_epochs is None:
+            self.max_steps = DEFAULT_STEPS
+        if self.num_train_epochs is None:
+            self.num_train_epochs = TrainingArguments.num_train_epochs
         super().__post_init__()
+        check_training_arguments(self)  # before any work, the making of data included
+        if self.optim in OPTIMIZERS_WITH_OWN_GROUPS:
+            raise ValueError(
+                f"--optim {self.optim.value} takes its own groups of parameters, but train.py groups them by learning "
+                "rate (--encoder_learning_rate). Use another optimiser, or BlspKdTrainer in code of your own."
+            )
 
 
 def main():
@@ -184,9 +215,11 @@ def main():
     trainer, _, eval_rows = make_trainer(model_options, data_options, args)
     model, processor = trainer.model, trainer.processing_class
     kept_frames = KeptFrames(model.audio_tower, model_options.kept_frames) if model_options.kept_frames else None
+    results = {}
+    trainer.make_card = lambda: model_card(trainer, results)
     training_start = time.time()
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    results = {"train_seconds": round(time.time() - training_start, 1)}
+    results["train_seconds"] = round(time.time() - training_start, 1)
     results["training"] = describe_training(trainer, model_options, data_options, eval_rows, stages_before)
     trainer.accelerator.wait_for_everyone()  # they may still note skipped rows
     if data_options.skip_bad_audio and trainer.is_world_process_zero():
@@ -194,25 +227,31 @@ def main():
         print(f"{results['skipped_rows']} training rows with bad audio were skipped: {args.output_dir}/{SKIPPED_FILE}")
     if kept_frames is not None and trainer.is_world_process_zero():
         kept_frames.save()
-    trainer.save_model()
-    if not eval_rows:
-        if trainer.is_world_process_zero():
-            write_results(results, args.output_dir)
-        return
-
-    alignment = trainer.evaluate(make_dataset(eval_rows))
-    results |= {name: alignment[f"eval_{name}"] for name in REPORTED if f"eval_{name}" in alignment}
-    # In all processes, of which each may hold only a share of the weights.
-    spoken = answer_rows(model, processor, eval_rows, "audio", max_new_tokens=data_options.max_response_tokens)
-    if trainer.is_world_process_zero():
-        results |= score(eval_rows, spoken, trainer.train_dataset.voices)
+    trainer.save_model(_internal_call=True)  # what is pushed has results and samples, too
+    write_results(results, trainer)
+    if eval_rows:
+        alignment = trainer.evaluate()
+        results |= {name: alignment[f"eval_{name}"] for name in REPORTED if f"eval_{name}" in alignment}
+        write_results(results, trainer)
+        samples, scored = eval_rows[:NUM_SAMPLES], [row for row in eval_rows if row.get("answer") is not None]
+        # In all processes, of which each may hold only a share of the weights.
+        asked = list({id(row): row for row in [*samples, *scored]}.values())
+        spoken = answer_rows(model, processor, asked, "audio", max_new_tokens=data_options.max_response_tokens)
+        answers = {id(row): answer for row, answer in zip(asked, spoken)}
+        results |= score(scored, [answers[id(row)] for row in scored], trainer.train_dataset.voices)
         results["total_seconds"] = round(time.time() - start, 1)
-        results["samples"] = keep_samples(eval_rows[:NUM_SAMPLES], Path(args.output_dir))
-        write_results(results, args.output_dir)
-        print_results(results)
-        for row, heard in list(zip(eval_rows, spoken))[:NUM_SAMPLES]:
-            print(f"\n{row['audio']}\n  says    {row['text']!r}")
-            print(f"  asked   {row.get('instruction')!r}\n  answers {heard!r}")
+        write_results(results, trainer)
+        if trainer.is_world_process_zero():
+            print_results(results)
+            for row in samples:
+                print(f"\n{row['audio']}\n  says    {row['text']!r}")
+                print(f"  asked   {row.get('instruction')!r}\n  answers {answers[id(row)]!r}")
+            results["samples"] = keep_samples(samples, Path(args.output_dir))
+            for row, sample in zip(samples, results["samples"]):
+                sample["output"] = answers[id(row)]
+        write_results(results, trainer)
+    if args.push_to_hub:
+        trainer.push_to_hub()
 
 
 def where_to_resume(args: Arguments) -> str | bool:
@@ -249,6 +288,10 @@ def make_trainer(
     Returns:
         `tuple`: the trainer, training rows and evaluation rows, all with the LLM's own answers.
     """
+    if data_options.streaming and args.max_steps <= 0:
+        raise ValueError("--streaming reads rows without end, so there are no epochs to count. Give --max_steps.")
+    if data_options.eval_manifest:  # seconds; a fault would else be known only when all has been trained
+        check_clips(read_manifest(data_options.eval_manifest, data_options.allow_outside_paths))
     processor = build_processor(model_options)
     if args.deepspeed_plugin is not None and not args.deepspeed_plugin.zero3_init_flag:
         # TrainingArguments asks for shares of the weights all the same, but the LLM is to answer first.
@@ -286,6 +329,7 @@ def make_trainer(
         model=model,
         args=args,
         train_dataset=train_dataset,
+        eval_dataset=make_dataset(eval_rows, args.length_column_name) if eval_rows else None,
         data_collator=BlspKdDataCollator(processor),
         processing_class=processor,
         optimizer_cls_and_kwargs=optimizer_and_options(model, model_options, args),
@@ -372,28 +416,37 @@ def load_rows(options: DataOptions, seed: int) -> tuple[list[dict], list[dict]]:
     return train_rows, eval_rows
 
 
-def make_dataset(rows: list[dict]) -> Dataset:
-    """Rows to evaluate on, with the `length` that batches are grouped by."""
-    return Dataset.from_list([{**row, "length": duration_s(row)} for row in rows])
+def make_dataset(rows: list[dict], length_column: str = "length") -> Dataset:
+    """Rows to evaluate on: what the collator reads, and the length that batches are grouped by."""
+    read = ("audio", "text", "instruction", "response")
+    return Dataset.from_list(
+        [{**{name: row.get(name) for name in read}, length_column: duration_s(row)} for row in rows]
+    )
 
 
 def optimizer_and_options(model, options: ModelOptions, args: Arguments) -> tuple[type, dict]:
     """The Trainer's optimiser, with a learning rate of its own for the pretrained encoder.
 
-    Not yet made, as FSDP wants it.
+    Not yet made, as FSDP wants it. As in the Trainer, neither biases nor norms decay.
     """
     optimizer_class, optimizer_options = BlspKdTrainer.get_optimizer_cls_and_kwargs(args, model)
-    encoder = [parameter for parameter in model.audio_tower.parameters() if parameter.requires_grad]
-    encoder_ids = {id(parameter) for parameter in encoder}
-    others = [
-        parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in encoder_ids
-    ]
-    groups = [{"params": others, "weight_decay": args.weight_decay}]
-    if encoder:
-        groups.append(
-            {"params": encoder, "weight_decay": args.weight_decay, "lr": encoder_learning_rate(options, args)}
-        )
-    return optimizer_class, {**optimizer_options, "params": groups}
+    of_encoder = {id(parameter) for parameter in model.audio_tower.parameters()}
+    decaying = get_parameter_names(model, [torch.nn.LayerNorm], NOT_DECAYING) if args.weight_decay else []
+    groups = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault((id(parameter) in of_encoder, name in decaying), []).append(parameter)
+    return optimizer_class, {
+        **optimizer_options,
+        "params": [
+            {
+                "params": parameters,
+                "weight_decay": args.weight_decay if decays else 0.0,
+                **({"lr": encoder_learning_rate(options, args)} if is_encoder else {}),
+            }
+            for (is_encoder, decays), parameters in sorted(groups.items(), key=lambda group: group[0])
+        ],
+    }
 
 
 def encoder_learning_rate(options: ModelOptions, args: Arguments) -> float:
@@ -402,14 +455,22 @@ def encoder_learning_rate(options: ModelOptions, args: Arguments) -> float:
 
 
 def score(rows, spoken, seen_voices) -> dict:
-    """Accuracy of the LLM on the gold transcript and of the model on speech, for seen and for held-out voices."""
-    results = {}
+    """Score the answers to rows that say which is right.
+
+    Returns:
+        `dict`: `num_scored`, and the accuracy of the LLM on the gold transcript and of the model on speech, for seen,
+        for held-out and for unnamed voices; empty if there is no row.
+    """
+    if not rows:
+        return {}
+    results = {"num_scored": len(rows)}
     for name, given in (("text_accuracy", [row["response"] for row in rows]), ("speech_accuracy", spoken)):
-        results[name] = {}
-        for voices, is_seen in (("seen_voices", True), ("held_out_voices", False)):
-            chosen = [(row, text) for row, text in zip(rows, given) if (row.get("voice") in seen_voices) == is_seen]
-            if chosen:
-                results[name][voices] = accuracy(*zip(*chosen))["all"]
+        by_voices = {voices: [] for voices in VOICE_GROUPS}
+        for row, text in zip(rows, given):
+            voice = row.get("voice")
+            voices = "seen_voices" if voice in seen_voices else "held_out_voices"
+            by_voices["unnamed_voices" if voice is None else voices].append((row, text))
+        results[name] = {voices: accuracy(*zip(*pairs))["all"] for voices, pairs in by_voices.items() if pairs}
         results[name]["by_kind"] = accuracy(rows, given)["by_kind"]
     return results
 
@@ -450,7 +511,7 @@ def describe_training(trainer, model_options, data_options, eval_rows, stages_be
         "data": describe(data.num_rows, data.voices, data_options.train_manifest or data_options.train_mixture),
         "evaluation": describe(len(eval_rows), eval_voices, data_options.eval_manifest) if eval_rows else None,
         "steps": trainer.state.global_step,
-        "batch_size": args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "batch_size": trainer.state.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         "learning_rate": args.learning_rate,
         "encoder_learning_rate": None if is_frozen else encoder_learning_rate(model_options, args),
         "schedule": args.lr_scheduler_type.value,
@@ -472,13 +533,36 @@ def keep_samples(rows: list[dict], folder: Path) -> list[dict]:
     return samples
 
 
-def write_results(results: dict, folder: str):
-    Path(folder, "results.json").write_text(json.dumps(results, indent=2) + "\n")
+def model_card(trainer, results: dict) -> ModelCard:
+    """What is pushed as README.md: the card that publish.py makes, without what only it measures."""
+    model, samples = trainer.accelerator.unwrap_model(trainer.model), results.get("samples", [])
+    return make_card(
+        {
+            "name": trainer.hub_model_id,
+            "parts": describe_parts(model, results.get("training"), {}),
+            "thin": model.config.backbones is not None,
+            "memory": None,
+            "losses": model.config.distillation,
+            "results": results,
+            "samples": samples,
+            "licence": None,
+            "languages": None,
+            "datasets": None,
+        }
+    )
+
+
+def write_results(results: dict, trainer: BlspKdTrainer):
+    if trainer.is_world_process_zero():
+        Path(trainer.args.output_dir, "results.json").write_text(json.dumps(results, indent=2) + "\n")
 
 
 def print_results(results: dict):
-    text, speech = results["text_accuracy"], results["speech_accuracy"]
-    print(f"\n{'answers correct (exact match)':32} {'text':>8} {'speech':>8} {'ratio':>8}")
+    text, speech = (results.get(name, {"by_kind": {}}) for name in ("text_accuracy", "speech_accuracy"))
+    if "num_scored" in results:
+        print(f"\n{'answers correct (exact match)':32} {'text':>8} {'speech':>8} {'ratio':>8}")
+    else:
+        print("\nNo row of the evaluation has an 'answer', so no answers are scored.")
     lines = {name.replace("_", " "): (text[name], speech[name]) for name in text if name != "by_kind"}
     lines |= {f"  {kind}": (text["by_kind"][kind], speech["by_kind"][kind]) for kind in text["by_kind"]}
     for name, (upper, reached) in lines.items():

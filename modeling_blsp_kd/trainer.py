@@ -13,13 +13,16 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import DistributedType, broadcast_object_list
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
 from .checkpoints import ASIDE, choose_checkpoint, publish, remove_old
 from .distillation_step import ItemCounts, check_output_head
 from .termination import TerminationNotice
+from .training_arguments import best_metric_is_greater, check_training_arguments, evaluation_metrics
+from .training_card import card_of_training
 
 logger = logging.get_logger(__name__)
 
@@ -35,8 +38,10 @@ class BlspKdTrainer(Trainer):
     since the last log, over all processes; `token_count_accuracy` and `token_count_error` compare predicted with true
     token counts. Evaluation always reports the KLs: they measure how well speech and text are aligned.
 
-    Takes the arguments of `Trainer`. `TrainingArguments` needs `remove_unused_columns=False`; `processing_class` should
-    be the processor, so that every checkpoint holds it.
+    Takes the arguments of `Trainer`; `processing_class` should be the processor, so that every checkpoint holds it.
+    docs/training_arguments.md tells what becomes of each field of `TrainingArguments`. Two are set here: columns of
+    rows are never removed (`remove_unused_columns`), since the collator knows which it reads, and a step whose loss is
+    not finite is never hidden (`logging_nan_inf_filter`).
 
     A checkpoint is there only when it is complete (`checkpoints.py`), and is verified before it is resumed from. It
     holds the sums since the last log too, so that the logged means of a resumed run are those of an uninterrupted one.
@@ -47,12 +52,32 @@ class BlspKdTrainer(Trainer):
         non_finite_loss (`str`): what becomes of a step whose loss or gradient is NaN or infinite. "stop": an error that
             names the step and the parts of the loss. "skip": no optimiser step, a warning, and an error after ten in a
             row; means are over the other steps, and `non_finite_steps` counts. With fp16, whose scaler finds its scale
-            by overflowing, steps are skipped in any case. The Trainer's `logging_nan_inf_filter`, which hides such
-            losses, is off.
+            by overflowing, steps are skipped in any case.
+        make_card (callable, *optional*): returns the [`ModelCard`] that `push_to_hub` uploads; omitted, one of what
+            the Trainer knows (`training_card.py`).
+
+    Raises:
+        ValueError: an argument cannot do what it says; the message has the reason.
     """
 
-    def __init__(self, *args, non_finite_loss: str = "stop", **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        model=None,
+        args: TrainingArguments | None = None,
+        *rest,
+        non_finite_loss: str = "stop",
+        make_card=None,
+        **kwargs,
+    ):
+        if args is not None:
+            check_training_arguments(args)
+        super().__init__(model, args, *rest, **kwargs)
+        for name in ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"BlspKdTrainer takes no {name}: the loss comes from the model's forward, and a distillation step "
+                    "returns no logits. Generate answers and score them afterwards, as examples/evaluate.py does."
+                )
         if non_finite_loss not in ("stop", "skip"):
             raise ValueError(f"non_finite_loss must be 'stop' or 'skip', got {non_finite_loss!r}.")
         if non_finite_loss == "skip" and self.accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -60,18 +85,7 @@ class BlspKdTrainer(Trainer):
                 "DeepSpeed takes its optimiser step before the gradient's norm is known, so non_finite_loss='skip' "
                 "cannot prevent it. Use 'stop'."
             )
-        if self.args.enable_jit_checkpoint:
-            raise ValueError("BlspKdTrainer saves on SIGTERM by itself. Leave enable_jit_checkpoint out.")
-        if self.args.remove_unused_columns:
-            raise ValueError(
-                "BlspKdTrainer needs TrainingArguments(remove_unused_columns=False): the collator reads the rows' own "
-                "columns (audio, text, ...), which are no arguments of the model."
-            )
-        if self.args.n_gpu > 1:
-            raise ValueError(
-                f"torch.nn.DataParallel over {self.args.n_gpu} GPUs is not supported. Start one process per GPU: "
-                "`accelerate launch --multi_gpu ...` (or set CUDA_VISIBLE_DEVICES to one GPU)."
-            )
+        self.args.remove_unused_columns = self.args.logging_nan_inf_filter = False
         model = self.accelerator.unwrap_model(self.model)
         # FSDP's cpu_ram_efficient_loading gives the weights to one process per node, and to the others later.
         has_no_weights_yet = self.is_fsdp_enabled and model.get_output_embeddings().weight.is_meta
@@ -81,13 +95,26 @@ class BlspKdTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self._loss_parts = {"train": {}, "eval": {}}
         self._step_parts = {}
-        self.non_finite_loss = non_finite_loss
+        self.non_finite_loss, self.make_card = non_finite_loss, make_card
         self._non_finite_steps = self._skipped_in_a_row = 0
-        self.args.logging_nan_inf_filter = False
+        if self.args.metric_for_best_model is not None and self.args.eval_strategy != "no":
+            self._choose_direction(model)
         self._is_writing_aside = False
         self._notice = TerminationNotice()
         self._notices = None  # how many processes had a notice when the step began
         self._is_terminating = False
+
+    def _choose_direction(self, model):
+        """Set whether a greater value of the metric for the best model is better, unless the user did.
+
+        TrainingArguments assume so of every name that does not end in "loss", and would keep the model of the worst KL.
+        """
+        name, given = self.args.metric_for_best_model, self.args.greater_is_better
+        datasets = list(self.eval_dataset) if isinstance(self.eval_dataset, dict) else []
+        is_greater = best_metric_is_greater(name, evaluation_metrics(model), datasets)
+        if given and not is_greater and not name.endswith("loss"):  # True may be what they assumed
+            logger.warning(f"The best model is that of the lowest {name}: greater_is_better is False.")
+            self.args.greater_is_better = False
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """`Trainer.train`, from a checkpoint that has been verified.
@@ -100,8 +127,6 @@ class BlspKdTrainer(Trainer):
         """
         if resume_from_checkpoint:
             resume_from_checkpoint = self._choose_checkpoint(resume_from_checkpoint)
-        self._loss_parts["train"], self._step_parts = {}, {}
-        self._non_finite_steps = self._skipped_in_a_row = 0
         self._is_terminating = False
         with self._notice:
             output = super().train(resume_from_checkpoint, *args, **kwargs)
@@ -116,6 +141,9 @@ class BlspKdTrainer(Trainer):
         return output
 
     def get_train_dataloader(self):
+        # Sums of an attempt that ran out of memory (`auto_find_batch_size`) are of steps that are taken anew.
+        self._loss_parts["train"], self._step_parts = {}, {}
+        self._non_finite_steps = self._skipped_in_a_row = 0
         loader = super().get_train_dataloader()
         if self.args.dataloader_persistent_workers:
             # They draw their seed when they start, in the first epoch of an uninterrupted run and another one of a
@@ -257,8 +285,20 @@ class BlspKdTrainer(Trainer):
         return os.path.join(folder, ASIDE) if self._is_writing_aside else folder
 
     def _push_from_checkpoint(self, checkpoint_folder):
-        if not self._is_writing_aside:
-            super()._push_from_checkpoint(checkpoint_folder)
+        if self._is_writing_aside:
+            return
+        if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
+            # The Trainer takes weights and configs along, but without its code nobody can load them.
+            for file in Path(checkpoint_folder).glob("*.py"):
+                shutil.copy(file, self.args.output_dir)
+            self.create_model_card()
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def create_model_card(self, *args, **kwargs):
+        """Write the card of the model to `output_dir`; what `Trainer.create_model_card` takes has no say in it."""
+        if self.is_world_process_zero():
+            card = self.make_card() if self.make_card else card_of_training(self)
+            card.save(Path(self.args.output_dir, "README.md"))
 
     def _save_checkpoint(self, model, trial):
         folder = Path(self._get_output_dir(trial))

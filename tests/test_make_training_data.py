@@ -110,7 +110,8 @@ def test_rows_are_what_training_reads_and_answers_are_those_that_training_would_
 ):
     rows, rejects = make(script, asr / "asr.jsonl", asr / "train.jsonl", backbones[1], templates=["continue", "repeat"])
     import answering
-    from training_input.manifests import DEFAULT_INSTRUCTION, read_manifest
+
+    from processing.manifests import DEFAULT_INSTRUCTION, read_manifest
 
     assert rejects == [] and len(rows) == 2 * len(TEXTS)
     assert [row["id"] for row in rows[:3]] == ["84-0-continue", "84-0-repeat", "84-1-continue"]

@@ -155,11 +155,6 @@ def test_resuming_gives_the_uninterrupted_run(tmp_path, processor, collator):
     assert losses[0] == losses[1] and len(losses[0]) == 4
 
 
-def test_wrong_arguments_are_named(tmp_path, processor, collator):
-    with pytest.raises(ValueError, match="remove_unused_columns=False"):
-        make_trainer(tmp_path, processor, collator, remove_unused_columns=True)
-
-
 def make_processor():
     """The fixture's, for processes that pytest did not start (`reliability/equivalence_worker.py`)."""
     from conftest import make_tokenizer

@@ -24,9 +24,10 @@ from training_input.augmentation import Augmentation
 from training_input.batches import RowsInMemory, StreamedBatches, StreamedRows, TrainingInputTrainer
 from training_input.clips import BadClipError, ClipFeatures, SkippedClips, duration_s, lengths
 from training_input.data import training_data
-from training_input.manifests import DEFAULT_INSTRUCTION, read_manifest
 from training_input.mixtures import Source, read_mixture, read_sources, stream_sources
 from training_input.options import DataOptions
+
+from processing.manifests import DEFAULT_INSTRUCTION, read_manifest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 WORDS = "the red cat ran to the river and repeat the words".split()
@@ -99,6 +100,7 @@ def batches(manifest, output, processor, streaming=False, resume=None, **options
         disable_tqdm=True,
         dataloader_pin_memory=False,
         seed=5,
+        ddp_backend="gloo" if "WORLD_SIZE" in os.environ else None,
         **options,
     )
     trainer = RecordedTrainer(

@@ -9,6 +9,8 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from processing.manifests import read_objects
+
 from .matrix import Configuration
 
 
@@ -76,9 +78,9 @@ def read_rows(manifest: Path) -> list[dict]:
     Raises:
         ValueError: a row has no answer to compare with.
     """
-    lines = manifest.read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
-    rows = [{**row, "id": str(row.get("id", number))} for number, row in enumerate(rows, start=1)]
+    rows = [
+        {**row, "id": str(row.get("id", number))} for number, (_, row) in enumerate(read_objects(manifest), start=1)
+    ]
     unanswered = [row["id"] for row in rows if not row.get("answer")]
     if unanswered or not rows:
         raise ValueError(

@@ -11,7 +11,8 @@ from itertools import islice
 from pathlib import Path
 
 from datasets import Audio, load_dataset
-from training_input.manifests import DEFAULT_INSTRUCTION, read_manifest
+
+from processing.manifests import DEFAULT_INSTRUCTION, read_manifest
 
 # Data sets are told by their columns, since the same one lives on the Hub under several names. The first that fits
 # counts. Each maps our fields to its columns.

@@ -16,7 +16,11 @@ TASK = "audio-text-to-text"
 TINY_WORLD = "tiny world"
 SIZES = {"float32": 4, "bfloat16": 2}  # bytes of a number
 BLOCK = re.compile(r"<!-- (?P<name>[\w ]+) -->\n.*?\n?<!-- /(?P=name) -->", re.DOTALL)
-VOICES = {"seen_voices": "voices heard in training", "held_out_voices": "voices not heard in training"}
+VOICES = {
+    "seen_voices": "voices heard in training",
+    "held_out_voices": "voices not heard in training",
+    "unnamed_voices": "voices that the data does not name",
+}
 
 
 def make_card(facts: dict, template: str | None = None) -> ModelCard:
@@ -190,10 +194,17 @@ def _settings(training: dict) -> dict[str, str]:
 
 def _results(results: dict) -> str:
     text, speech = results.get("text_accuracy"), results.get("speech_accuracy")
+    measured = {
+        "token_count_accuracy": "share of clips with as many speech tokens as the transcript has tokens",
+        "response_kl": "KL of the response tokens, nats per token at the training temperature",
+        "input_kl": "KL of the content tokens, likewise",
+    }
+    measured = [f"- {described}: {results[name]:.3f}" for name, described in measured.items() if name in results]
     if not speech:
-        return "Not measured."
+        return "\n".join(["Answers were not scored.", "", *measured]) if measured else "Not measured."
     evaluation = (results.get("training") or {}).get("evaluation")
-    count = f"{evaluation['rows']:,} questions" if evaluation else "Questions (their number was not recorded)"
+    num_scored = results.get("num_scored", (evaluation or {}).get("rows"))
+    count = f"{num_scored:,} questions" if num_scored else "Questions (their number was not recorded)"
     rows = {described: (text[name], speech[name]) for name, described in VOICES.items() if name in speech}
     by_kind = speech["by_kind"]
     if len(by_kind) > 1:
@@ -207,13 +218,7 @@ def _results(results: dict) -> str:
         *("", "| | LLM on the transcript | model on speech |", "|---|---|---|"),
         *(f"| {described} | {upper:.3f} | {reached:.3f} |" for described, (upper, reached) in rows.items()),
     ]
-    measured = {
-        "token_count_accuracy": "share of clips with as many speech tokens as the transcript has tokens",
-        "response_kl": "KL of the response tokens, nats per token at the training temperature",
-        "input_kl": "KL of the content tokens, likewise",
-    }
-    lines += ["", *(f"- {described}: {results[name]:.3f}" for name, described in measured.items() if name in results)]
-    return "\n".join([*lines, "- one training run, one seed"])
+    return "\n".join([*lines, "", *measured, "- one training run, one seed"])
 
 
 def _samples(samples: list[dict]) -> str:

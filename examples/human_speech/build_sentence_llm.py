@@ -6,11 +6,12 @@ Knows the words of the training sentences in the pieces of a small vocabulary. L
         --held_out_manifest ../outputs/sentences/validation.jsonl --output_dir ../outputs/sentence_llm
 """
 
-import json
 import random
 from pathlib import Path
 
 from tiny_world.build_llm import train_tokenizer
+
+from processing.manifests import read_objects
 
 from .llm import build_llm, llm_parser
 from .sentences import INSTRUCTIONS
@@ -45,7 +46,7 @@ def draw_dialogues(num, words, rng):
 
 
 def read_texts(manifest):
-    return [json.loads(line)["text"] for line in manifest.read_text().splitlines()]
+    return [row["text"] for _, row in read_objects(manifest)]
 
 
 def main():

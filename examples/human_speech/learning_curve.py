@@ -16,6 +16,8 @@ import numpy as np
 from evaluation.report import COLUMNS, shown
 from matplotlib.figure import Figure
 
+from processing.manifests import read_objects, seconds
+
 TASKS = ("transcripts", "alignment")
 SCORES = [column for column in COLUMNS if column[1] in TASKS]
 PLOTTED = ("wer", "response_kl", "input_kl", "token_count_error")
@@ -52,9 +54,9 @@ def read_point(folder: Path) -> dict:
         raise ValueError(f"{folder} does not say on what the model was trained. Evaluate with --train_manifest.")
     if missing := sorted(set(TASKS) - scores.keys()):
         raise ValueError(f"{folder} lacks scores of {missing}. Evaluate with --tasks transcripts,alignment.")
-    rows = [json.loads(line) for line in Path(settings["train_manifest"]).read_text().splitlines()]
+    rows = [row for _, row in read_objects(settings["train_manifest"])]
     return {
-        "minutes": round(sum(row["duration"] for row in rows) / 60, 1),
+        "minutes": round(sum(seconds("duration", row["duration"]) for row in rows) / 60, 1),
         "sentences": len(rows),
         "data": Path(settings["data"]).name,
         "text_wer": systems["text"]["transcripts"]["wer"],

@@ -15,6 +15,8 @@ import shutil
 from itertools import chain, zip_longest
 from pathlib import Path
 
+from processing.manifests import BadRow, read_objects, seconds
+
 CLIPS = "clips"
 INSTRUCTIONS = ("Repeat the words.", "Say it again.", "Write down what was said.")
 
@@ -65,11 +67,14 @@ def read_sentences(metadata: Path, longest_s: float) -> dict[Path, dict]:
         ValueError: there is none, or two files have one name.
     """
     rows, num_words, num_long = {}, 0, 0
-    for line in metadata.read_text().splitlines():
-        recording = json.loads(line)
+    for origin, recording in read_objects(metadata):
+        try:
+            length_s = seconds("seconds", recording.get("seconds"))
+        except BadRow as error:
+            raise ValueError(f"{origin}: {error}.") from None
         if len(recording["text"].split()) < 2:
             num_words += 1
-        elif recording["seconds"] > longest_s:
+        elif length_s > longest_s:
             num_long += 1
         else:
             path, text = metadata.parent / recording["file_name"], recording["text"].lower()
@@ -77,7 +82,7 @@ def read_sentences(metadata: Path, longest_s: float) -> dict[Path, dict]:
                 "audio": f"{CLIPS}/{path.name}",
                 "text": text,
                 "voice": recording["speaker"],
-                "duration": recording["seconds"],
+                "duration": length_s,
                 "kind": "repeat",
                 "instruction": random.Random(path.name).choice(INSTRUCTIONS),
                 "answer": text,

@@ -3,7 +3,3 @@
 Follows arXiv 2405.19041: the LLM's own answers to prompts over transcripts are what it learns to give after speech.
 Leaves out: training itself.
 """
-
-
-class BadRow(ValueError):
-    """One row is unusable; the message says why, for the file of rejects."""

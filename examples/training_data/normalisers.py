@@ -7,7 +7,7 @@ has stray quotes. Leaves out: capitals of names, numbers and abbreviations, whic
 import re
 import unicodedata
 
-from training_data import BadRow
+from processing.manifests import BadRow
 
 PUNCTUATION_TAGS = {"<COMMA>": ",", "<PERIOD>": ".", "<QUESTIONMARK>": "?", "<EXCLAMATIONPOINT>": "!"}
 NOT_SPEECH_TAGS = ("<SIL>", "<MUSIC>", "<NOISE>", "<OTHER>")

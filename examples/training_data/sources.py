@@ -5,10 +5,8 @@ Leaves out: data sets on the Hub whose audio is not embedded in them.
 """
 
 import hashlib
-import json
 import os
 from collections.abc import Iterator
-from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
@@ -17,8 +15,8 @@ from datasets import Audio, load_dataset
 
 from processing.audio_decoding import audio_info
 from processing.audio_loading import load_audio
+from processing.manifests import BadRow, OutsideFolderError, audio_path, manifest_lines, parse_line
 from processing.processing_blsp_kd import ANALYSIS_WINDOW_S
-from training_data import BadRow
 
 SAMPLING_RATE = 16_000
 IDENTITY_BYTES = 16 * 2**20
@@ -55,20 +53,13 @@ class ManifestSource:
         return enumerate(_in_blocks(self._lines(), size))
 
     def parse(self, line: bytes) -> dict:
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise BadRow(f"not a line of JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise BadRow(f"expected a JSON object, got {str(row)[:80]!r}")
-        return row
+        return parse_line(line)
 
     def audio(self, row: dict) -> Path:
         return audio_path(self.folder, row.get(self.audio_column), self.allow_outside)
 
     def _lines(self):
-        with self.path.open("rb") as file:
-            yield from islice(file, self.limit)
+        return manifest_lines(self.path, self.limit)
 
 
 class DatasetSource:
@@ -127,37 +118,6 @@ class DatasetSource:
         if self.folder is None:
             raise BadRow(f"column {self.audio_column!r} holds no audio: expected embedded bytes")
         return audio_path(self.folder, audio.get("path"), self.allow_outside)
-
-
-class OutsideFolderError(ValueError):
-    """A path leaves the folder of the data."""
-
-
-def audio_path(folder: Path, name, allow_outside: bool) -> Path:
-    """Where the audio of a row lies.
-
-    Raises:
-        BadRow: `name` is no path.
-        OutsideFolderError: it leaves `folder`, by itself or through a symbolic link, and `allow_outside` is not set.
-    """
-    if not isinstance(name, str) or not name.strip() or "\0" in name:
-        raise BadRow(f"expected the path of an audio file, got {name!r}")
-    try:
-        os.fsencode(name)
-    except UnicodeEncodeError:  # JSON can hold half a surrogate pair
-        raise BadRow(f"expected the path of an audio file, got {name!r}, which no file can be called") from None
-    path = folder / name
-    if not allow_outside and not Path(os.path.realpath(path)).is_relative_to(_real(folder)):
-        raise OutsideFolderError(
-            f"the audio path {name!r} leaves the folder of the data. Move the audio into it, or, if you trust the "
-            "data, pass --allow_outside_paths."
-        )
-    return path
-
-
-@lru_cache(maxsize=64)
-def _real(folder: Path) -> str:
-    return os.path.realpath(folder)
 
 
 def check_audio(audio: Path | bytes, max_duration_s: float) -> tuple[float, str]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 
-from training_data import BadRow
+from processing.manifests import BadRow
 
 BUILT_IN = {
     "continue": "Continue the following text.",

@@ -11,11 +11,15 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from processing.audio_decoding import audio_info
 from processing.audio_loading import load_audio
+from processing.processing_blsp_kd import ANALYSIS_WINDOW_S
 
 from .augmentation import Augmentation
+
+SAMPLING_RATE = 16_000
 
 
 class BadClipError(ValueError):
@@ -33,13 +37,31 @@ def audio_name(row: dict) -> str | None:
     return audio
 
 
-def bad_clip(row: dict, error: Exception) -> BadClipError:
+SKIP = "Mend or remove the row, or pass --skip_bad_audio true to train without it."
+MEND = "Mend or remove the row: an evaluation leaves none out."
+
+
+def bad_clip(row: dict, error: Exception, advice: str = SKIP) -> BadClipError:
     # The feature extractor gets one clip at a time, so its count says nothing.
     reason = str(error).replace("Audio 0 of the batch: ", "").replace("Audio 0 of the batch", "the clip")
     return BadClipError(
-        f"{row.get('origin') or 'A training row'} (audio {audio_name(row)!r}, text {row['text']!r}): {reason} "
-        "Mend or remove the row, or pass --skip_bad_audio true to train without it."
+        f"{row.get('origin') or 'A training row'} (audio {audio_name(row)!r}, text {row['text']!r}): {reason} {advice}"
     )
+
+
+def check_clips(rows: list[dict]):
+    """Decode the clips of an evaluation, as it will do itself.
+
+    Raises:
+        BadClipError: one of them is missing, damaged, empty, silent, too short or too long.
+    """
+    for row in tqdm(rows, desc="looking at the clips of the evaluation", mininterval=1):
+        try:
+            length_s = len(load_audio(row["audio"], SAMPLING_RATE)) / SAMPLING_RATE
+            if length_s < ANALYSIS_WINDOW_S:
+                raise ValueError(f"It is too short: {length_s:.4f} s, expected {ANALYSIS_WINDOW_S} s or more.")
+        except (OSError, TypeError, ValueError) as error:
+            raise bad_clip(row, error, MEND) from error
 
 
 def duration_s(row: dict) -> float:

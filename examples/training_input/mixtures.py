@@ -13,7 +13,7 @@ from pathlib import Path
 import yaml
 from datasets import Audio, Dataset, Features, IterableDataset, Value, interleave_datasets, load_dataset
 
-from .manifests import checked, manifest_rows, read_manifest
+from processing.manifests import checked, manifest_rows, read_manifest
 
 # What streamed rows consist of; a mixture's sources must agree on it.
 FEATURES = Features(
@@ -129,7 +129,8 @@ def _of_dataset(row: dict, index: int, name: str) -> dict:
     audio = row["audio"] or {"bytes": None, "path": None}
     if audio["path"] and not audio["bytes"]:
         raise ValueError(f"{origin}: expected embedded audio, got the path {audio['path']!r}. Make a manifest of it.")
-    return _with_features(checked({**row, "audio": audio}, origin, allow_text_only=True))
+    used = {name: row[name] for name in FEATURES if name in row}
+    return _with_features(checked({**used, "audio": audio}, origin, allow_text_only=True))
 
 
 def _with_features(row: dict) -> dict:

@@ -24,7 +24,7 @@ from conftest import SAMPLING_RATE, SMALL_CFORMER, clip, make_tokenizer, speech_
 from evaluation.rows import check_rows  # noqa: E402
 from handler import EndpointHandler, read_inputs  # noqa: E402
 from spoken_cases import base64_of, encode, make_repository  # noqa: E402
-from training_data.sources import ManifestSource, OutsideFolderError, check_audio  # noqa: E402
+from training_data.sources import ManifestSource, check_audio  # noqa: E402
 
 from modeling_blsp_kd import BlspKdConfig, BlspKdForCausalLM  # noqa: E402
 from modeling_blsp_kd.speech_encoder import TrueLengthWhisperEncoder  # noqa: E402
@@ -32,6 +32,7 @@ from processing import BlspKdProcessor  # noqa: E402
 from processing.audio_decoding import audio_info  # noqa: E402
 from processing.audio_loading import MAX_DURATION_S, load_audio  # noqa: E402
 from processing.chat_audio import read_block  # noqa: E402
+from processing.manifests import OutsideFolderError  # noqa: E402
 
 AUDIO = {
     "wav": ("WAV", ("PCM_16", "PCM_24", "PCM_U8", "FLOAT", "DOUBLE", "ULAW", "IMA_ADPCM", "MS_ADPCM", "GSM610")),

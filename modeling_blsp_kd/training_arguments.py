@@ -1,0 +1,94 @@
+"""Which of transformers' TrainingArguments a distillation refuses, and why: before any work begins.
+
+docs/training_arguments.md tells of every argument. Leaves out: what transformers itself refuses.
+"""
+
+from transformers import TrainingArguments
+from transformers.debug_utils import DebugOption
+
+from .distillation_step import LOSS_PARTS
+
+# Of all metrics of an evaluation; of the others, lower is better.
+GREATER_IS_BETTER = ("token_count_accuracy",)
+
+
+def check_training_arguments(args: TrainingArguments):
+    """Refuse arguments that cannot do what they say.
+
+    Raises:
+        ValueError: it names all such arguments, and the reason of each.
+    """
+    liger = "Liger's kernels replace parts of models that it knows by type, and it knows none that hears; the losses "
+    liger += "here do without full logits already"
+    compiled = "a step reads back how many tokens CIF fires, so that it falls into dozens of pieces, of which each is "
+    compiled += "compiled anew for other lengths: minutes per step. Compile the LLM's layers instead, whose input is "
+    compiled += "regular: for layer in model.language_model.model.layers: layer.compile(dynamic=True)"
+    sliced = "accelerate would cut a batch into rows, but its clips are fewer than its rows where rows have no audio"
+    reasons = {
+        "label_smoothing_factor": args.label_smoothing_factor != 0
+        and "a distillation learns the teacher's probabilities, which are soft already; config.distillation has a "
+        "temperature",
+        "use_liger_kernel": args.use_liger_kernel and liger,
+        "liger_kernel_config": args.liger_kernel_config and liger,
+        "torch_compile": args.torch_compile and compiled,
+        "torch_compile_backend": args.torch_compile_backend and compiled,
+        "torch_compile_mode": args.torch_compile_mode and compiled,
+        "label_names": args.label_names not in (None, ["labels"])
+        and "batches of BlspKdDataCollator have 'labels', and without them an evaluation would have no loss",
+        "enable_jit_checkpoint": args.enable_jit_checkpoint
+        and "BlspKdTrainer saves on SIGTERM by itself. Leave enable_jit_checkpoint out",
+        "train_sampling_strategy": args.train_sampling_strategy == "batch_rebalance"
+        and "'batch_rebalance' hands rows to processes in a way of its own, and uneven last batches would no longer be "
+        "counted once; 'group_by_length' also keeps padding low",
+        "debug": DebugOption.UNDERFLOW_OVERFLOW in args.debug
+        and "its hooks take the absolute value of every output, and speech encoders return boolean masks; "
+        "non_finite_loss names the step and the parts of the loss",
+        "accelerator_config": (args.accelerator_config.split_batches or args.accelerator_config.dispatch_batches)
+        and f"with split_batches or dispatch_batches {sliced}",
+        "parallelism_config": _parallel_within_a_row(args.parallelism_config)
+        and "tensor, context and sequence parallelism were never tried: speech vectors are placed by position in the "
+        "whole prompt; DDP, FSDP2 and ZeRO work",
+    }
+    problems = [f"{name}={getattr(args, name)!r}: {reason}." for name, reason in reasons.items() if reason]
+    if args.n_gpu > 1:
+        problems.append(
+            f"torch.nn.DataParallel over {args.n_gpu} GPUs is not supported. Start one process per GPU: "
+            "`accelerate launch --multi_gpu ...` (or set CUDA_VISIBLE_DEVICES to one GPU)."
+        )
+    if problems:
+        raise ValueError("TrainingArguments that BLSP-KD refuses:\n" + "\n".join(problems))
+
+
+def _parallel_within_a_row(config) -> bool:
+    return config is not None and any(getattr(config, f"{kind}_size", 1) > 1 for kind in ("tp", "cp", "sp"))
+
+
+def best_metric_is_greater(name: str, metrics: set[str], dataset_names: list[str]) -> bool:
+    """Return whether a greater value of a metric is better.
+
+    Args:
+        name: `metric_for_best_model`, with or without `eval_`.
+        metrics: names that an evaluation reports, without `eval_`.
+        dataset_names: of several evaluation sets; empty if there is one.
+
+    Raises:
+        ValueError: no evaluation reports this metric.
+    """
+    bare = name.removeprefix("eval_")
+    known = {f"{dataset}_{metric}": metric for dataset in dataset_names for metric in metrics}
+    known = known or {metric: metric for metric in metrics}
+    if bare not in known:
+        raise ValueError(
+            f"metric_for_best_model={name!r} is none of the metrics that an evaluation of this model reports: "
+            f"{', '.join(f'eval_{metric}' for metric in sorted(known))}."
+        )
+    return known[bare] in GREATER_IS_BETTER
+
+
+def evaluation_metrics(model) -> set[str]:
+    """Return the names of what an evaluation of a model reports, without `eval_`."""
+    weights = model.config.distillation
+    metrics = {"loss", "response_kl"} | {name for name in LOSS_PARTS if weights[name]}
+    if model.adapter.one_to_one:
+        metrics |= {"input_kl", "token_count_accuracy", "token_count_error"}
+    return metrics

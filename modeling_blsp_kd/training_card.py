@@ -1,0 +1,82 @@
+"""A model card from what a Trainer knows: what the model is, how to load it, how it was trained, what was measured.
+
+For `push_to_hub`, in place of the Trainer's draft, which knows no model of two backbones. Leaves out: answers, samples
+and licences, which `examples/publish.py` adds.
+"""
+
+import os
+import textwrap
+
+from huggingface_hub import ModelCard, ModelCardData
+
+TASK = "audio-text-to-text"
+TAGS = ["custom_code", "speech", "knowledge-distillation", "blsp-kd", "arxiv:2405.19041"]
+
+
+def card_of_training(trainer) -> ModelCard:
+    """Return the card of the model that a [`BlspKdTrainer`] trains, as it stands."""
+    args, state, config = trainer.args, trainer.state, trainer.model.config
+    model_id = trainer.hub_model_id or os.path.basename(os.path.abspath(args.output_dir))
+    base_models = _base_models(config)
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag=TASK,
+        tags=TAGS,
+        base_model=base_models or None,
+        # Several base models would else be taken for a merge of them.
+        base_model_relation="finetune" if base_models else None,
+    )
+    batch_size = state.train_batch_size or args.per_device_train_batch_size
+    batch_size *= args.gradient_accumulation_steps * args.world_size
+    evaluations = [
+        entry for entry in state.log_history if any(name.endswith("response_kl") for name in _measured(entry))
+    ]
+    measured = [f"- {name}: {value:.4g}" for name, value in _measured(evaluations[-1]).items()] if evaluations else []
+    made_from = f" It was made from {' and '.join(base_models)}." if base_models else ""
+    text = textwrap.dedent(
+        """\
+        # {model_id}
+
+        A text LLM with ears ([BLSP-KD](https://arxiv.org/abs/2405.19041)): speech becomes as many vectors as its
+        transcript has tokens, after which the LLM predicts what it would after the transcript.{made_from}
+
+        ```python
+        from transformers import pipeline
+
+        pipe = pipeline("audio-text-to-text", model="{model_id}", trust_remote_code=True)
+        ```
+
+        ## Training
+
+        {steps:,} steps of {batch_size} rows, learning rate {learning_rate:g}, losses {losses}.
+
+        ## Evaluation
+
+        {evaluation}
+        """
+    ).format(
+        model_id=model_id,
+        made_from=made_from,
+        steps=state.global_step,
+        batch_size=batch_size,
+        learning_rate=args.learning_rate,
+        losses=", ".join(f"{name} {weight:g}" for name, weight in config.distillation.items() if weight),
+        evaluation="\n".join(measured) or "Not measured.",
+    )
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
+
+
+def _measured(entry: dict) -> dict[str, float]:
+    """Losses and counts of one evaluation in the log."""
+    speed = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+    return {name: value for name, value in entry.items() if name.startswith("eval_") and not name.endswith(speed)}
+
+
+def _base_models(config) -> list[str]:
+    """Hub ids of the backbones; folders of this machine are left out."""
+    backbones = config.backbones or {}
+    names = [
+        backbones.get(part, {}).get("name_or_path") or getattr(part_config, "_name_or_path", "")
+        for part, part_config in (("audio_tower", config.speech_config), ("language_model", config.text_config))
+    ]
+    return [name for name in names if name and "/" in name and not os.path.exists(name) and not os.path.isabs(name)]
