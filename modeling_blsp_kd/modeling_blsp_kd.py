@@ -419,6 +419,12 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, BlspKdGenerationMixin):
             )
         if input_features_mask is None:
             input_features_mask = input_features.new_ones(len(input_features), input_features.shape[time_axis])
+        elif not torch.compiler.is_compiling() and not bool((is_heard := input_features_mask.bool().any(1)).all()):
+            empty = (~is_heard).nonzero().flatten().tolist()
+            raise ValueError(
+                f"Audio {empty[0]} of the batch holds no frames: its input_features_mask is zero everywhere. Leave out "
+                "clips without samples, and their placeholders."
+            )
         windows, window_mask, windows_per_clip = split_into_windows(
             input_features, input_features_mask, window, time_axis
         )

@@ -131,7 +131,9 @@ def where_documents_are_read(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/generation.md", "docs/checkpoints.md", "docs/demo.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/generation.md", "docs/checkpoints.md", "docs/demo.md", "docs/threads.md"]
+)
 def test_python_blocks_run(page, where_documents_are_read):
     row = {"audio": (clip(1.0), 16_000), "text": "two two eight", "response": "two", "instruction": "Name the largest."}
     namespace = {"rows": [row]}

@@ -148,7 +148,13 @@ def make_waveform_encoder():
 
 @pytest.mark.parametrize("call", ["forward", "generate", "get_audio_features"])
 def test_features_without_frames_are_an_error(call, model, inputs):
-    features, mask = inputs["input_features"][..., :0], inputs["input_features_mask"][:, :0]
-    given = {**inputs, "input_features": features, "input_features_mask": mask}
-    with pytest.raises(ValueError, match=r"input_features of shape \(2, 80, 0\) hold no frames: axis 2 is time"):
+    def run(features, mask):
+        given = {**inputs, "input_features": features, "input_features_mask": mask}
         model.get_audio_features(features, mask) if call == "get_audio_features" else getattr(model, call)(**given)
+
+    features, mask = inputs["input_features"], inputs["input_features_mask"].clone()
+    with pytest.raises(ValueError, match=r"input_features of shape \(2, 80, 0\) hold no frames: axis 2 is time"):
+        run(features[..., :0], mask[:, :0])
+    mask[1] = 0
+    with pytest.raises(ValueError, match="Audio 1 of the batch holds no frames: its input_features_mask is zero"):
+        run(features, mask)
