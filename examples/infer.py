@@ -6,6 +6,7 @@ Works with a folder or a Hub id; the answer appears as it is generated.
 """
 
 import argparse
+from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoProcessor, TextStreamer
 
@@ -23,6 +24,8 @@ def main():
     )
     parser.add_argument("--max_new_tokens", type=int, default=64, help="longest answer")
     options = parser.parse_args()
+    if not Path(options.audio).is_file():
+        parser.error(f"--audio {options.audio} is no file.")
 
     given = read_options(options.chat_template_kwargs)
     processor = AutoProcessor.from_pretrained(options.model, trust_remote_code=True, **given)

@@ -459,9 +459,9 @@ def test_kept_frames_stand_for_the_clips_of_a_later_run(folder, monkeypatch):
     heard = []
     encode = TrueLengthWhisperEncoder.forward
 
-    def count(self, input_features, input_features_mask):
+    def count(self, input_features, input_features_mask, **options):
         heard.append(len(input_features))
-        return encode(self, input_features, input_features_mask)
+        return encode(self, input_features, input_features_mask, **options)
 
     monkeypatch.setattr(TrueLengthWhisperEncoder, "forward", count)
     for output in ("encoded", "again"):

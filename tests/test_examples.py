@@ -85,6 +85,14 @@ def test_infer_answers_a_file(trained):
     assert output.strip()
 
 
+def test_infer_names_a_missing_file_before_it_loads_a_model(tmp_path, monkeypatch, capsys):
+    infer = load_example("infer", monkeypatch)
+    monkeypatch.setattr(sys, "argv", ["infer.py", "--model", "no/model", "--audio", str(tmp_path / "question.wav")])
+    with pytest.raises(SystemExit):
+        infer.main()
+    assert f"--audio {tmp_path / 'question.wav'} is no file." in capsys.readouterr().err
+
+
 # Runs in a process of its own, that cannot import this package.
 ASK = f"""
 import runpy

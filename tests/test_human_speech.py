@@ -146,7 +146,9 @@ def test_kept_frames_are_those_of_the_encoder_and_are_made_once(tmp_path):
         expected = tower(features, mask)
         kept = KeptFrames(tower, tmp_path / "frames.safetensors")
         encode = kept.encode
-        kept.encode = lambda features, mask: num_encoded.append(len(features)) or encode(features, mask)
+        kept.encode = lambda features, *args, **options: (
+            num_encoded.append(len(features)) or encode(features, *args, **options)
+        )
         twice = tower(features[[1, 1], :, :23], mask[[1, 1], :23])  # in one batch, without the padding of another
         assert torch.equal(*twice.last_hidden_state)
         for _ in range(2):

@@ -45,7 +45,7 @@ class KeptFrames:
         # A clip of several questions is in the batch several times.
         if new := {key: index for index, key in enumerate(keys) if key not in self.frames}:
             indices = list(new.values())
-            encoded = self.encode(input_features[indices], input_features_mask[indices])
+            encoded = self.encode(input_features[indices], input_features_mask[indices], return_dict=True)
             for key, frames, mask in zip(new, encoded.last_hidden_state, encoded.frame_mask):
                 self.frames[key] = frames[mask].to("cpu", torch.float16)
         frames = pad_sequence([self.frames[key] for key in keys], batch_first=True).to(input_features.device)
