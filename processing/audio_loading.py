@@ -63,13 +63,11 @@ def load_audio(
         audio = audio.read()
         if not isinstance(audio, bytes):
             raise TypeError(f"Expected an audio file opened in binary mode ('rb'), but reading it gave {type(audio)}.")
-    elif isinstance(audio, memoryview) and audio.itemsize == 1:
+    elif _is_bytes(audio):
         audio = audio.tobytes()
     if not isinstance(audio, (str, os.PathLike, bytes, bytearray)):
         audio = _as_array(audio)
-        is_bytes = audio.dtype == np.uint8 and audio.ndim == 1
-        if is_bytes and container_of(audio[:MAGIC_BYTES].tobytes()):  # a file that was read into an array
-            audio = audio.tobytes()
+        audio = audio.tobytes() if _holds_file(audio) else audio
 
     if isinstance(audio, np.ndarray):
         waveform, name = _as_float(audio), "the audio array"
@@ -84,8 +82,20 @@ def knows_rate(audio) -> bool:
     if isinstance(audio, dict):
         is_array = any(audio.get(key) is not None for key in ("array", "raw"))
         return not is_array or audio.get("sampling_rate") is not None
-    is_file = isinstance(audio, (str, bytes, bytearray, os.PathLike)) or hasattr(audio, "read")
+    if str(getattr(audio, "dtype", None)) in ("uint8", "torch.uint8"):
+        return _holds_file(_as_array(audio))
+    is_file = isinstance(audio, (str, bytes, bytearray, os.PathLike)) or hasattr(audio, "read") or _is_bytes(audio)
     return is_file or hasattr(audio, "get_all_samples") or (isinstance(audio, tuple) and len(audio) == 2)
+
+
+def _is_bytes(audio) -> bool:
+    return isinstance(audio, memoryview) and audio.itemsize == 1
+
+
+def _holds_file(samples: np.ndarray) -> bool:
+    """Return whether an array is the contents of a file that was read into it, not samples."""
+    is_bytes = samples.dtype == np.uint8 and samples.ndim == 1
+    return is_bytes and container_of(samples[:MAGIC_BYTES].tobytes()) is not None
 
 
 def _of_decoder(decoder, max_duration_s: float):

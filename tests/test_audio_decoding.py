@@ -1,5 +1,6 @@
 """Files of phones, browsers and telephones become what was recorded; what is broken or too long is refused by name."""
 
+import importlib.util
 import platform
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from audio_files import encode, encode_by_ffmpeg, tone
 from conftest import SAMPLING_RATE
+from transformers.dynamic_module_utils import get_imports
 
 from processing import audio_decoding, c_stderr
 from processing.audio_decoding import audio_info, container_of
@@ -124,6 +126,20 @@ def test_without_ffmpeg_the_error_says_what_to_install(kind, monkeypatch):
     for call in (lambda: load_audio(contents, SAMPLING_RATE), lambda: audio_info(contents)):
         with pytest.raises(ValueError, match=r"the audio of \d+ bytes .*pip install av"):
             call()
+
+
+def test_published_code_loads_without_ffmpeg(monkeypatch):
+    """transformers asks for each package that a model's code imports, unless it stands under `try:`."""
+    assert "av" not in get_imports(audio_decoding.__file__)
+    monkeypatch.setitem(sys.modules, "av", None)  # as if it were not installed
+    spec = importlib.util.spec_from_file_location("processing.without_av", audio_decoding.__file__)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.audio_info(encode(tone())).duration_s == 1
+    with pytest.raises(ValueError, match="cannot be decoded: .*FFmpeg .pip install av"):
+        module.audio_info(b"no audio")
+    with pytest.raises(ValueError, match="of the format mp4, which needs FFmpeg: pip install av"):
+        module.audio_info(of("m4a"))
 
 
 @pytest.mark.parametrize(

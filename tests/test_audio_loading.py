@@ -14,7 +14,7 @@ from audio_files import StandInDecoder, encode, encode_by_ffmpeg, tone
 from conftest import SAMPLING_RATE, clip
 
 from processing import audio_decoding
-from processing.audio_loading import load_audio
+from processing.audio_loading import knows_rate, load_audio
 
 # How far each format may move a sample. Lossless ones: half a step of 16 bits.
 FORMATS = {
@@ -151,6 +151,32 @@ def test_an_array_of_a_files_bytes_is_the_file(format, subtype):
         expected = load_audio(contents, SAMPLING_RATE)
         for audio in (memoryview(contents), np.frombuffer(contents, np.uint8)):
             assert np.array_equal(load_audio(audio, SAMPLING_RATE), expected)
+
+
+@pytest.mark.parametrize(
+    "clip_of, knows",
+    [
+        (lambda contents: contents, True),
+        (memoryview, True),
+        (lambda contents: np.frombuffer(contents, np.uint8), True),
+        (lambda contents: torch.frombuffer(bytearray(contents), dtype=torch.uint8), True),
+        (io.BytesIO, True),
+        (lambda contents: StandInDecoder(tone()), True),
+        (lambda contents: {"bytes": contents}, True),
+        (lambda contents: {"raw": tone(), "sampling_rate": 8_000}, True),
+        (lambda contents: (tone(), 8_000), True),
+        (lambda contents: {"raw": tone()}, False),
+        (lambda contents: {"array": tone(), "sampling_rate": None}, False),
+        (lambda contents: tone(), False),
+        (lambda contents: torch.from_numpy(tone()), False),
+        (lambda contents: tone().tolist(), False),
+        (lambda contents: np.full(1600, 128, np.uint8), False),
+        (lambda contents: memoryview(tone()), False),
+    ],
+)
+def test_all_kinds_but_arrays_know_their_rate(clip_of, knows):
+    """Open files were said to be arrays without a rate."""
+    assert knows_rate(clip_of(encode(tone()))) is knows
 
 
 def test_8_bit_samples_are_no_file():

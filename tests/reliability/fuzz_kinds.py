@@ -206,6 +206,7 @@ def chats(material: Material) -> Kind:
                 {"type": "text", "text": "repeat the words"},
                 {"type": "audio", "audio": {"base64": audio}, "sampling_rate": 16_000},
                 {"type": "audio", "url": f"data:audio/wav;base64,{audio}"},
+                {"type": "audio_url", "audio_url": {"url": f"data:audio/wav;base64,{audio}"}},
             ],
         },
         {"role": "assistant", "content": "the red cat"},
