@@ -132,7 +132,15 @@ def where_documents_are_read(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "docs/generation.md", "docs/checkpoints.md", "docs/demo.md", "docs/threads.md"]
+    "page",
+    [
+        "README.md",
+        "docs/generation.md",
+        "docs/chat_templates.md",
+        "docs/checkpoints.md",
+        "docs/demo.md",
+        "docs/threads.md",
+    ],
 )
 def test_python_blocks_run(page, where_documents_are_read):
     row = {"audio": (clip(1.0), 16_000), "text": "two two eight", "response": "two", "instruction": "Name the largest."}
