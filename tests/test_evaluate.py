@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from audio_files import StandInDecoder
 from conftest import SAMPLING_RATE, VOCAB_SIZE, clip, make_model, speech_config
 from datasets import Dataset
 from tokenizers.pre_tokenizers import ByteLevel
@@ -273,6 +274,20 @@ def test_a_recogniser_is_read_off_its_speech_vectors(processor):
         ids = [max(range(VOCAB_SIZE), key=lambda token: float(vector @ embeddings[token])) for vector in vectors]
         expected.append(processor.tokenizer.decode(ids, skip_special_tokens=True).strip())
     assert transcribe(recogniser, processor, clips) == expected and any(expected)
+
+
+def test_decoders_of_datasets_are_heard_as_the_clips_that_they_hold(model, processor):
+    """Whoever gives rows of `datasets` to these functions has torchcodec's decoders in them."""
+    clips = [(clip(0.7, seed=1), SAMPLING_RATE), (clip(1.2, seed=2), SAMPLING_RATE)]
+    decoders = [StandInDecoder(samples) for samples, _ in clips]
+    recogniser = make_model(distillation={"transcript_ce": 1.0, "response_kl": 0.0, "input_kl": 0.0})
+    for each in (recogniser, model):
+        assert transcribe(each, processor, decoders, 4) == transcribe(each, processor, clips, 4)
+    rows = [{"audio": decoder, "text": "the cat"} for decoder in decoders]
+    expected = [{"audio": samples, "text": "the cat"} for samples in clips]
+    assert [row["audio"] for row in check_rows(rows)] == decoders
+    heard, read = (answer_rows(model, processor, each, "audio", max_new_tokens=4) for each in (rows, expected))
+    assert heard == read
 
 
 def test_any_other_model_is_asked_to_repeat(model, processor, spoken_rows):
