@@ -18,6 +18,7 @@ from pathlib import Path
 import gradio as gr
 from transformers import AutoModelForCausalLM, AutoProcessor, TextIteratorStreamer
 
+from modeling_blsp_kd.devices import fast_dtype
 from processing.audio_loading import load_audio
 from processing.chat_templates import read_options
 from processing.hearing import Hearing, hear, plot_hearing
@@ -215,7 +216,9 @@ def main():
 
     given = read_options(options.chat_template_kwargs)
     processor = AutoProcessor.from_pretrained(options.model, trust_remote_code=True, **given)
-    model = AutoModelForCausalLM.from_pretrained(options.model, trust_remote_code=True, device_map="auto")
+    model = AutoModelForCausalLM.from_pretrained(
+        options.model, trust_remote_code=True, device_map="auto", dtype=fast_dtype()
+    )
     launch(build_page(Listener(model, processor), read_clips(options.clips)), options.clips)
 
 

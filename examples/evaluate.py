@@ -32,6 +32,7 @@ from tqdm import tqdm
 from training_input.frames import KeptFrames
 
 from modeling_blsp_kd import BlspKdForCausalLM
+from modeling_blsp_kd.devices import fast_dtype
 from modeling_blsp_kd.thin_checkpoints import identify
 from processing import BlspKdProcessor
 from processing.audio_loading import load_audio
@@ -59,6 +60,7 @@ def main():
     parser.add_argument("--num_utterances", type=int, default=480, help="tiny world: clips per kind of voice")
     parser.add_argument("--cache_dir", default="outputs/tiny_world_speech", help="tiny world: where clips are kept")
     parser.add_argument("--limit", type=int, help="use the first rows only")
+    parser.add_argument("--dtype", help="of the models; omitted, float32 on a CPU, elsewhere as they are stored")
     parser.add_argument("--kept_frames", help="file for frames of a Whisper encoder, see train.py: encodes a clip once")
     parser.add_argument("--batch_size", type=int, default=32, help="rows at once")
     parser.add_argument("--max_new_tokens", type=int, default=64, help="longest answer")
@@ -142,11 +144,12 @@ def settings_of(system: str, options, data: str) -> dict:
 
 
 def load_systems(options) -> Systems:
+    dtype = fast_dtype(options.dtype)
     return Systems(
-        BlspKdForCausalLM.from_pretrained(options.model, device_map="auto").requires_grad_(False),
+        BlspKdForCausalLM.from_pretrained(options.model, device_map="auto", dtype=dtype).requires_grad_(False),
         BlspKdProcessor.from_pretrained(options.model, **read_options(options.chat_template_kwargs)),
         tasks=options.tasks,
-        recognizer=load_recognizer(options.asr_model) if options.asr_model else None,
+        recognizer=load_recognizer(options.asr_model, dtype) if options.asr_model else None,
         translation_instruction=options.translation_instruction,
         max_new_tokens=options.max_new_tokens,
     )

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoProcessor, TextStreamer
 
+from modeling_blsp_kd.devices import fast_dtype
 from processing.chat_templates import read_options
 from processing.spoken_inputs import user_turn
 
@@ -23,13 +24,16 @@ def main():
         "--chat_template_kwargs", help="JSON options of the LLM's chat template (those that it was trained with)"
     )
     parser.add_argument("--max_new_tokens", type=int, default=64, help="longest answer")
+    parser.add_argument("--dtype", help="of the weights; omitted, float32 on a CPU, elsewhere as they are stored")
     options = parser.parse_args()
     if not Path(options.audio).is_file():
         parser.error(f"--audio {options.audio} is no file.")
 
     given = read_options(options.chat_template_kwargs)
     processor = AutoProcessor.from_pretrained(options.model, trust_remote_code=True, **given)
-    model = AutoModelForCausalLM.from_pretrained(options.model, trust_remote_code=True, device_map="auto")
+    model = AutoModelForCausalLM.from_pretrained(
+        options.model, trust_remote_code=True, device_map="auto", dtype=fast_dtype(options.dtype)
+    )
     inputs = processor.apply_chat_template(
         user_turn(options.instruction, {"type": "audio", "path": options.audio}),
         add_generation_prompt=True,

@@ -38,6 +38,7 @@ from training_data.templates import choose, read_templates
 from training_data.unfinished import Unfinished
 from transformers import AutoConfig, HfArgumentParser
 
+from modeling_blsp_kd.devices import fast_dtype
 from processing import BlspKdProcessor
 from processing.chat_templates import is_in_thought, read_options
 from processing.manifests import BadRow
@@ -101,7 +102,10 @@ class AnswerOptions:
         },
     )
     engine: str = field(default="transformers", metadata={"help": "transformers, or vllm where it is installed."})
-    dtype: str = field(default="auto", metadata={"help": "auto, float32, bfloat16 or float16."})
+    dtype: str | None = field(
+        default=None,
+        metadata={"help": "auto, float32, bfloat16 or float16. If omitted: float32 on a CPU, auto elsewhere."},
+    )
     batch_size: int = field(default=64, metadata={"help": "Rows per block, and prompts answered at once."})
     max_new_tokens: int = field(default=64, metadata={"help": "Longest answer."})
     temperature: float = field(default=0.0, metadata={"help": "0: the most probable token each time."})
@@ -131,6 +135,7 @@ def main(arguments: list[str] | None = None):
             f"vLLM uses several GPUs by itself, but {state.num_processes} processes were launched: use python instead "
             "of accelerate launch, with --num_gpus."
         )
+    answer_options.dtype = fast_dtype(answer_options.dtype, state.device)
     source = open_source(source_options)
     names = row_options.templates
     if names is None:

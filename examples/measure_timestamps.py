@@ -22,6 +22,7 @@ import torch
 from tqdm import tqdm
 
 from modeling_blsp_kd import BlspKdForCausalLM
+from modeling_blsp_kd.devices import fast_dtype
 from processing import BlspKdProcessor
 from processing.manifests import read_manifest
 from processing.spoken_inputs import user_turn
@@ -48,7 +49,7 @@ def main():
     options = parser.parse_args()
 
     processor = BlspKdProcessor.from_pretrained(options.model)
-    model = BlspKdForCausalLM.from_pretrained(options.model, device_map="auto").eval()
+    model = BlspKdForCausalLM.from_pretrained(options.model, device_map="auto", dtype=fast_dtype()).eval()
     train_rows, eval_rows = load_rows(options)
     model.config.timestamps = {**model.config.timestamps, "delay_s": fit_delay(model, processor, train_rows, options)}
 

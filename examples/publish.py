@@ -50,8 +50,6 @@ def main():
         model = BlspKdForCausalLM.from_pretrained(checkpoint)
         processor = BlspKdProcessor.from_pretrained(checkpoint)
         is_thin = model.config.backbones is not None and not options.full
-        if options.full:
-            model = model.to(model.dtype)  # a full checkpoint has one dtype
         write_model(model, processor, folder, options.full)
         samples = write_samples(model, processor, rows, folder)
         record["facts"] = {

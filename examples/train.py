@@ -50,6 +50,7 @@ from transformers.trainer_pt_utils import get_parameter_names
 from transformers.training_args import OptimizerNames
 
 from modeling_blsp_kd import BlspKdForCausalLM, BlspKdTrainer
+from modeling_blsp_kd.devices import fast_dtype
 from modeling_blsp_kd.training_arguments import check_training_arguments
 from processing import BlspKdDataCollator, BlspKdProcessor
 from processing.chat_templates import is_in_thought, read_options
@@ -93,10 +94,11 @@ class ModelOptions:
             "saved with the processor. If omitted: none, or those of --start_from."
         },
     )
-    dtype: str = field(
-        default="float32",
+    dtype: str | None = field(
+        default=None,
         metadata={
-            "help": "Of the frozen weights: float32, bfloat16, or auto, as the LLM is stored. Others are float32."
+            "help": "Of the frozen weights: float32, bfloat16, or auto, as the LLM is stored. If omitted: float32 on a "
+            "CPU, auto elsewhere. What is trained is float32."
         },
     )
     plora: bool = field(default=False, metadata={"help": "Adapt the LLM at speech positions (partial LoRA)."})
@@ -296,7 +298,7 @@ def make_trainer(
     if args.deepspeed_plugin is not None and not args.deepspeed_plugin.zero3_init_flag:
         # TrainingArguments asks for shares of the weights all the same, but the LLM is to answer first.
         unset_hf_deepspeed_config()
-    model = build_model(model_options, processor, model_class)
+    model = build_model(model_options, processor, model_class, args.device)
     warn_of_endless_answers(model, processor)
     with args.main_process_first(desc="making the data"):
         train_rows, eval_rows = load_rows(data_options, data_seed(args))
@@ -307,7 +309,8 @@ def make_trainer(
         answers = [None] * len(unanswered)
         if model.device.type != "meta":  # FSDP's cpu_ram_efficient_loading gives the others their weights later
             answers = answer_rows(model, processor, unanswered, "text", max_new_tokens=data_options.max_response_tokens)
-        broadcast_object_list(answers)
+        if answers:  # torch cannot send an empty list
+            broadcast_object_list(answers)
         for row, answer in zip(unanswered, answers):
             row["response"] = answer
         if empty := [row for row in unanswered if not row["response"]]:
@@ -345,7 +348,8 @@ def build_processor(options: ModelOptions) -> BlspKdProcessor:
     return BlspKdProcessor.from_backbones(options.speech_model, options.text_model, **given)
 
 
-def build_model(options: ModelOptions, processor, model_class=BlspKdForCausalLM) -> BlspKdForCausalLM:
+def build_model(options: ModelOptions, processor, model_class=BlspKdForCausalLM, device=None) -> BlspKdForCausalLM:
+    dtype = fast_dtype(options.dtype, device)
     training = {
         "freeze_speech_encoder": options.freeze_speech_encoder,
         "speech_padding": options.speech_padding,
@@ -355,7 +359,8 @@ def build_model(options: ModelOptions, processor, model_class=BlspKdForCausalLM)
         config = model_class.config_class.from_pretrained(options.start_from, **training)
         if hasattr(config.speech_config, "apply_spec_augment"):
             config.speech_config.update(SPEC_AUGMENT if options.spec_augment else {"apply_spec_augment": False})
-        model = model_class.from_pretrained(options.start_from, config=config, dtype=options.dtype).upcast_trained()
+        # As stored, so that what goes on being trained is not rounded by the dtype of the rest.
+        model = model_class.from_pretrained(options.start_from, config=config).upcast_trained().cast_frozen(dtype)
         if options.freeze_speech_encoder and any(each.requires_grad for each in model.audio_tower.parameters()):
             raise ValueError(
                 f"The encoder of {options.start_from}, a thin checkpoint, was trained; frozen, it would be missing in "
@@ -373,7 +378,7 @@ def build_model(options: ModelOptions, processor, model_class=BlspKdForCausalLM)
         options.text_model,
         audio_token_id=processor.audio_token_id,
         speech_kwargs={"config": speech_config},
-        dtype=options.dtype,
+        dtype=dtype,
         adapter={"type": options.adapter, **adapter_options},
         plora=options.plora,
         thin=options.thin,

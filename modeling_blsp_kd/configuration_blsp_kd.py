@@ -146,6 +146,7 @@ CHECKED_OPTIONS = (
     "speech_padding",
     "audio_token_id",
     "backbones",
+    "part_dtypes",
 )
 ADAPTERS = {"cformer": CFormerOptions, "subsampler": SubsamplerOptions}
 SPEECH_ENCODERS = ("whisper", "wav2vec2", "hubert", "wavlm", "wav2vec2-bert", "parakeet_encoder")
@@ -221,6 +222,8 @@ class BlspKdConfig(PreTrainedConfig):
         backbones (`dict`, *optional*): makes checkpoints thin: they hold only what was trained, and the rest is
             fetched from here. For each of `audio_tower` and `language_model`: `name_or_path` (Hub id or folder) and
             `revision` (commit, or checksum of a folder's weights). Set by `from_backbones(thin=True)`.
+        part_dtypes (`dict`, *optional*): of a full checkpoint whose parts differ in dtype: the name of the dtype of
+            `audio_tower`, `adapter`, `language_model` and `plora`. Set by `save_pretrained`.
         custom_pipelines (`dict`, *optional*): further tasks than `CUSTOM_PIPELINES`, in the same form.
 
     Raises:
@@ -246,6 +249,7 @@ class BlspKdConfig(PreTrainedConfig):
     speech_padding: str = "do_not_pad"
     audio_token_id: int = 0
     backbones: Any = None
+    part_dtypes: Any = None
     auto_map: Any = None
     custom_pipelines: Any = None
 
@@ -299,6 +303,13 @@ class BlspKdConfig(PreTrainedConfig):
                 f"backbones must be None, or give name_or_path and revision (text) of each of {BACKBONES}",
                 self.backbones,
             )
+        _require(
+            self.part_dtypes is None
+            or isinstance(self.part_dtypes, dict)
+            and set(self.part_dtypes.values()) <= {"float64", "float32", "bfloat16", "float16"},
+            "part_dtypes must be None, or give names of floating point dtypes",
+            self.part_dtypes,
+        )
         self.tie_word_embeddings = getattr(self.text_config.get_text_config(), "tie_word_embeddings", False)
         if self.auto_map is None:
             model = "modeling_blsp_kd.BlspKdForCausalLM"

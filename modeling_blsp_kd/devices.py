@@ -9,6 +9,9 @@ import dataclasses
 import functools
 
 import torch
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 WITHOUT_FLOAT64 = {"mps"}
 
@@ -19,6 +22,28 @@ def float64_device(device: torch.device) -> torch.device:
     if device.type == "xpu":
         lacks_float64 = not torch.xpu.get_device_properties(device).has_fp64
     return torch.device("cpu") if lacks_float64 else device
+
+
+def fast_dtype(dtype: torch.dtype | str | None = None, device: torch.device | None = None) -> torch.dtype | str:
+    """Return the dtype to load a model in: the one asked for, else the fast one on the device, with a line in the log.
+
+    That is float32 on a CPU, and "auto", the dtype that a model is stored in, on all other devices. Many models are
+    stored in half precision, which most CPUs convert back and forth at every step.
+
+    Args:
+        dtype (`torch.dtype` or `str`, *optional*): what a user asked for.
+        device (`torch.device`, *optional*): omitted, the accelerator of this machine, or its CPU if it has none.
+    """
+    if dtype is not None:
+        return dtype
+    on_cpu = not torch.accelerator.is_available() if device is None else device.type == "cpu"
+    if not on_cpu:
+        return "auto"
+    logger.warning_once(
+        "On a CPU models are loaded in float32, since half precision is several times slower on most. Ask for another "
+        'dtype to overrule this; "auto" is what a model is stored in.'
+    )
+    return "float32"
 
 
 def computes_in_float64(function):

@@ -48,6 +48,7 @@ from .speech_encoder import (
 )
 from .speech_prompt import SpeechPrompt, check_placeholders, cut_out, find_placeholders, lay_out
 from .speech_windows import is_within, per_clip, regroup, split_into_windows
+from .stored_dtypes import build_in, dtypes_of_parts, without_part_dtypes_if_told
 from .thin_checkpoints import identify, is_thin, load_thin, trained_names
 from .token_times import token_times
 from .versions import CACHE_NAME, CACHE_NAMES, one_cache
@@ -159,6 +160,7 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, BlspKdGenerationMixin):
         if config.plora:
             self.plora = PartialLora(self.language_model, **config.plora)
         self.register_state_dict_post_hook(leave_out_of_peft_model)
+        build_in(self, config.part_dtypes)
         self.post_init()
         # Whisper also names its decoder's layers, and accelerate's FSDP refuses names of layers that are not there.
         self._no_split_modules = set(self._no_split_modules) & {type(module).__name__ for module in self.modules()}
@@ -230,7 +232,9 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, BlspKdGenerationMixin):
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         """Load a checkpoint, full or thin; see `PreTrainedModel.from_pretrained` for all arguments.
 
-        Quantisation is for the LLM: speech encoder, adapter and partial LoRA keep their precision.
+        Each part comes in the dtype that it was saved in, so that trained float32 weights beside a half-precision LLM
+        are not rounded; an explicit `dtype` is that of all. Quantisation is for the LLM: speech encoder, adapter and
+        partial LoRA keep their precision.
 
         Of the config's fields that may be given here, `plora` also puts partial LoRA on a model without it (it changes
         nothing until it is trained), or takes it off (`False`), leaving the LLM as it was.
@@ -244,6 +248,7 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, BlspKdGenerationMixin):
         kwargs, plora, is_switched = load_as_stored(cls.config_class, pretrained_model_name_or_path, kwargs)
         is_full = not is_thin(cls.config_class, pretrained_model_name_or_path, **kwargs)
         if is_full:
+            kwargs = without_part_dtypes_if_told(kwargs)
             if kwargs.get("quantization_config") is not None:
                 kwargs["quantization_config"] = _for_language_model_only(kwargs["quantization_config"])
             result = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
@@ -257,6 +262,7 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, BlspKdGenerationMixin):
         if is_full:
             # transformers makes every loaded parameter trainable, so freezing has to be repeated.
             model.freeze_backbones()
+            model.config.part_dtypes = None  # they are those of the file
         model._skip_backbones_on_save()
         distributed = getattr(model.config, "distributed_config", None)
         if model.plora is not None and getattr(distributed, "tp_plan", None) is not None:
@@ -304,9 +310,12 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, BlspKdGenerationMixin):
             self.config.backbones = None
         try:
             self._skip_backbones_on_save()
+            if self.config.backbones is None:
+                saved = kwargs.get("state_dict")
+                self.config.part_dtypes = dtypes_of_parts(self.state_dict() if saved is None else saved)
             super().save_pretrained(save_directory, *args, **kwargs)
         finally:
-            self.config.backbones = backbones
+            self.config.backbones, self.config.part_dtypes = backbones, None
             self._skip_backbones_on_save()
 
     def resize_token_embeddings(self, *args, **kwargs):
@@ -346,6 +355,17 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, BlspKdGenerationMixin):
         for parameter in self.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
+        return self
+
+    def cast_frozen(self, dtype: torch.dtype | str) -> "BlspKdForCausalLM":
+        """Make what is frozen `dtype` ("auto": leave it), but for a quantised LLM; returns the model."""
+        if dtype == "auto":
+            return self
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        is_quantised = hasattr(self, "hf_quantizer") or hasattr(self.language_model, "hf_quantizer")
+        for name, parameter in self.named_parameters():
+            if not (parameter.requires_grad or is_quantised and name.startswith("language_model.")):
+                parameter.data = parameter.data.to(dtype)
         return self
 
     def merge_and_unload(self, *args, **kwargs):

@@ -16,18 +16,19 @@ from processing.spoken_inputs import user_turn
 WHISPER_WINDOW_S = 30
 
 
-def load_recognizer(name: str):
+def load_recognizer(name: str, dtype="auto"):
     """What turns a list of clips (each as in `load_audio`) into transcripts.
 
     Args:
         name: folder or Hub id of a BLSP-KD model, or of a model for transformers' "automatic-speech-recognition".
+        dtype: of its weights, as in `from_pretrained`.
     """
     config, _ = PretrainedConfig.get_config_dict(name)
     if config.get("model_type") == BlspKdConfig.model_type:
         processor = BlspKdProcessor.from_pretrained(name)
-        model = BlspKdForCausalLM.from_pretrained(name, device_map="auto").eval()
+        model = BlspKdForCausalLM.from_pretrained(name, device_map="auto", dtype=dtype).eval()
         return lambda clips: transcribe(model, processor, clips)
-    recognize = pipeline("automatic-speech-recognition", model=name, device_map="auto")
+    recognize = pipeline("automatic-speech-recognition", model=name, device_map="auto", dtype=dtype)
     rate = recognize.feature_extractor.sampling_rate
     if recognize.type == "seq2seq_whisper" and recognize.tokenizer.pad_token is None:
         # A pipeline asks for one before it batches. What ends a transcript may fill it up.

@@ -61,7 +61,8 @@ class EndpointHandler:
 
     def __init__(self, path: str = ""):
         """Load the repository folder `path`: its model, its processor and its pipelines."""
-        self.answers = pipeline("audio-text-to-text", model=path, trust_remote_code=True)
+        fast_dtype = get_class_from_dynamic_module("devices.fast_dtype", path)
+        self.answers = pipeline("audio-text-to-text", model=path, trust_remote_code=True, dtype=fast_dtype())
         pipelines = self.answers.model.config.custom_pipelines
         transcribing = get_class_from_dynamic_module(pipelines["automatic-speech-recognition"]["impl"], path)
         # The model's own code reads the blocks of chats, and measures files.

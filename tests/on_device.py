@@ -1,27 +1,40 @@
-"""A model on a device without float64 does what it does on the CPU. `test_devices.py` runs this in its own process.
+"""A model on a device does what it does on the CPU.
 
-What computes in float64 runs the same kernels either way, so there results agree bit for bit. Elsewhere PyTorch takes
-other ways to the same kernels (of attention, say), so results agree as sums of float32 numbers in another order do.
+    BLSP_KD_TEST_DEVICE=cuda python -m pytest tests/on_device.py    # or mps, or xpu
+    python -m pytest tests/on_device.py                             # on a stand-in for a device without float64
+
+Not collected by a plain `pytest`: `test_devices.py` runs it on the stand-in, `gpu_check.py` on a GPU. On the stand-in,
+what computes in float64 runs the same kernels as on the CPU, so results there agree bit for bit. Elsewhere sums of
+float32 numbers are taken in another order.
 """
+
+import os
+from contextlib import nullcontext
 
 import pytest
 import torch
 from accelerate import PartialState
 from conftest import SAMPLING_RATE, clip, make_model, spoken_prompts
-from stand_in_device import DEVICE, StandInDevice
 from transformers import TrainingArguments
 
 from examples.training_data.engines import RowSampler
 from modeling_blsp_kd import BlspKdTrainer
 from modeling_blsp_kd.cif import continuous_integrate_and_fire, flush_stream, stream_integrate_and_fire
+from modeling_blsp_kd.distillation import linear_kl
 from modeling_blsp_kd.speech_windows import tokens_per_window
 from processing.hearing import hear
 from processing.pipeline_blsp_kd import BlspKdPipeline, BlspKdSpeechRecognitionPipeline
 
+NAME = os.environ.get("BLSP_KD_TEST_DEVICE", "standin")
+if NAME == "standin":
+    from stand_in_device import DEVICE, StandInDevice
+else:
+    DEVICE = torch.device(NAME, 0)
+
 
 @pytest.fixture(autouse=True)
 def _device():
-    with StandInDevice():
+    with StandInDevice() if NAME == "standin" else nullcontext():
         yield
 
 
@@ -30,16 +43,17 @@ def to_device(inputs: dict) -> dict:
 
 
 def assert_same(ours, expected):
-    assert ours.device == DEVICE
-    torch.testing.assert_close(ours.cpu(), expected, rtol=0, atol=0, equal_nan=True)
+    """Bit for bit on the stand-in."""
+    assert_close(ours, expected, 0.0 if NAME == "standin" else {torch.bfloat16: 1e-2}.get(expected.dtype, 1e-5))
 
 
-def assert_close(ours, expected):
+def assert_close(ours, expected, tolerance: float = 1e-5):
     assert ours.device == DEVICE
     scale = float(expected.nan_to_num().abs().max())
-    torch.testing.assert_close(ours.cpu(), expected, rtol=0, atol=1e-5 * scale, equal_nan=True)
+    torch.testing.assert_close(ours.cpu(), expected, rtol=0, atol=tolerance * scale, equal_nan=True)
 
 
+@pytest.mark.skipif(NAME != "standin", reason="of the stand-in")
 def test_the_device_has_no_float64():
     with pytest.raises(TypeError, match="no float64"):
         torch.ones(2, device=DEVICE).double()
@@ -125,7 +139,7 @@ def test_generate_with_timestamps(processor):
     expected = model.generate(**inputs, **options)
     model.to(DEVICE)
     output = model.generate(**to_device(inputs), **options)
-    assert_same(output.sequences, expected.sequences)
+    assert torch.equal(output.sequences.cpu(), expected.sequences)
     assert expected.token_timestamps.isfinite().any()
     assert_close(output.token_timestamps, expected.token_timestamps)
 
@@ -190,3 +204,35 @@ def test_drawing_answers():
     scores = torch.randn(3, 50)
     expected = RowSampler([1, 2, 3])(None, scores)
     assert_same(RowSampler([1, 2, 3])(None, scores.to(DEVICE)), expected)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_linear_kl_and_its_gradient(dtype, tolerance):
+    torch.manual_seed(0)
+    student, teacher, weight = (torch.randn(size, 64).to(dtype) for size in (40, 40, 500))
+    results = []
+    for device in (DEVICE, "cpu"):
+        hidden = student.to(device).requires_grad_()
+        loss = linear_kl(hidden, teacher.to(device), weight.to(device), softcap=30.0)
+        results.append((loss.detach(), *torch.autograd.grad(loss, hidden)))
+    for ours, expected in zip(*results):
+        assert_close(ours, expected, tolerance)
+
+
+def test_text_alone_is_the_bare_llm_and_speech_is_not(processor):
+    model, inputs = make_model(plora=True).to(DEVICE), to_device(spoken_prompts(processor))
+    text = torch.tensor([[1, 9, 33, 7]], device=DEVICE)
+    with model.plora.at(None):
+        bare = model.language_model(input_ids=text).logits
+    assert torch.equal(model(input_ids=text).logits.cpu(), bare.cpu())
+    with_lora = model(**inputs).logits.cpu()
+    for parameter in model.plora.parameters:
+        parameter.data.zero_()
+    assert not torch.allclose(model(**inputs).logits.cpu(), with_lora)
+
+
+def test_a_row_does_not_see_the_rest_of_its_batch(processor):
+    model = make_model(plora=True).to(DEVICE)
+    both = model.generate(**to_device(spoken_prompts(processor)), max_new_tokens=6, do_sample=False)
+    alone = model.generate(**to_device(spoken_prompts(processor, (0.5,))), max_new_tokens=6, do_sample=False)
+    assert both[0].tolist()[-6:] == alone[0].tolist()[-6:]
