@@ -104,6 +104,17 @@ class BlspKdTrainer(Trainer):
         self._notices = None  # how many processes had a notice when the step began
         self._is_terminating = False
 
+    def _check_lengths(self):
+        """Look for the column of lengths, of which an evaluation would else find only after training that it lacks."""
+        several = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval_dataset": self.eval_dataset}
+        for name, dataset in {"train_dataset": self.train_dataset, **several}.items():
+            columns = getattr(dataset, "column_names", None)
+            if columns is not None and hasattr(dataset, "__len__") and self.args.length_column_name not in columns:
+                raise ValueError(
+                    f"train_sampling_strategy='group_by_length' needs the column {self.args.length_column_name!r} in "
+                    f"{name}, for example seconds of audio, but it has {columns}."
+                )
+
     def _choose_direction(self, model):
         """Set whether a greater value of the metric for the best model is better, unless the user did.
 
@@ -120,11 +131,13 @@ class BlspKdTrainer(Trainer):
         """`Trainer.train`, from a checkpoint that has been verified.
 
         Raises:
-            ValueError: there is no good checkpoint to resume from.
+            ValueError: there is no good checkpoint to resume from, or rows lack the length that they are grouped by.
             FloatingPointError: see `non_finite_loss`.
             OSError: a checkpoint could not be written. Those before are intact.
             SystemExit: 143, on SIGTERM.
         """
+        if self.args.train_sampling_strategy == "group_by_length":
+            self._check_lengths()
         if resume_from_checkpoint:
             resume_from_checkpoint = self._choose_checkpoint(resume_from_checkpoint)
         self._is_terminating = False

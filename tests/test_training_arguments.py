@@ -329,20 +329,23 @@ def test_rows_come_in_the_order_that_is_asked_for(strategy, tmp_path, processor,
         seen.append([row["text"] + row["response"] for row in rows])
         return collator(rows)
 
-    trainer = make_trainer(
-        tmp_path,
-        processor,
-        collate,
-        **FOUR_STEPS,
-        train_sampling_strategy=strategy,
-        length_column_name="seconds",
-    )
-    seconds = [len(row["audio"]["array"]) / 16_000 for row in trainer.train_dataset]
-    trainer.train_dataset = trainer.train_dataset.add_column("seconds", seconds)
+    args = make_trainer(tmp_path, processor, collator, **FOUR_STEPS, length_column_name="seconds").args
+    args.train_sampling_strategy = strategy
+    seconds = [len(row["audio"]["array"]) / 16_000 for row in many_rows()]
+    dataset = Dataset.from_list(many_rows()).add_column("seconds", seconds)
+    trainer = BlspKdTrainer(make_model(), args, collate, dataset, dataset.select(range(4)), processor)
     trainer.train()
+    assert trainer.evaluate()["eval_loss"] > 0
+    seen = seen[:4]
     rows = [row["text"] + row["response"] for row in many_rows()]
     assert sorted(row for batch in seen for row in batch) == sorted(rows), "each row once"
     assert (seen == [rows[start : start + 4] for start in range(0, NUM_ROWS, 4)]) == (strategy == "sequential")
+
+
+def test_missing_lengths_are_named_before_training(tmp_path, processor, collator):
+    """An evaluation without lengths failed after the training."""
+    with pytest.raises(ValueError, match="needs the column 'length' in train_dataset, .* but it has .*'audio'"):
+        make_trainer(tmp_path, processor, collator, train_sampling_strategy="group_by_length").train()
 
 
 def test_seeds_decide_order_and_dropout(tmp_path, processor, collator):
