@@ -269,6 +269,10 @@ def test_a_short_run_of_many_threads_finds_nothing(asked_pipe):
 
 
 def test_a_mask_that_threads_share_would_be_found(asked_pipe, monkeypatch):
+    # Without what starts threads of its own, and so would fail alone.
+    asked = reliability.threads.kinds(asked_pipe)
+    asked = {kind: asked[kind] for kind in ("answer", "logits of speech", "logits of text")}
+    monkeypatch.setattr(reliability.threads, "kinds", lambda pipe: asked)
     monkeypatch.setattr(plora_module, "_here", SimpleNamespace(call=None))
     result = reliability.threads.run(asked_pipe, num_threads=8, num_requests=12)
     assert {wrong["outcome"] for wrong in result["wrong"]} - {"same"}
