@@ -24,6 +24,7 @@ from tqdm import tqdm
 from modeling_blsp_kd import BlspKdForCausalLM
 from modeling_blsp_kd.devices import fast_dtype
 from processing import BlspKdProcessor
+from processing.data_collator import continue_ids
 from processing.manifests import read_manifest
 from processing.spoken_inputs import user_turn
 
@@ -115,7 +116,12 @@ def say(split: str, num_clips: int, voices, seed: int, cache_dir: str) -> list[d
 @torch.inference_mode()
 def fit_delay(model, processor, rows, options) -> float:
     """The delay with the least median error on clips whose transcripts are given: nothing depends on hearing right."""
-    token_ids = [processor.tokenizer(row["text"], add_special_tokens=False)["input_ids"] for row in rows]
+    before, _ = processor.apply_chat_template(user_turn(options.instruction), add_generation_prompt=True).split(
+        processor.audio_token
+    )
+    before_ids = processor.tokenize(before, add_special_tokens=False)["input_ids"]
+    texts = [row["text"].strip() for row in rows]
+    token_ids = continue_ids(processor, [before] * len(rows), [before_ids] * len(rows), texts)
     errors = {delay_s: [] for delay_s in DELAYS_S}
     silence = model.config.timestamps["silence"]
     for start in tqdm(range(0, len(rows), options.batch_size), desc="fitting", mininterval=1):
