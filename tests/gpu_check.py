@@ -208,7 +208,7 @@ def check_recipe(device, small: bool):
         seconds = time.perf_counter() - start
     losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
     num_parameters = sum(value.numel() for value in model.parameters())
-    tell(f"{num_parameters / 1e6:.0f} M parameters, {accumulation} batches of {len(batch['num_speech_tokens'])} a step")
+    tell(f"{num_parameters / 1e6:.1f} M parameters, {accumulation} batches of {len(batch['num_speech_tokens'])} a step")
     tell(f"loss {', '.join(f'{loss:.3f}' for loss in losses)}")
     tell(f"{seconds / NUM_STEPS:.2f} s a step")
     if device.type == "cuda":
@@ -291,10 +291,10 @@ def check_fsdp2(device, small: bool):
             "train_manifest": manifest,
             "allow_outside_paths": "true",
             "output_dir": Path(folder, "model"),
-            "max_steps": 3,
+            "max_steps": 2 if small else NUM_STEPS,
             "save_steps": 2,
             "logging_steps": 1,
-            "per_device_train_batch_size": 4,
+            "per_device_train_batch_size": 2 if small else 16,
             "dataloader_num_workers": 0,
         }
         launcher = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "examples/accelerate/fsdp2.yaml")]

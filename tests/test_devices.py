@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from modeling_blsp_kd import BlspKdConfig, BlspKdForCausalLM, devices
 from modeling_blsp_kd.devices import fast_dtype, float64_device
 from modeling_blsp_kd.stored_dtypes import part_of
+from tests.gpu_check import BUDGETS_S, PARTS
 
 TESTS = Path(__file__).parent
 
@@ -159,3 +160,34 @@ def test_a_quantised_llm_beside_float32_parts(backbones, tmp_path):
 def test_wrong_dtypes_of_parts_are_named():
     with pytest.raises(ValueError, match="part_dtypes must be None, or give names of floating point dtypes"):
         BlspKdConfig(part_dtypes={"adapter": "int8"})
+
+
+# -- the check of a GPU -----------------------------------------------------------------------------------------------
+
+
+def gpu_check(report, *options):
+    return subprocess.run(
+        [sys.executable, "-m", "tests.gpu_check", "--output", report, "--device", "cpu", "--small", *options],
+        cwd=TESTS.parent,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_the_check_of_a_gpu_fits_into_eight_minutes():
+    assert sum(BUDGETS_S.values()) <= 8 * 60 and set(BUDGETS_S) == set(PARTS)
+
+
+@pytest.mark.parametrize("part", BUDGETS_S)
+def test_each_part_of_the_check_of_a_gpu_runs(tmp_path, part):
+    done = gpu_check(tmp_path / "report.md", "--only", part, "--patience", "10")
+    report = (tmp_path / "report.md").read_text()
+    assert done.returncode == 0 and f"| {part} | passed |" in report, report[-3000:]
+    assert len(report.split(f"## {part}")[1].split("```")[1].strip()) > 0
+
+
+def test_a_part_that_hangs_leaves_the_others_alone(tmp_path):
+    done = gpu_check(tmp_path / "report.md", "--only", "compile,attention", "--patience", "0.001")
+    report = (tmp_path / "report.md").read_text()
+    assert done.returncode == 1
+    assert "| compile | not finished within 0 s |" in report and "| attention | not finished within 0 s |" in report
