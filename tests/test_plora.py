@@ -222,7 +222,7 @@ def test_deepcopy_has_a_mask_of_its_own():
 
 
 def test_compiles_without_a_graph_break():
-    model = make_model(plora=True)
+    model = make_model(plora=True).double()
     embeds, is_speech = prompt(model)
     compiled = torch.compile(model.language_model, backend="aot_eager", fullgraph=True)
     for mask in (is_speech, None, ~is_speech):
@@ -235,7 +235,7 @@ def test_compiles_without_a_graph_break():
 
 def test_compiles_together_with_the_block():
     """A forward pass that is told its speech positions, in one graph."""
-    model = make_model(plora=True)
+    model = make_model(plora=True).double()
     embeds, is_speech = prompt(model)
     inputs = {"inputs_embeds": embeds, "is_speech": is_speech, "use_cache": False}
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
