@@ -73,8 +73,8 @@ def load_audio_tower(name_or_path, config=None, dtype: torch.dtype | str = "auto
 def without_folder(config):
     """A copy of a backbone's config that does not tell where on this machine it lay; a Hub id is worth keeping."""
     config = copy.deepcopy(config)
-    if os.path.isdir(config._name_or_path):
-        config._name_or_path = ""
+    if os.path.isdir(config.name_or_path or ""):
+        config.name_or_path = ""
     return config
 
 

@@ -76,7 +76,7 @@ def _base_models(config) -> list[str]:
     """Hub ids of the backbones; folders of this machine are left out."""
     backbones = config.backbones or {}
     names = [
-        backbones.get(part, {}).get("name_or_path") or getattr(part_config, "_name_or_path", "")
+        backbones.get(part, {}).get("name_or_path") or part_config.name_or_path
         for part, part_config in (("audio_tower", config.speech_config), ("language_model", config.text_config))
     ]
     return [name for name in names if name and "/" in name and not os.path.exists(name) and not os.path.isabs(name)]

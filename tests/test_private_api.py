@@ -196,8 +196,8 @@ TABLE = [
     Private(
         CONFIG,
         "_name_or_path",
-        of("modeling_blsp_kd", "backbones", "configuration_blsp_kd"),
-        "the folder of a backbone does not belong into the saved config",
+        of("modeling_blsp_kd", "configuration_blsp_kd"),
+        "an option that transformers passes to any config",
     ),
     Private(
         "transformers.AutoConfig.from_pretrained",
