@@ -1,8 +1,8 @@
-"""Differences between devices: where float64 can be computed, and which dtype is fast.
+"""Handle differences between devices: which compute float64, and which dtype is fast.
 
-Apple's MPS and some Intel GPUs have no float64. There, the few functions that need it run on the CPU, so that their
-results are the same on every device; what they read and write is small. Leaves out: operations that a device lacks
-altogether, for which PyTorch has its own fallback (PYTORCH_ENABLE_MPS_FALLBACK).
+Apple's MPS and some Intel GPUs have no float64. For them, the few functions that need it run on the CPU, so that their
+results are the same on every device; their inputs and outputs are small. For operations that a device lacks, PyTorch
+has its own fallback (PYTORCH_ENABLE_MPS_FALLBACK).
 """
 
 import dataclasses
@@ -25,14 +25,14 @@ def float64_device(device: torch.device) -> torch.device:
 
 
 def fast_dtype(dtype: torch.dtype | str | None = None, device: torch.device | None = None) -> torch.dtype | str:
-    """Return the dtype to load a model in: the one asked for, else the fast one on the device, with a line in the log.
+    """Return the dtype to load a model in: the requested one, or the fast one on the device.
 
-    That is float32 on a CPU, and "auto", the dtype that a model is stored in, on all other devices. Many models are
-    stored in half precision, which most CPUs convert back and forth at every step.
+    The fast one is float32 on a CPU, which is logged, and "auto", the stored dtype, on all other devices. Many models
+    are stored in half precision, which most CPUs convert back and forth at every step.
 
     Args:
-        dtype (`torch.dtype` or `str`, *optional*): what a user asked for.
-        device (`torch.device`, *optional*): omitted, the accelerator of this machine, or its CPU if it has none.
+        dtype (`torch.dtype` or `str`, *optional*): the dtype that the user requested.
+        device (`torch.device`, *optional*): defaults to the accelerator of this machine, or its CPU if it has none.
     """
     if dtype is not None:
         return dtype
@@ -47,10 +47,10 @@ def fast_dtype(dtype: torch.dtype | str | None = None, device: torch.device | No
 
 
 def computes_in_float64(function):
-    """Decorate a function that computes in float64, so that it also serves tensors of a device without it.
+    """Decorate a function that computes in float64, so that it also accepts tensors on a device without float64.
 
-    The device is that of the first argument. If it has no float64, all tensors among the arguments go to the CPU, and
-    those of the result come back, both also inside data classes. Gradients follow.
+    The first argument decides the device. If it has no float64, all tensors in the arguments are moved to the CPU, and
+    those in the result are moved back, including tensors in tuples and data classes. Gradients flow through the moves.
     """
 
     @functools.wraps(function)

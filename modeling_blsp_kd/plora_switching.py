@@ -1,8 +1,8 @@
-"""Partial LoRA put on, or taken off, while a checkpoint is loaded: `from_pretrained(..., plora=...)`.
+"""Switch partial LoRA on or off while a checkpoint is loaded: `from_pretrained(..., plora=...)`.
 
-The checkpoint is loaded as it was stored, whose names fit, and the LLM's layers are changed afterwards, so that shards,
-device maps and quantisation are transformers' business as ever. Leaves out: other ranks or layers of a partial LoRA
-that is stored, whose weights do not fit and are refused.
+The checkpoint is loaded in its stored form, whose weight names fit, and the LLM's layers are changed afterwards. So
+transformers handles shards, device maps and quantisation as usual. A stored partial LoRA cannot change its rank or its
+layers, because its weights would not fit.
 """
 
 import copy
@@ -17,18 +17,18 @@ logger = logging.get_logger(__name__)
 
 
 def load_as_stored(config_class, name_or_path, kwargs: dict) -> tuple[dict, dict | None, bool]:
-    """What to ask `from_pretrained` for, so that it loads a checkpoint with partial LoRA as it is there.
+    """Change the arguments of `from_pretrained` so that it loads a checkpoint with partial LoRA as stored.
 
     Args:
         config_class (`type`): [`BlspKdConfig`].
         name_or_path (`str` or `os.PathLike`, *optional*), kwargs (`dict`): arguments of `from_pretrained`.
 
     Returns:
-        `tuple`: `kwargs` to use instead, the options of partial LoRA that were wanted (None: off), and whether these
-        differ, so that [`switch`] has to follow.
+        `tuple`: the `kwargs` to use instead, the requested options of partial LoRA (None: off), and whether the caller
+        must call [`switch`] afterwards, because the checkpoint differs from the request.
 
     Raises:
-        ValueError: the options are wrong.
+        ValueError: the options are invalid.
     """
     config = kwargs.get("config")
     is_made = isinstance(config, PreTrainedConfig)
@@ -40,7 +40,7 @@ def load_as_stored(config_class, name_or_path, kwargs: dict) -> tuple[dict, dict
     try:
         stored = config_class.get_config_dict(source, **hub)[0].get("plora") or None
     except OSError:
-        if is_made:  # then weights alone will do
+        if is_made:  # the caller passed a config, so the checkpoint may lack one
             return kwargs, None, False
         raise
     wanted = config.plora if is_made else kwargs["plora"]
@@ -55,9 +55,9 @@ def load_as_stored(config_class, name_or_path, kwargs: dict) -> tuple[dict, dict
 
 
 def switch(model, options: dict | None, name_or_path) -> set[str]:
-    """Put partial LoRA on a model that has none (`options`), or take it off (None).
+    """Add partial LoRA to a model that has none (`options`), or remove it (None).
 
-    Once put on, it changes no answer until it is trained: A is random, B is zero.
+    When added, it changes no answer until it is trained, because A is random and B is zero.
 
     Returns:
         `set[str]`: the names of its weights.
@@ -78,7 +78,7 @@ def switch(model, options: dict | None, name_or_path) -> set[str]:
         dtype = next(model.adapter.parameters()).dtype
         for parameter in model.plora.parameters:
             parameter.data = parameter.data.to(dtype)
-        for parameter in trained:  # PEFT freezes all but its own
+        for parameter in trained:  # PEFT freezes all parameters except its own
             parameter.requires_grad_(True)
         language_model.train(language_model.training)
         names = _weight_names(model)

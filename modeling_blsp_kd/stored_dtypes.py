@@ -1,9 +1,9 @@
-"""The dtypes of a model's parts, kept by its full checkpoints: what was trained is float32, often beside a half LLM.
+"""Keep the dtype of each part of a model in full checkpoints: trained parts are float32, the LLM is often in half.
 
-transformers loads a checkpoint in one dtype, that of its config or the one asked for, and so would round what was
-trained or double the memory of the LLM. But it leaves a weight in the dtype that the built model has for it. So the
-config of a checkpoint names the dtype of each part, and the model is built accordingly. Leaves out: thin checkpoints,
-which fetch each backbone in its own dtype (`thin_checkpoints.py`).
+transformers loads a checkpoint in one dtype, that of its config or the requested one. This would round the trained
+weights or double the memory of the LLM. But transformers keeps a weight in the dtype that the built model has for it.
+So the config of a checkpoint names the dtype of each part, and the model is built accordingly. Thin checkpoints do not
+need this; they load each backbone in its own dtype (`thin_checkpoints.py`).
 """
 
 import copy
@@ -19,12 +19,12 @@ PARTS = ("audio_tower", "adapter", "language_model", "plora")
 
 
 def part_of(name: str) -> str:
-    """Return which of `PARTS` the weight `name` belongs to."""
+    """Return the part in `PARTS` to which the weight `name` belongs."""
     return "plora" if f".{ADAPTER_NAME}." in name else name.split(".")[0]
 
 
 def dtypes_of_parts(state_dict: dict[str, torch.Tensor]) -> dict[str, str] | None:
-    """Return the dtype of each part by name: the widest of its floating point weights. None if all are of one dtype."""
+    """Return each part's dtype: the widest of its floating point weights. None if all weights have one dtype."""
     found = {}
     for name, tensor in state_dict.items():
         if tensor.is_floating_point():
@@ -35,8 +35,8 @@ def dtypes_of_parts(state_dict: dict[str, torch.Tensor]) -> dict[str, str] | Non
 
 
 def build_in(model, part_dtypes: dict[str, str] | None):
-    """Give the weights of a model without contents the dtypes of a checkpoint's config."""
-    if part_dtypes is None or is_deepspeed_zero3_enabled():  # which holds shares of weights, in a dtype of its own
+    """Convert the weights of a newly built model to the dtypes in a checkpoint's config."""
+    if part_dtypes is None or is_deepspeed_zero3_enabled():  # ZeRO-3 holds shards of weights, in its own dtype
         return
     for name, tensor in model.state_dict(keep_vars=True).items():
         if tensor.is_floating_point() and part_of(name) in part_dtypes:
@@ -44,7 +44,7 @@ def build_in(model, part_dtypes: dict[str, str] | None):
 
 
 def without_part_dtypes_if_told(kwargs: dict) -> dict:
-    """Return the arguments of `from_pretrained`, by which an explicit dtype is that of all parts."""
+    """Return the arguments of `from_pretrained`, changed so that an explicit dtype applies to all parts."""
     if all(kwargs.get(name) in (None, "auto") for name in ("dtype", "torch_dtype")):
         return kwargs
     config = kwargs.get("config")

@@ -1,6 +1,6 @@
-"""Which of transformers' TrainingArguments a distillation refuses, and why: before any work begins.
+"""Refuse the TrainingArguments that a distillation cannot support, with reasons, before any work begins.
 
-docs/training_arguments.md tells of every argument. Leaves out: what transformers itself refuses.
+docs/training_arguments.md lists every argument. Arguments that transformers itself refuses are not checked here.
 """
 
 from transformers import TrainingArguments
@@ -8,15 +8,15 @@ from transformers.debug_utils import DebugOption
 
 from .distillation_step import LOSS_PARTS
 
-# Of all metrics of an evaluation; of the others, lower is better.
+# For all other metrics of an evaluation, lower is better.
 GREATER_IS_BETTER = ("token_count_accuracy",)
 
 
 def check_training_arguments(args: TrainingArguments):
-    """Refuse arguments that cannot do what they say.
+    """Refuse arguments that would not have their documented effect.
 
     Raises:
-        ValueError: it names all such arguments, and the reason of each.
+        ValueError: there are such arguments; the message names all of them with the reasons.
     """
     liger = "Liger's kernels replace parts of models that it knows by type, and it knows none that hears; the losses "
     liger += "here do without full logits already"
@@ -68,11 +68,11 @@ def best_metric_is_greater(name: str, metrics: set[str], dataset_names: list[str
 
     Args:
         name: `metric_for_best_model`, with or without `eval_`.
-        metrics: names that an evaluation reports, without `eval_`.
-        dataset_names: of several evaluation sets; empty if there is one.
+        metrics: the names that an evaluation reports, without `eval_`.
+        dataset_names: the names of the evaluation sets; empty if there is only one.
 
     Raises:
-        ValueError: no evaluation reports this metric.
+        ValueError: an evaluation does not report this metric.
     """
     bare = name.removeprefix("eval_")
     known = {f"{dataset}_{metric}": metric for dataset in dataset_names for metric in metrics}
@@ -86,7 +86,7 @@ def best_metric_is_greater(name: str, metrics: set[str], dataset_names: list[str
 
 
 def evaluation_metrics(model) -> set[str]:
-    """Return the names of what an evaluation of a model reports, without `eval_`."""
+    """Return the names of the metrics that an evaluation of a model reports, without `eval_`."""
     weights = model.config.distillation
     metrics = {"loss", "response_kl"} | {name for name in LOSS_PARTS if weights[name]}
     if model.adapter.one_to_one:

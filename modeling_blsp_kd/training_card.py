@@ -1,7 +1,7 @@
-"""A model card from what a Trainer knows: what the model is, how to load it, how it was trained, what was measured.
+"""Write a model card from what a Trainer knows: the model, how to load it, its training, and its evaluation.
 
-For `push_to_hub`, in place of the Trainer's draft, which knows no model of two backbones. Leaves out: answers, samples
-and licences, which `examples/publish.py` adds.
+`push_to_hub` uses it instead of the Trainer's draft, which does not support models with two backbones. Leaves out:
+answers, samples and licences, which `examples/publish.py` adds.
 """
 
 import os
@@ -14,7 +14,7 @@ TAGS = ["custom_code", "speech", "knowledge-distillation", "blsp-kd", "arxiv:240
 
 
 def card_of_training(trainer) -> ModelCard:
-    """Return the card of the model that a [`BlspKdTrainer`] trains, as it stands."""
+    """Return the card of the model of a [`BlspKdTrainer`], in its current state of training."""
     args, state, config = trainer.args, trainer.state, trainer.model.config
     model_id = trainer.hub_model_id or os.path.basename(os.path.abspath(args.output_dir))
     base_models = _base_models(config)
@@ -23,7 +23,7 @@ def card_of_training(trainer) -> ModelCard:
         pipeline_tag=TASK,
         tags=TAGS,
         base_model=base_models or None,
-        # Several base models would else be taken for a merge of them.
+        # Without this, the Hub would take several base models for a merge.
         base_model_relation="finetune" if base_models else None,
     )
     batch_size = state.train_batch_size or args.per_device_train_batch_size
@@ -67,13 +67,13 @@ def card_of_training(trainer) -> ModelCard:
 
 
 def _measured(entry: dict) -> dict[str, float]:
-    """Losses and counts of one evaluation in the log."""
+    """Return the losses and counts of an evaluation in the log."""
     speed = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
     return {name: value for name, value in entry.items() if name.startswith("eval_") and not name.endswith(speed)}
 
 
 def _base_models(config) -> list[str]:
-    """Hub ids of the backbones; folders of this machine are left out."""
+    """Return the Hub ids of the backbones, without local folders."""
     backbones = config.backbones or {}
     names = [
         backbones.get(part, {}).get("name_or_path") or part_config.name_or_path

@@ -1,7 +1,7 @@
-"""What differs between the versions of transformers that this code runs with.
+"""Handle the differences between the supported versions of transformers.
 
-Versions are compared here and nowhere else, so that code can be the same for all of them. A published model ships this
-file, because it runs with the transformers of whoever loads it.
+Versions are compared only here, so that all other code is the same for every version. A published model includes this
+file, because it runs with the transformers version of the user who loads it.
 """
 
 import transformers
@@ -13,10 +13,10 @@ CACHE_NAME = "cache" if Version(transformers.__version__) >= Version("5.24.0.dev
 
 
 def one_cache(past_key_values, cache):
-    """Return the key-value cache that a caller passed by either name; None if there is none.
+    """Return the key-value cache that a caller passed under either name; None if there is none.
 
     Raises:
-        ValueError: there is one by each name.
+        ValueError: the caller passed both.
     """
     if past_key_values is not None and cache is not None:
         raise ValueError("Pass the key-value cache once: as past_key_values or as cache, not as both.")

@@ -1,7 +1,7 @@
-"""The contents of an audio file to mono blocks, one after another.
+"""Decode an audio file into mono blocks.
 
-libsndfile decodes wav, flac, ogg/opus and mp3. FFmpeg decodes what phones and browsers write: m4a, mp4, webm, aac, amr.
-It comes with PyAV, which is optional: `pip install av`. Leaves out: resampling, and checks of the sound itself.
+libsndfile decodes wav, flac, ogg/opus and mp3. FFmpeg decodes the formats of phones and browsers: m4a, mp4, webm, aac,
+amr. It comes with PyAV, which is optional: `pip install av`. `audio_loading.py` resamples and checks the samples.
 """
 
 import io
@@ -19,13 +19,14 @@ try:
     import av
 except ImportError:
     av = None
-# Damaged files have FFmpeg seek to where no file can, too.
+# Damaged files also make FFmpeg seek to offsets that no file can have, which raises an OverflowError.
 FFMPEG_ERRORS = (OSError, OverflowError, *([av.FFmpegError] if av else []))
 
 MAX_CHANNELS = 8
-# Files are mixed and resampled piece by piece: many channels of a high rate would take many times the result's memory.
+# Files are mixed down and resampled block by block: many channels at a high rate would need many times the memory of
+# the result.
 BLOCK_FRAMES = 65_536
-# How much of what the header promises may be missing: encoders pad and trim by a few of their own frames.
+# How much shorter than its header says a file may be: encoders pad and trim by a few of their own frames.
 MISSING_S = 0.25
 
 
@@ -35,8 +36,8 @@ class Container(NamedTuple):
     magic: bytes
     offset: int
     name: str
-    demuxer: str | None  # FFmpeg's, where FFmpeg is asked
-    is_of_libsndfile: bool = False  # FFmpeg is asked only for codecs that libsndfile lacks
+    demuxer: str | None  # FFmpeg's name for it; None if FFmpeg never decodes it
+    is_of_libsndfile: bool = False  # then FFmpeg decodes only the codecs that libsndfile lacks
 
 
 CONTAINERS = (
@@ -61,11 +62,11 @@ SUFFIXES = {f".{name.lower()}" for name in soundfile.available_formats()} | {".o
 
 
 def container_of(beginning: bytes) -> Container | None:
-    """Return the container that a file's first `MAGIC_BYTES` bytes tell of, or None."""
+    """Return the container that the first `MAGIC_BYTES` bytes of a file identify, or None."""
     for container in CONTAINERS:
         if beginning.startswith(container.magic, container.offset):
             return container
-    # A frame of MPEG audio: eleven bits set, then its version and its layer, of which AAC has none.
+    # A frame of MPEG audio begins with eleven set bits, its version and its layer. The layer of AAC is 0.
     if len(beginning) > 3 and beginning[0] == 0xFF and beginning[1] & 0xE0 == 0xE0:
         if beginning[1] & 0xF6 == 0xF0:
             return AAC
@@ -76,7 +77,7 @@ def container_of(beginning: bytes) -> Container | None:
 
 
 class TooLongError(ValueError):
-    """A clip lasts longer than its caller takes."""
+    """Raised when a clip lasts longer than its caller accepts."""
 
 
 class AudioInfo(NamedTuple):
@@ -85,7 +86,7 @@ class AudioInfo(NamedTuple):
 
 
 def audio_info(audio) -> AudioInfo:
-    """Return duration and format of an audio file, a path or `bytes`, as its header or its packets tell them.
+    """Return duration and format of an audio file (a path or `bytes`), read from its header or its packets.
 
     Raises:
         FileNotFoundError: no such file.
@@ -98,11 +99,11 @@ def audio_info(audio) -> AudioInfo:
 
 @contextmanager
 def decoded(audio, max_duration_s: float):
-    """Open an audio file, a path or `bytes`, for reading piece by piece.
+    """Open an audio file (a path or `bytes`) to read it block by block.
 
     Returns:
-        a context manager that gives the file's name for messages, its mono blocks, float32, as they are asked for,
-        and its rate, Hz.
+        a context manager that gives the file's name for messages, an iterator over its mono float32 blocks, and its
+        rate, Hz.
 
     Raises:
         FileNotFoundError: no such file.
@@ -113,7 +114,7 @@ def decoded(audio, max_duration_s: float):
     with _demuxed(source, name) as file:
         if file.num_channels > MAX_CHANNELS:
             raise ValueError(f"{name} has {file.num_channels} channels. Expected at most {MAX_CHANNELS}.")
-        # Asked of the header first, so that an absurd length is refused before it is read.
+        # The header is checked first, so that a file with an absurd length is refused before it is read.
         if file.promised_s is not None and file.promised_s > max_duration_s:
             raise too_long(name, file.promised_s, max_duration_s)
         yield name, file.blocks(), file.rate
@@ -127,8 +128,10 @@ def too_long(name, duration_s, max_duration_s) -> TooLongError:
 
 
 def full_scale(samples: np.ndarray) -> np.ndarray:
-    """Scale integers to floats by their type, as libsndfile does: -1 is its smallest number, and 0 is the middle of an
-    unsigned one. Floats stay as they are."""
+    """Scale integers to floats by their type, as libsndfile does; return floats unchanged.
+
+    The smallest integer of the type becomes -1. The middle of an unsigned type becomes 0.
+    """
     if not np.issubdtype(samples.dtype, np.integer):
         return samples
     limits = np.iinfo(samples.dtype)
@@ -156,7 +159,7 @@ def _open(audio) -> tuple[str, Path | io.BytesIO]:
 
 @contextmanager
 def _demuxed(source: Path | io.BytesIO, name: str):
-    """Open a file with the library that reads it; its errors name the clip and say what is expected."""
+    """Open a file with the library that can read it, and make errors name the clip and the expected formats."""
     with io.BytesIO(source.getbuffer()) if isinstance(source, io.BytesIO) else source.open("rb") as start:
         container = container_of(start.read(MAGIC_BYTES))
     try:
@@ -210,7 +213,7 @@ class _SoundFile:
         return AudioInfo(self.promised_s, self.file.format.lower())
 
     def blocks(self) -> Iterator[np.ndarray]:
-        # Not `SoundFile.blocks`, which seeks: GSM 6.10 and G.721 can only be read on.
+        # Not `SoundFile.blocks`, because it seeks, and libsndfile cannot seek in GSM 6.10 and G.721.
         while True:
             with silenced_c_stderr():
                 block = self.file.read(BLOCK_FRAMES, dtype="float32", always_2d=True)
@@ -222,8 +225,8 @@ class _SoundFile:
 class _FFmpegFile:
     """The first audio track of a file that FFmpeg reads.
 
-    FFmpeg is told the container and gets the contents, not a path: left to guess, it would also take playlists, which
-    name other files and addresses.
+    FFmpeg receives the container's name and the contents instead of a path. If it guessed the container, it would also
+    accept playlists, which name other files and addresses.
     """
 
     def __init__(self, source: Path | io.BytesIO, container: Container, name: str):
@@ -249,7 +252,7 @@ class _FFmpegFile:
             raise
 
     def _promised_s(self) -> float | None:
-        """Return the seconds that the header tells of, or None: browsers write webm before they know."""
+        """Return the duration in the header, or None if there is none: browsers write webm before they know it."""
         if self.track.duration:
             return float(self.track.duration * self.track.time_base)
         return self.file.duration / av.time_base if self.file.duration else None
@@ -280,7 +283,7 @@ class _FFmpegFile:
             samples = samples.T if frame.format.is_planar else samples.reshape(-1, self.num_channels)
             num_samples += len(samples)
             yield samples.mean(axis=1).astype(np.float32)
-        # FFmpeg ends without an error where a file is cut.
+        # FFmpeg stops without an error at the end of a truncated file.
         promised_s = self.promised_s if self.format in ("mp4", "webm") and len(self.file.streams) == 1 else None
         if promised_s is not None and num_samples / self.rate < promised_s - MISSING_S:
             raise ValueError(_undecodable(self.name, f"it holds {num_samples / self.rate:.2f} of {promised_s:.2f} s"))

@@ -1,7 +1,6 @@
-"""Audio from anywhere (path, bytes, base64, array) to mono float32 at the rate that the speech encoder wants.
+"""Load audio of any kind (path, bytes, base64, array) as mono float32 at the rate of the speech encoder.
 
-Decodes files with `audio_decoding.py`, and resamples with soxr. Leaves out: URLs (`url_fetching.py`), and features,
-which the feature extractor makes.
+Decodes files with `audio_decoding.py` and resamples with soxr. `url_fetching.py` fetches URLs.
 """
 
 import base64
@@ -16,7 +15,7 @@ from .audio_decoding import MAGIC_BYTES, MAX_CHANNELS, container_of, decoded, fu
 # Quieter than three steps of 16-bit audio: a muted microphone, not speech.
 SILENCE_PEAK = 1e-4
 MAX_DURATION_S = 600.0
-# 30 dB above full scale: recordings clip a little above 1, but these are integers that were made floats.
+# 30 dB above full scale. Recordings may exceed 1 a little; larger values are integers that were converted to floats.
 LOUDEST_PEAK = 32.0
 
 
@@ -29,26 +28,26 @@ def load_audio(
         audio: one of
             - `str` or `os.PathLike`: an audio file;
             - `str` that begins with `data:`: a data URL, `data:audio/wav;base64,...`;
-            - `bytes`, `memoryview`, or an object whose `read()` returns them: the contents of an audio file; so is a
-              uint8 array that begins as one does;
+            - `bytes`, `memoryview`, or an object whose `read()` returns bytes: the contents of an audio file; also a
+              uint8 array that begins like an audio file;
             - `dict`: `{"array", "sampling_rate"}` (or `"raw"` for `"array"`), `{"base64"}` (a data URL, too), or
               `{"bytes"}` and/or `{"path"}`, as in `datasets`;
             - `(array, sampling_rate)`;
             - torchcodec's `AudioDecoder`, which rows of `datasets` hold;
-            - an array (numpy, torch, list) of `source_rate`: 1-D, or 2-D with the channels as its shorter side;
-              floats are within [-1, 1], integers are full scale of their type (64 bits are refused: a list of
-              integers does not tell their width).
+            - an array (numpy, torch, list) at `source_rate`: 1-D, or 2-D with the channels as its shorter side. Floats
+              are within [-1, 1]. Integers use the full scale of their type; 64-bit integers are refused, because a
+              list of integers has no sample width.
         sampling_rate (`int`): rate of the result, Hz.
-        source_rate (`int`, *optional*): rate of a bare array, Hz. Omitted: it already has `sampling_rate`.
-        max_duration_s (`float`): longest clip accepted, seconds.
+        source_rate (`int`, *optional*): rate of a bare array, Hz; defaults to `sampling_rate`.
+        max_duration_s (`float`): longest accepted clip, seconds.
 
     Returns:
         `np.ndarray`: mono, float32, shape (num_samples,).
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not decodable, empty, silent, not finite, of another range, longer than `max_duration_s`, or of a
-            bad rate or shape.
+        ValueError: not decodable, empty, silent, not finite, out of range, longer than `max_duration_s`, or with an
+            invalid rate or shape.
         TypeError: none of the kinds above.
     """
     if isinstance(audio, dict):
@@ -78,7 +77,7 @@ def load_audio(
 
 
 def knows_rate(audio) -> bool:
-    """Return whether a clip tells its own sampling rate: all kinds do, but arrays."""
+    """Return whether a clip includes its sampling rate; all kinds except arrays do."""
     if isinstance(audio, dict):
         is_array = any(audio.get(key) is not None for key in ("array", "raw"))
         return not is_array or audio.get("sampling_rate") is not None
@@ -93,7 +92,7 @@ def _is_bytes(audio) -> bool:
 
 
 def _holds_file(samples: np.ndarray) -> bool:
-    """Return whether an array is the contents of a file that was read into it, not samples."""
+    """Return whether an array holds the contents of an audio file rather than samples."""
     is_bytes = samples.dtype == np.uint8 and samples.ndim == 1
     return is_bytes and container_of(samples[:MAGIC_BYTES].tobytes()) is not None
 
@@ -111,7 +110,7 @@ def _of_decoder(decoder, max_duration_s: float):
 
 
 def _of_dict(audio: dict, source_rate):
-    """What an audio dict holds, and the rate of its array."""
+    """Return the clip in an audio dict, and its rate if it is an array."""
     for key in ("array", "raw"):
         if audio.get(key) is not None:
             return audio[key], audio.get("sampling_rate", source_rate)
@@ -139,14 +138,14 @@ def _of_base64(text) -> bytes:
     if isinstance(text, str) and text.startswith("data:"):
         text = _after_comma(text)
     try:
-        # Line breaks are usual in base64; anything else that is not of its alphabet is an error.
+        # Line breaks are common in base64. Other characters outside its alphabet are errors.
         return base64.b64decode("".join(text.split()) if isinstance(text, str) else text, validate=True)
     except (binascii.Error, ValueError) as error:
         raise ValueError(f"The base64 audio ({len(text)} characters) is not valid base64: {error}.") from error
 
 
 def _join(blocks, source_rate: int, sampling_rate: int, name: str, max_duration_s: float) -> np.ndarray:
-    """Check and resample mono blocks, and join them."""
+    """Check, resample and concatenate mono blocks."""
     if not isinstance(source_rate, (int, np.integer)) or not 1000 <= source_rate <= 768_000:
         raise ValueError(
             f"The sampling rate of {name} must be a whole number of Hz (1000 to 768000), got {source_rate!r}."
@@ -216,14 +215,15 @@ def _as_float(samples: np.ndarray) -> np.ndarray:
 
 
 def _check_full_scale(samples: np.ndarray):
-    """
+    """Refuse integers whose full scale is not clear.
+
     Raises:
-        ValueError: integers wider than what they seem to be samples of.
+        ValueError: the type of the integers is wider than their values suggest.
     """
     if not np.issubdtype(samples.dtype, np.integer) or samples.dtype.itemsize < 4:
         return
     lowest, highest = int(samples.min(initial=0)), int(samples.max(initial=0))
-    # 32 bits are the widest that audio comes in. Signed zeros are silent in any width.
+    # Audio has at most 32 bits per sample. Zeros of a signed type are silence at any width.
     if lowest == highest or (samples.dtype == np.int32 and max(-lowest, highest) > 2**15):
         return
     raise ValueError(

@@ -1,9 +1,9 @@
-"""Keeps what libmpg123 prints about damaged mp3 files off the terminal.
+"""Suppress the messages that libmpg123 prints about damaged mp3 files.
 
-libsndfile does not pass on libmpg123's switch for that, and its lines go to the C library's `stderr`. With glibc that
-is a variable which programs may set (see "Standard Streams" in its manual). To set it for the time of a call spares
-everything that writes to file descriptor 2 by another way: Python, child processes, crash reports. Leaves out: other C
-libraries, where the lines stay.
+libmpg123 can be told to be quiet, but libsndfile has no option for it, and the messages go to the C library's `stderr`.
+With glibc `stderr` is a variable that programs may set (see "Standard Streams" in its manual). Setting it during a call
+does not affect other writers to file descriptor 2, such as Python, child processes and crash reports. With other C
+libraries the messages remain.
 """
 
 import ctypes
@@ -14,19 +14,19 @@ from contextlib import contextmanager
 
 _is_glibc = platform.libc_ver()[0] == "glibc"
 _lock = threading.Lock()
-_num_silencing = 0  # calls, of any thread
+_num_silencing = 0  # how many calls, in all threads, suppress messages now
 if _is_glibc:
     _libc = ctypes.CDLL(None)
     _libc.fopen.restype = ctypes.c_void_p
     _stderr = ctypes.c_void_p.in_dll(_libc, "stderr")
-    # Not what `stderr` points to now, since another copy of this file, a model's own, may just have set it.
+    # Not the current value of `stderr`: another copy of this file, shipped with a model, may have changed it.
     _standard = ctypes.addressof(ctypes.c_char.in_dll(_libc, "_IO_2_1_stderr_"))
     _nowhere = _libc.fopen(os.devnull.encode(), b"w")
 
 
 @contextmanager
 def silenced_c_stderr():
-    """Drop what C code prints to `stderr` meanwhile, from any thread."""
+    """Discard what C code in any thread prints to `stderr` inside this context."""
     if not _is_glibc:
         yield
         return
@@ -45,7 +45,7 @@ def _count(change: int):
 
 
 def _forget():
-    """In a forked child, whose other threads are gone with their calls."""
+    """Reset the state in a forked child, where the other threads and their calls do not exist."""
     global _num_silencing
     _num_silencing, _stderr.value = 0, _standard
     _lock.release()

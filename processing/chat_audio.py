@@ -1,8 +1,8 @@
-"""The audio blocks of a chat, in this project's form and in those of other frameworks.
+"""Read the audio blocks of a chat, in this project's form and in those of other frameworks.
 
-Ours is `{"type": "audio", "audio": clip}`, or a more exact key for the clip. OpenAI's `input_audio`, vLLM's `audio_url`
-and what Qwen2-Audio, Gemma and LangChain put into a block of type "audio" are read, too. Leaves out: whether a file or
-an address that is named there may be opened, which depends on who wrote the chat.
+Our form is `{"type": "audio", "audio": clip}`, or a more specific key for the clip. OpenAI's `input_audio`, vLLM's
+`audio_url`, and the keys that Qwen2-Audio, Gemma and LangChain use in a block of type "audio" are also read. The caller
+decides whether a file or an address in a block may be opened, because this depends on who wrote the chat.
 """
 
 from .audio_loading import knows_rate
@@ -15,17 +15,18 @@ AUDIO_KEYS = ("audio", *FILE_KEYS, "url", "data", "audio_url", "input_audio")
 
 
 def read_block(block: dict) -> tuple[dict, object]:
-    """Take the clip out of a block.
+    """Separate a block from its clip.
 
     Args:
         block (`dict`): of any type. A block without a type is an audio block if it has one of `AUDIO_TYPES` as key.
 
     Returns:
-        `tuple[dict, Any]`: `{"type": "audio"}`, and the clip as in [`load_audio`] or as `{"url": ...}`; None for the
-        clip of a bare `{"type": "audio"}`, which only holds a place. Other blocks come back as they are, with None.
+        `tuple[dict, Any]`: for an audio block, `{"type": "audio"}` and the clip as in [`load_audio`] or as
+        `{"url": ...}`. The clip of a bare `{"type": "audio"}`, which is only a placeholder, is None. Other blocks are
+        returned unchanged, with None.
 
     Raises:
-        ValueError: an audio block that holds no clip that can be understood, or several.
+        ValueError: an audio block holds several clips, or none in a known form.
     """
     kind = block.get("type")
     if kind not in AUDIO_TYPES and (kind is not None or all(block.get(key) is None for key in AUDIO_TYPES)):
@@ -48,7 +49,7 @@ def read_block(block: dict) -> tuple[dict, object]:
 
 
 def _clip_of(given: dict):
-    """Return the clip of a block's audio keys, or None if it is in none of the forms that are known."""
+    """Return the clip under a block's audio keys, or None if it has no known form."""
     if given.keys() <= set(FILE_KEYS):
         return given or None
     [(key, value)] = given.items()

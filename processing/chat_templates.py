@@ -1,6 +1,6 @@
-"""An LLM's chat template, given ears: what is put before it, its options, and whether it opens a thought.
+"""Extend an LLM's chat template to audio blocks, check its options, and warn if it opens a thought.
 
-Follows what transformers hands to chat templates. Tokens of prompts are in `data_collator.py`.
+Follows the arguments that transformers passes to chat templates. `data_collator.py` tokenises the prompts.
 """
 
 import inspect
@@ -12,9 +12,9 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-# Put before an LLM's own chat template: turns each message's list of blocks into the string that the LLM's template
-# expects, with the placeholder for each audio, and one line per block. It must not strip what follows it: white space
-# at the start of the LLM's template is part of its prompts.
+# This goes before an LLM's own chat template. It turns each message's list of blocks into the string that the LLM's
+# template expects, with one line per block and the placeholder for each audio. It must not strip the text after it,
+# because white space at the start of the LLM's template is part of its prompts.
 FLATTEN_CONTENT = """\
 {%- set flat = namespace(messages=[]) -%}
 {%- for message in messages -%}
@@ -36,8 +36,8 @@ FLATTEN_CONTENT = """\
 {%- endfor -%}
 {%- set messages = flat.messages %}
 """
-# Stands between the two where the LLM's template expects lists of parts (Idefics3, LLaVA-NeXT): each message's text
-# becomes its only part, so that nothing is reordered or joined in another way.
+# If the LLM's template expects lists of parts (Idefics3, LLaVA-NeXT), this goes between the two. Each message's text
+# becomes its only part, so that the template cannot reorder or join parts.
 WRAP_CONTENT = """\
 {%- set wrapped = namespace(messages=[]) -%}
 {%- for message in messages -%}
@@ -49,7 +49,7 @@ WRAP_CONTENT = """\
 {%- endfor -%}
 {%- set messages = wrapped.messages %}
 """
-# For an LLM without a chat template: its text, one turn per line.
+# For an LLM without a chat template: one turn per line.
 PLAIN_TEMPLATE = """\
 {{- bos_token or "" -}}
 {%- for message in messages -%}
@@ -68,13 +68,13 @@ ARGUMENTS_OF_A_CALL = set(inspect.signature(ProcessorMixin.apply_chat_template).
 
 
 def content_prefix(template: str, tokenizer, audio_token: str, options: dict) -> str:
-    """Return what to put before an LLM's chat template so that it takes blocks of text and audio.
+    """Return the prefix that makes an LLM's chat template accept blocks of text and audio.
 
-    Templates that expect strings get strings, those that expect lists of parts get lists. A chat with one audio, which
-    is rendered both ways, tells which.
+    Templates that expect strings receive strings, and those that expect lists of parts receive lists. The function
+    renders a chat with one audio in both forms to find out which the template expects.
 
     Raises:
-        ValueError: the template writes the placeholder neither way, or not once, or not in its place.
+        ValueError: in neither form does the template write the placeholder exactly once and in its place.
     """
     blocks = [{"type": "text", "text": "before"}, {"type": "audio"}, {"type": "text", "text": "after"}]
     as_string = FLATTEN_CONTENT.replace("AUDIO_TOKEN", audio_token)
@@ -88,7 +88,7 @@ def content_prefix(template: str, tokenizer, audio_token: str, options: dict) ->
                 add_generation_prompt=True,
                 **options,
             )
-        except Exception:  # of whatever kind a template raises over the form that it does not expect
+        except Exception:  # templates raise errors of any kind for a form that they do not expect
             continue
         if prompt.count(audio_token) == 1 and f"before\n{audio_token}\nafter" in prompt:
             return prefix
@@ -100,15 +100,15 @@ def content_prefix(template: str, tokenizer, audio_token: str, options: dict) ->
             "is, as a string or as a list of parts of type 'text'. Set the chat_template of the LLM's tokenizer to "
             "one that does, and save it."
         )
-    return as_string  # it takes no such chat at all, and says why when it is used
+    return as_string  # the template refuses such chats altogether, and says why when it is used
 
 
 def check_options(options: dict | None, chat_template: str | dict | None) -> dict:
     """Return a copy of the options of a chat template.
 
     Raises:
-        TypeError: they are no dict of names to values that JSON can hold.
-        ValueError: a name belongs to `apply_chat_template`, or the template does not know it.
+        TypeError: the options are not a dict of names to values that JSON can represent.
+        ValueError: a name belongs to `apply_chat_template`, or the template does not use it.
     """
     options = {} if options is None else options
     try:
@@ -134,10 +134,10 @@ def check_options(options: dict | None, chat_template: str | dict | None) -> dic
 
 
 def read_options(chat_template_kwargs: str | None) -> dict:
-    """Return the option `--chat_template_kwargs` as an argument of a processor; none if it was not given.
+    """Return the option `--chat_template_kwargs` as keyword arguments of a processor; an empty dict if not given.
 
     Raises:
-        ValueError: it is no JSON.
+        ValueError: the option is not JSON.
     """
     if chat_template_kwargs is None:
         return {}
@@ -156,23 +156,23 @@ def knows(template: str, option: str) -> bool:
 
 
 def is_in_thought(text: str) -> bool:
-    """Return whether a text ends inside a thought: one is opened and not closed."""
+    """Return whether a text ends inside a thought, that is, a thought is opened and not closed."""
     return any(text.rfind(start) > text.rfind(end) for start, end in THOUGHT_MARKS)
 
 
 def warn_of_thoughts(template: str, processor):
-    """Warn where answers may land inside a thought.
+    """Warn if answers may land inside a thought.
 
     Args:
         template (`str`): the LLM's own chat template.
-        processor ([`BlspKdProcessor`]): what renders prompts with it.
+        processor ([`BlspKdProcessor`]): renders prompts with the template.
     """
     turn = [{"role": "user", "content": "Hello."}]
     quick = {"enable_thinking": False} if knows(template, "enable_thinking") else {}
     try:
         prompt = processor.apply_chat_template(turn, add_generation_prompt=True)
         is_quick = prompt == processor.apply_chat_template(turn, add_generation_prompt=True, **quick)
-    except Exception:  # it takes no such chat, and says why when it is used
+    except Exception:  # the template refuses such chats, and says why when it is used
         return
     where = "Answers to speech are trained and given right after the prompt"
     if is_in_thought(prompt):

@@ -1,7 +1,7 @@
-"""`BlspKdDataCollator`: (audio, transcript, instruction, response) rows to teacher and student batches.
+"""`BlspKdDataCollator`: collate (audio, transcript, instruction, response) rows into teacher and student batches.
 
-Follows arXiv 2405.19041: both prompts are instruction + content; the content is the transcript for the teacher, the
-audio for the student. Leaves out: where rows come from, and responses, which the LLM itself should have written.
+Follows arXiv 2405.19041: both prompts are instruction + content; the content is the transcript for the teacher and the
+audio for the student. The rows must already have responses, which the LLM itself should have generated.
 """
 
 import re
@@ -14,26 +14,26 @@ from torch.nn.utils.rnn import pad_sequence
 
 from .spoken_inputs import user_turn
 
-# Stands for an answer where only what a template writes around it matters: no text, so no template looks into it.
+# A stand-in for the answer, to find out what a template writes around it. No template treats this character specially.
 ANSWER = "\ue000"
 
 
 @dataclass
 class BlspKdDataCollator:
-    """Makes the inputs of a distillation step.
+    """Collates rows into the inputs of a distillation step.
 
     Each row is a mapping with
 
-    - `audio`: a clip as in [`load_audio`], or `input_features` of one clip made ahead of time. If that is None
-      the row is text only: teacher and student read the same prompt, so its KL is 0 while they are the same LLM,
-      and only `response_ce` learns from it. Its response tokens count in the means all the same;
-    - `text`: what is said in it;
+    - `audio`: a clip as in [`load_audio`]; or `input_features`, the precomputed features of one clip. If it is None,
+      the row is text only. Then teacher and student read the same prompt, so the KL is 0 while they are the same LLM,
+      and only `response_ce` learns from the row. Its response tokens still count in the means;
+    - `text`: the transcript;
     - `response`: the LLM's answer to instruction and text;
     - `instruction` (optional): what to do with the content.
 
-    The student's prompt is tokenised as at inference, with the placeholder in it. The teacher's has the transcript's
-    tokens in its place, whose number is what CIF has to fire, and is otherwise the same. These tokens, and those of the
-    response, are the ones that they have in the whole text, see [`continue_ids`].
+    The student's prompt is tokenised as at inference, with the placeholder in it. The teacher's prompt has the tokens
+    of the transcript instead, whose number CIF learns to fire, and is otherwise the same. The transcript and the
+    response have the ids that they have within the whole text, see [`continue_ids`].
 
     Args:
         processor ([`BlspKdProcessor`]).
@@ -42,21 +42,21 @@ class BlspKdDataCollator:
     processor: Any
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        """Collate B rows; L student and L' teacher length, right-padded.
+        """Collate B rows into right-padded batches; L is the length of the student's prompt, L' of the teacher's.
 
         Returns:
             `dict` of `input_ids`, `attention_mask`, `labels` (B, L); `teacher_input_ids`, `teacher_attention_mask`,
             `teacher_is_content`, `teacher_is_response` (B, L'); `input_features`, `input_features_mask`;
             `num_speech_tokens` (A,), the transcripts' token counts of the A rows with audio. The features of a batch
-            without any have the shape (0, ...).
+            without audio have the shape (0, ...).
 
         Raises:
-            ValueError: a row lacks a field, or holds an unusable one; the message names the row in the batch.
+            ValueError: a row lacks a field or has an invalid one; the message gives the row's index in the batch.
         """
         pieces = self._tokenize(rows)
         audio_token_id = self.processor.audio_token_id
         for index, row in enumerate(rows):
-            if "audio" not in row and "input_features" not in row:  # a misspelt name makes no row of text only
+            if "audio" not in row and "input_features" not in row:  # a misspelt name must not make a text-only row
                 raise ValueError(
                     f"Row {index} of the batch has no 'audio' (its fields: {sorted(row)}). A row of text only says so "
                     "with audio=None."
@@ -83,7 +83,7 @@ class BlspKdDataCollator:
         }
 
     def _tokenize(self, rows: list[dict]) -> list[tuple[list[int], list[int], list[int], list[int]]]:
-        """Token ids of each row: before the content, of the content, between content and response, of the response."""
+        """Return each row's token ids: before the content, content, between content and response, response."""
         processor = self.processor
         for index, row in enumerate(rows):
             self._check(index, row)
@@ -129,7 +129,7 @@ class BlspKdDataCollator:
         )
 
     def _features(self, rows) -> dict[str, torch.Tensor]:
-        """Features of the rows with audio, (A, ...)."""
+        """Return the features of the rows with audio, (A, ...)."""
         if not rows:
             # Of no clip, but of the shape that one would have: the trainer counts clips by it.
             tone = {"array": np.sin(np.arange(8_000, dtype=np.float32)), "sampling_rate": 16_000}
@@ -146,26 +146,26 @@ def split_prompt(processor, instruction: str | None, response: str) -> tuple[str
     """Render one dialogue with the LLM's chat template and cut it around the content.
 
     Returns:
-        `tuple[str, str, str]`: what stands before the content, what stands between content and response, and the
-        response from where the LLM begins to answer, with the token that ends its turn.
+        `tuple[str, str, str]`: the text before the content, the text between content and response, and the response
+        from where the LLM begins to answer, with the token that ends its turn.
     """
     question = user_turn(instruction)
     prompt = processor.apply_chat_template(question, add_generation_prompt=True)
     prefix, suffix = prompt.split(processor.audio_token)
     dialogue = processor.apply_chat_template([*question, {"role": "assistant", "content": ANSWER}])
     start, _, end = dialogue.rpartition(ANSWER)
-    # The LLM that answers the prompt generates white space that finished turns have after it (Llama 2), but nothing
-    # else that only they have (an empty thought, say).
+    # Finished turns may have text between prompt and answer. The LLM generates it if it is white space (Llama 2), but
+    # not if it is anything else, such as an empty thought.
     gap = start.removeprefix(prompt) if start.startswith(prompt) else ""
     gap = "" if gap.strip() else gap
     return prefix, suffix, f"{gap}{response}{_end_of_turn(processor.tokenizer, end)}"
 
 
 def _end_of_turn(tokenizer, text: str) -> str:
-    """What a template writes after an answer, up to the first special token, which ends generation.
+    """Return the text that a template writes after an answer, up to the first special token, which ends generation.
 
-    Templates write more after it (Phi-3 a line break and another token), and some none at all (GLM-4, whose turns end
-    where the next begins): there the tokenizer's EOS is the end.
+    Some templates write more after this token (Phi-3: a line break and another token). If a template writes no special
+    token (GLM-4, whose turns end where the next begins), return the tokenizer's EOS.
     """
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     found = re.search("|".join(re.escape(token) for token in sorted(special, key=len, reverse=True)), text)
@@ -180,12 +180,12 @@ def _end_of_turn(tokenizer, text: str) -> str:
 
 
 def continue_ids(processor, contexts: list[str], context_ids: list[list[int]], texts: list[str]) -> list[list[int]]:
-    """Token ids of texts that stand after contexts whose own ids are given.
+    """Return the token ids of texts that follow contexts with given ids.
 
-    They are those of the whole, context and text, without those of the context: SentencePiece tokenizers write a "▁"
-    before a text that stands alone, but not within a line. Where the tokenizer would join the last token of the
-    context with the text, the context keeps its ids, since they are the prompt at inference, and the text gets the ids
-    that it has at the start of a line, or else after a special token.
+    Context and text are tokenised together, and the ids of the context are removed, because SentencePiece tokenizers
+    write a "▁" before a text that stands alone, but not within a line. Sometimes the tokenizer would merge the last
+    token of the context with the text. Then the context keeps its ids, which are the prompt at inference, and the text
+    gets the ids that it has at the start of a line, or else after a special token.
     """
     wholes = processor.tokenize([before + text for before, text in zip(contexts, texts)], add_special_tokens=False)[
         "input_ids"

@@ -1,7 +1,7 @@
-"""What a model heard in a clip: when each speech token ends, what the LLM expects after it, and a picture of both.
+"""Inspect how a model understands a clip: where each speech token ends and what the LLM predicts next, with a plot.
 
-Follows arXiv 2405.19041: speech tokens are right as far as the LLM predicts the same next tokens after them as after
-the transcript's, which the KL between the two tells token by token. Leaves out: answers, which `generate` gives.
+Follows arXiv 2405.19041: a speech token is correct if the LLM predicts the same next tokens after it as after the
+transcript's token. The KL divergence between the two predictions measures this token by token.
 
     plot_hearing(hear(model, processor, "clip.wav", transcript="the red cat ran to the sea"))
 
@@ -19,7 +19,7 @@ from torch import nn
 from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
 from transformers.utils import is_matplotlib_available
 
-# Of the package by name: this file stays here and in a Space, and is never copied into a model repository.
+# An absolute import, because this file is used here and in a Space, and is never copied into a model repository.
 from modeling_blsp_kd.distillation_step import frozen
 
 from .audio_loading import load_audio
@@ -33,7 +33,7 @@ if is_matplotlib_available():
     from matplotlib.ticker import MaxNLocator
 
     class NotebookFigure(Figure):
-        """A figure that notebooks show without pyplot, whose state is shared and whose windows need the main thread."""
+        """A figure that notebooks display without pyplot, which has global state and needs the main thread."""
 
         def _repr_png_(self) -> bytes:
             png = io.BytesIO()
@@ -49,20 +49,21 @@ DYNAMIC_RANGE_DB = 70.0
 
 @dataclass
 class Hearing:
-    """What a model heard in one clip.
+    """The result of [`hear`]: how a model understood one clip.
 
     Args:
-        spectrogram (`np.ndarray` of shape (M, F)): log-mel, dB below the loudest point of the clip, of the waveform at
-            the speech encoder's rate, one column per 10 ms; for the eye, whatever features the encoder takes.
+        spectrogram (`np.ndarray` of shape (M, F)): log-mel of the waveform at the speech encoder's rate, dB below the
+            loudest point of the clip, one column per 10 ms. It is for display and does not depend on the encoder's
+            features.
         duration_s (`float`): of the clip, seconds.
         frame_duration_s (`float`): of an encoder frame, seconds.
         alphas (`np.ndarray` of shape (T,), *optional*): unscaled CIF weights (CFormer only).
-        token_ends_s (`np.ndarray` of shape (U,), *optional*): when each speech token is complete, seconds from the
-            start of the clip: CIF's firing places (CFormer only).
-        num_predicted_tokens (`int`): how many tokens the model makes of the clip. U, unless a transcript set U.
-        predictions (`list[list[tuple[str, float]]]`): for each of U tokens the texts that the LLM holds most likely to
-            follow it, with their probabilities (at temperature 1), the likeliest first. After the last token these are
-            what follows the clip in the prompt.
+        token_ends_s (`np.ndarray` of shape (U,), *optional*): where each speech token ends, seconds from the start of
+            the clip: CIF's firing places (CFormer only).
+        num_predicted_tokens (`int`): how many tokens the model predicts for the clip; U, unless a transcript set U.
+        predictions (`list[list[tuple[str, float]]]`): for each of the U tokens, the LLM's most likely next tokens as
+            text, with their probabilities (at temperature 1), the most likely first. Those after the last token are
+            predictions of the text that follows the clip in the prompt.
         transcript_tokens (`list[str]`, *optional*): text of the transcript's U tokens.
         kl_to_text (`np.ndarray` of shape (U,), *optional*): KL(text prompt || speech prompt) of the next-token
             distributions after each token, nats, at the temperature of the training loss. Their mean is the clip's
@@ -80,7 +81,7 @@ class Hearing:
     kl_to_text: np.ndarray | None = None
 
     def summary(self) -> str:
-        """One sentence: how long the clip is, and how many tokens it was heard as."""
+        """Summarise the duration of the clip and its number of speech tokens in one sentence."""
         num_tokens = len(self.predictions)
         text = f"{self.duration_s:.2f} s of audio heard as {num_tokens} speech token{'s' * (num_tokens != 1)}"
         if self.transcript_tokens is None:
@@ -90,7 +91,7 @@ class Hearing:
         return text + f", the transcript's number; without it the model makes {self.num_predicted_tokens}."
 
     def describe(self, max_tokens: int = 40) -> str:
-        """The picture in words, for those who cannot see it."""
+        """Describe the plot in words, for users who cannot see it."""
         lines = [self.summary()]
         for index, predictions in enumerate(self.predictions[:max_tokens]):
             heard = "" if self.transcript_tokens is None else f" ({self.transcript_tokens[index].strip()})"
@@ -106,22 +107,22 @@ class Hearing:
 def hear(
     model, processor, audio, instruction: str | None = None, transcript: str | None = None, top_k: int = 4
 ) -> Hearing:
-    """Let a model hear one clip, and look at what reaches the LLM.
+    """Run a model on one clip, and return what the LLM predicts after each speech token.
 
-    Changes nothing about the model, whatever its mode.
+    The model and its mode stay unchanged.
 
     Args:
         model ([`BlspKdForCausalLM`]), processor ([`BlspKdProcessor`]).
-        audio: one clip as in [`load_audio`]; a bare array has the feature extractor's rate.
-        instruction (`str`, *optional*): stands before the clip in the prompt, as in training.
-        transcript (`str`, *optional*): what is said. Then CIF fires as often as it has tokens, as in training, so that
-            each speech token has a text token to compare with.
-        top_k (`int`): predictions kept per token.
+        audio: one clip as in [`load_audio`]; a bare array must have the feature extractor's rate.
+        instruction (`str`, *optional*): comes before the clip in the prompt, as in training.
+        transcript (`str`, *optional*): the text of the clip. If given, CIF fires once per token of it, as in training,
+            so that each speech token can be compared with a text token.
+        top_k (`int`): number of predictions per token.
 
     Raises:
         FileNotFoundError, TypeError: see [`load_audio`].
-        ValueError: the clip is unusable (see there), the transcript is empty, or the model's adapter has a fixed rate,
-            so that a transcript has no place beside its tokens.
+        ValueError: the clip is unusable (see [`load_audio`]), the transcript is empty, or a transcript is given for an
+            adapter with a fixed rate, whose tokens do not correspond to text tokens.
     """
     rate = processor.feature_extractor.sampling_rate
     waveform = load_audio(audio, rate)
@@ -179,7 +180,7 @@ def hear(
 
 
 def _kl(teacher_logits, student_logits, temperature: float) -> torch.Tensor:
-    """KL(teacher || student) of each row, (N, V) and (N, V) -> (N,) float32; their mean is `linear_kl`."""
+    """Compute KL(teacher || student) of each row, (N, V) and (N, V) -> (N,) float32; their mean is `linear_kl`."""
     teacher, student = (
         torch.log_softmax(logits.float() / temperature, dim=-1) for logits in (teacher_logits, student_logits)
     )
@@ -205,29 +206,29 @@ def _log_mel(waveform: np.ndarray, rate: int) -> np.ndarray:
 
 # -- the picture ------------------------------------------------------------------------------------------------------
 
-# Inches, but for the font sizes (points).
+# All in inches, except the font sizes (points).
 FONT_SIZE, SMALL_FONT_SIZE = 9, 7.5
 MIN_COLUMN_WIDTH, MAX_COLUMN_WIDTH = 0.7, 1.5
 LEFT, RIGHT, TOP, BOTTOM = 0.52, 0.2, 0.1, 0.08
 LINE_HEIGHT = 0.17
 TIME_HEIGHT, SPECTROGRAM_HEIGHT, ALPHA_HEIGHT, FAN_HEIGHT, CELL_HEIGHT, KL_HEIGHT = 0.18, 0.95, 0.5, 0.25, 0.33, 0.55
 NUMBER_HEIGHT, BAND_GAP, TICK_DISTANCE = 0.19, 0.3, 0.65
-BLUE, ORANGE = "#0072B2", "#D55E00"  # told apart by the colour-blind (Okabe and Ito)
+BLUE, ORANGE = "#0072B2", "#D55E00"  # distinguishable with colour blindness (Okabe and Ito)
 
 
 def plot_hearing(hearing: Hearing, width: float = 10.0, max_tokens: int = 40):
-    """Draw what a model heard, in bands that are read like lines of text.
+    """Plot the result of [`hear`], in bands that are read like lines of text.
 
-    A band shows the log-mel spectrogram with the token boundaries; CIF's alphas under it, on the same time axis; and
-    one column per speech token with what the LLM expects after having heard it, and the KL to the text prompt.
+    A band shows the log-mel spectrogram with the token boundaries and, on the same time axis, CIF's alphas. Below them
+    it has one column per speech token, with the LLM's predictions after it and their KL to the text prompt.
 
     Args:
-        hearing ([`Hearing`]): of [`hear`].
-        width (`float`): of the figure, inches; 3.6 is right for a phone. Bands are as many as the width asks for.
-        max_tokens (`int`): how many tokens are shown; the title says how many are left out.
+        hearing ([`Hearing`]): the result of [`hear`].
+        width (`float`): of the figure, inches; 3.6 suits a phone. It decides the number of bands.
+        max_tokens (`int`): how many tokens to show; the title says how many are left out.
 
     Returns:
-        `matplotlib.figure.Figure`: shown by a notebook that ends a cell with it; `savefig` writes it to a file.
+        `matplotlib.figure.Figure`: notebooks display it if it ends a cell; `savefig` writes it to a file.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -265,7 +266,7 @@ def _left_out(hearing: Hearing, num_shown: int) -> str:
 
 
 def _key(hearing: Hearing) -> str:
-    """What the parts of the picture mean."""
+    """Explain the parts of the plot."""
     key = "Each column: what the LLM expects next, after having heard that many tokens (␣ is a space)."
     if hearing.transcript_tokens is not None:
         key += " Outlined: what the transcript goes on with."
@@ -295,7 +296,7 @@ class _Sheet:
         self.max_chars = int(self.column_width * 72 / (0.68 * FONT_SIZE))
         num_rows = len(hearing.predictions[0])
         self.head_height = NUMBER_HEIGHT + (0.0 if hearing.transcript_tokens is None else LINE_HEIGHT)
-        # The parts of a band from top to bottom.
+        # The parts of a band, from top to bottom.
         parts = [(self._draw_spectrogram, SPECTROGRAM_HEIGHT)]
         if hearing.alphas is not None:
             parts += [(self._draw_alphas, ALPHA_HEIGHT), (self._draw_fan, FAN_HEIGHT)]
@@ -310,7 +311,7 @@ class _Sheet:
         return textwrap.wrap(text, int((self.width - 0.16) * 72 / character_width))
 
     def draw_band(self, figure, top: float, tokens: range):
-        """Draw the tokens of one band, and the stretch of audio that they were made of."""
+        """Draw the tokens of one band, and the stretch of audio that they come from."""
         figure_height = figure.get_figheight()
         top -= TIME_HEIGHT
         for draw, height in self.parts:
@@ -321,7 +322,7 @@ class _Sheet:
             draw(axes, tokens)
 
     def _stretch(self, tokens: range) -> tuple[float, float]:
-        """Start and end of the audio of these tokens, seconds."""
+        """Return start and end of the audio of these tokens, seconds."""
         hearing = self.hearing
         if hearing.token_ends_s is None:
             # Tokens of a fixed rate.
@@ -367,7 +368,7 @@ class _Sheet:
                 axes.axvline(end_s, color=color, linewidth=1, linestyle=(0, (3, 2)))
 
     def _draw_fan(self, axes, tokens):
-        """Lines from the boundaries on the time axis to those of the columns."""
+        """Draw lines from the boundaries on the time axis to those of the columns."""
         start_s, stop_s = self._stretch(tokens)
         for column, end_s in enumerate(self.hearing.token_ends_s[tokens.start : tokens.stop], start=1):
             place = (end_s - start_s) / (stop_s - start_s) * len(tokens)

@@ -1,7 +1,7 @@
-"""JSONL manifests: one JSON object per line, in UTF-8, with audio paths relative to the manifest.
+"""Read JSONL manifests: one JSON object per line, in UTF-8, with audio paths relative to the manifest.
 
-Lines are parsed one by one, so that nothing guesses types (a text that looks like a date stays a text) and errors name
-the row. Leaves out: whether the audio can be used, which is known when it is decoded.
+Lines are parsed one by one, so that no reader guesses types (a text that looks like a date stays a text) and errors
+name the row. The audio is not opened here; errors in it appear when it is decoded.
 """
 
 import codecs
@@ -15,9 +15,9 @@ from pathlib import Path
 
 DEFAULT_INSTRUCTION = "Continue the following text."
 TEXTS = ("instruction", "response")
-# A number is a label, too: a speaker 3, an answer 7.
+# Numbers are also accepted as labels: speaker 3, answer 7.
 LABELS = ("id", "answer", "translation", "kind", "voice", "voice_group")
-# UTF-32 first: its mark begins with that of UTF-16.
+# UTF-32 comes first, because its mark begins with that of UTF-16.
 OTHER_ENCODINGS = {
     codecs.BOM_UTF32_LE: "UTF-32",
     codecs.BOM_UTF32_BE: "UTF-32",
@@ -27,18 +27,18 @@ OTHER_ENCODINGS = {
 
 
 class BadRow(ValueError):
-    """One row is unusable; the message says why."""
+    """Raised when a row is invalid; the message gives the reason."""
 
 
 class OutsideFolderError(ValueError):
-    """A path leaves the folder of the data."""
+    """Raised when a path leaves the folder of the data."""
 
 
 def manifest_lines(path: str | Path, limit: int | None = None) -> Iterator[bytes]:
-    """Yield the lines of a manifest, also blank ones, without the byte order mark that some editors write first.
+    """Yield the lines of a manifest, including blank ones, without the byte order mark that some editors write.
 
     Raises:
-        ValueError: the file begins with the mark of another encoding than UTF-8.
+        ValueError: the file begins with the mark of an encoding other than UTF-8.
     """
     with open(path, "rb") as file:
         for number, line in enumerate(islice(file, limit)):
@@ -53,10 +53,10 @@ def manifest_lines(path: str | Path, limit: int | None = None) -> Iterator[bytes
 
 
 def parse_line(line: bytes) -> dict:
-    """Return the row of one line.
+    """Parse one line into a row.
 
     Raises:
-        BadRow: it is no JSON object in UTF-8.
+        BadRow: the line is not a JSON object in UTF-8.
     """
     try:
         row = json.loads(line.decode("utf-8"))
@@ -73,10 +73,10 @@ def parse_line(line: bytes) -> dict:
 
 
 def read_objects(path: str | Path) -> list[tuple[str, dict]]:
-    """Return the rows of any JSONL file, each with its origin ("path, row number") for messages; blank lines are none.
+    """Return the rows of any JSONL file, each with its origin ("path, row number") for messages. Skip blank lines.
 
     Raises:
-        ValueError: a line is no JSON object in UTF-8.
+        ValueError: a line is not a JSON object in UTF-8.
     """
     return list(_objects(path))
 
@@ -104,16 +104,16 @@ def manifest_rows(path: str | Path, allow_outside_paths: bool = False, allow_tex
 
     Args:
         allow_outside_paths: audio paths may leave the manifest's folder.
-        allow_text_only: rows may say `"audio": null`.
+        allow_text_only: rows may have `"audio": null`.
 
     Returns:
-        An iterator over `dict`: a line's fields, with `audio` an absolute path, `instruction` the default one if there
-        is none (an empty one stays empty: the content is all of the prompt), `duration` a float, labels (`voice`,
-        `answer`, ...) strings, and `origin`, which names the row in messages.
+        An iterator over `dict`: a line's fields, with `audio` as an absolute path, `duration` as a float, labels
+        (`voice`, `answer`, ...) as strings, and `origin`, which names the row in messages. A missing `instruction`
+        becomes the default one; an empty one stays empty, so that the prompt is the content alone.
 
     Raises:
-        ValueError: a line is no JSON object, lacks text or audio, has a field of another type, or names audio outside
-            the folder.
+        ValueError: a line is not a JSON object, lacks text or audio, has a field of another type, or names audio
+            outside the folder.
     """
     folder = Path(path).parent.absolute()
     for origin, row in _objects(path):
@@ -127,13 +127,13 @@ def manifest_rows(path: str | Path, allow_outside_paths: bool = False, allow_tex
 
 
 def checked(row: dict, origin: str, allow_text_only: bool) -> dict:
-    """Return a row with its instruction, its origin, and the types that its fields should have.
+    """Check a row, and return it with its instruction, its origin, and its fields in their proper types.
 
     Raises:
-        ValueError: it lacks text or audio, or a field has another type.
+        ValueError: the row lacks text or audio, or a field has another type.
     """
     has_text = isinstance(row.get("text"), str) and row["text"].strip()
-    # A misspelt name of the field must not make a row of text alone.
+    # A misspelt field name must not make a text-only row.
     is_text_only = allow_text_only and "audio" in row and row["audio"] is None
     if not has_text or not (row.get("audio") or is_text_only):
         told = {name: value for name, value in row.items() if not isinstance(value, (bytes, dict))}
@@ -162,10 +162,10 @@ def checked(row: dict, origin: str, allow_text_only: bool) -> dict:
 
 
 def seconds(name: str, value) -> float:
-    """Return a time in seconds, given as a number or as a string of one ("3.2").
+    """Convert a time in seconds, given as a number or as a string that holds one ("3.2"), to a float.
 
     Raises:
-        BadRow: it is neither, negative, or not finite.
+        BadRow: the value is neither, negative, or not finite.
     """
     try:
         number = math.nan if isinstance(value, bool) else float(value)
@@ -185,7 +185,7 @@ def _label(name: str, value) -> str | None:
 
 
 def _words(words):
-    """Words with their times in seconds; what has another form is left to those who want times."""
+    """Convert the times of words to floats. Return other forms unchanged; code that needs times checks them."""
     if not isinstance(words, list) or not all(isinstance(word, dict) for word in words):
         return words
     times = ("start", "end")
@@ -193,11 +193,11 @@ def _words(words):
 
 
 def audio_path(folder: Path, name, allow_outside: bool) -> Path:
-    """Return where the audio of a row lies.
+    """Return the path of a row's audio.
 
     Raises:
-        BadRow: `name` is no path.
-        OutsideFolderError: it leaves `folder`, by itself or through a symbolic link, and `allow_outside` is not set.
+        BadRow: `name` is not a path.
+        OutsideFolderError: the path leaves `folder`, directly or through a symbolic link, and `allow_outside` is False.
     """
     if not isinstance(name, str) or not name.strip() or "\0" in name:
         raise BadRow(f"expected the path of an audio file, got {name!r}")

@@ -1,7 +1,7 @@
 """`pipeline("audio-text-to-text")` and `pipeline("automatic-speech-recognition")` of a BLSP-KD model.
 
-Follows transformers' pipelines in what goes in and comes out; stock `pipeline("any-to-any")` needs nothing of this.
-Leaves out: prompts without audio, several answers to one prompt.
+Follows the inputs and outputs of transformers' pipelines. transformers' own `pipeline("any-to-any")` does not need this
+file. Leaves out: prompts without audio, several answers to one prompt.
 """
 
 import threading
@@ -29,14 +29,14 @@ GENERATE_ARGUMENTS = (
     "assistant_model",
     "streamer",
 )
-# A rest of a recording that is shorter than this stays with the chunk before it.
+# If the rest of a recording is shorter than this, it becomes part of the chunk before it.
 SHORTEST_CHUNK_S = 0.1
-# Long recordings are cut into chunks, but all of their samples are held at once: 0.9 GB at 16 kHz.
+# Long recordings are split into chunks, but all their samples are in memory at once: 0.9 GB at 16 kHz.
 MAX_RECORDING_S = 4 * 3600.0
 
 
 class BlspKdPipeline(ChunkPipeline):
-    """Answers to spoken input: task "audio-text-to-text".
+    """Pipeline of the task "audio-text-to-text": answers spoken input.
 
     ```python
     pipe = pipeline("audio-text-to-text", model="org/name", trust_remote_code=True)
@@ -50,16 +50,20 @@ class BlspKdPipeline(ChunkPipeline):
       `"sampling_rate"`, of `"path"`, `"bytes"`, `"base64"` or `"url"`; see [`load_audio`];
     - `{"audio": clip, "instruction": text}`, or `"text"` for `"instruction"`;
     - a chat: a list of messages with `"role"` and `"content"`, whose audio blocks hold a clip:
-      `{"type": "audio", "path": ...}`, or any other key of the above, or `"audio"` for any kind of clip.
+      `{"type": "audio", "path": ...}`, with any of the keys above, or with `"audio"` for any kind of clip.
 
-    One input gives one result, a list of inputs a list; generators, data sets and other iterables give a generator.
+    One input gives one result, and a list of inputs gives a list. Generators, datasets and other iterables give a
+    generator.
 
-    Options, when the pipeline is made or called: `instruction` (what to do with the clip; omitted, the clip is all that
-    the LLM gets), `sampling_rate` (of bare arrays, Hz; the model's own unless given), `allowed_url_prefixes` (URLs are
-    refused unless they begin with one of these), `chat_template_kwargs` (options of the LLM's chat template, such as
-    `{"enable_thinking": False}`; those that the processor was saved with hold unless overruled), `batch_size`,
-    `num_workers` (1: clips are decoded ahead, in a process of their own), `streamer`, `generate_kwargs`, and all
-    arguments of `generate` by name, of which `max_new_tokens` is 256 unless given.
+    Options, given when the pipeline is created or called:
+
+    - `instruction`: what to do with the clip. By default the clip is the whole prompt.
+    - `sampling_rate`: of bare arrays, Hz; defaults to the model's.
+    - `allowed_url_prefixes`: URLs are refused unless they begin with one of these.
+    - `chat_template_kwargs`: options of the LLM's chat template, such as `{"enable_thinking": False}`. They override
+      the options saved with the processor.
+    - `batch_size`; `num_workers` (1 decodes clips ahead, in a separate process); `streamer`; `generate_kwargs`.
+    - all arguments of `generate` by name; `max_new_tokens` defaults to 256.
     """
 
     _load_processor = True
@@ -109,7 +113,7 @@ class BlspKdPipeline(ChunkPipeline):
         if instruction is not None:
             check_text(instruction, "instruction", self.processor.audio_token)
         if getattr(self, "assistant_model", None) is not None:
-            # Taken by transformers when the pipeline was made, and left to us to pass on.
+            # transformers took it when the pipeline was created, and leaves it to us to pass it on.
             generate_options = {"assistant_model": self.assistant_model, **generate_options}
         preprocess_params = {name: value for name, value in given.items() if value is not None}
         return preprocess_params, {**generate_kwargs, **generate_options}, {}
@@ -121,19 +125,18 @@ class BlspKdPipeline(ChunkPipeline):
         """Answer one input, a list of inputs, or an iterable of inputs; see the class.
 
         Raises:
-            ValueError, TypeError, FileNotFoundError: an input or option is unusable. Of several inputs the message
-                names the one.
+            ValueError, TypeError, FileNotFoundError: an input or option is unusable. If there are several inputs, the
+                message names the bad one.
         """
         return super().__call__(as_inputs(inputs), **options)
 
     def stream(self, inputs, **options):
         """Answer one input piece by piece.
 
-        Generation runs in a thread of its own. It ends when the generator is closed or forgotten, and what it raises
-        is raised here.
+        Generation runs in its own thread. It stops when the generator is closed or deleted. Its errors are raised here.
 
         Returns:
-            a generator of `str`: the pieces of the text, to be joined without anything between them.
+            a generator of `str`: the pieces of the text, to be joined without a separator.
         """
         preprocess_params, forward_params, _ = self._sanitize_parameters(**options)
         preprocess_params = {**self._preprocess_params, **preprocess_params}
@@ -155,7 +158,7 @@ class BlspKdPipeline(ChunkPipeline):
         def generate():
             try:
                 self.forward([prompt], **forward_params)
-            except BaseException as error:  # of whatever kind, it belongs to the caller
+            except BaseException as error:  # errors of any kind are raised in the caller's thread
                 errors.append(error)
             finally:
                 streamer.text_queue.put(streamer.stop_signal)
@@ -175,7 +178,7 @@ class BlspKdPipeline(ChunkPipeline):
     def preprocess(
         self, inputs, instruction=None, sampling_rate=None, allowed_url_prefixes=(), chat_template_kwargs=None
     ):
-        """The prompt of one input: a list of one dict of `text` and `features`, as `_forward` takes."""
+        """Return the prompt of one input: a list of one dict of `text` and `features`, the input of `_forward`."""
         if isinstance(inputs, Chat):
             messages, clips = read_chat(inputs, self.processor.audio_token)
         else:
@@ -198,7 +201,7 @@ class BlspKdPipeline(ChunkPipeline):
     # -- prompts to answers -------------------------------------------------------------------------------------------
 
     def _forward(self, prompts: list[dict], **generate_kwargs) -> list[dict]:
-        """Answers to B prompts, each a dict of `tokens` (L,) and, if asked for, their `times` (L, 2)."""
+        """Answer B prompts; each answer is a dict of `tokens` (L,) and, if requested, their `times` (L, 2)."""
         inputs = self.processor.tokenize(
             [prompt["text"] for prompt in prompts],
             padding=True,
@@ -229,7 +232,7 @@ class BlspKdPipeline(ChunkPipeline):
         return self.processor.decode(tokens, skip_special_tokens=True)
 
     def get_iterator(self, inputs, num_workers, batch_size, preprocess_params, forward_params, postprocess_params):
-        # transformers' own would pad features as if they were text, and would not say which input is bad.
+        # transformers' own method would pad features as if they were text, and would not say which input is bad.
         prompts = _Prompts(inputs, self.preprocess, preprocess_params)
         loader = DataLoader(prompts, batch_size=None, num_workers=min(num_workers, 1), collate_fn=_unchanged)
         numbered, answers = iter(loader), []
@@ -242,13 +245,13 @@ class BlspKdPipeline(ChunkPipeline):
                     answers = []
 
     def save_pretrained(self, save_directory, **kwargs):
-        """Save model and processor, which bring their code. transformers' own would leave the processor out."""
+        """Save model and processor with their code. transformers' own method would not save the processor."""
         self.model.save_pretrained(save_directory, **kwargs)
         self.processor.save_pretrained(save_directory, **kwargs)
 
 
 class BlspKdSpeechRecognitionPipeline(BlspKdPipeline):
-    """What is said: task "automatic-speech-recognition".
+    """Pipeline of the task "automatic-speech-recognition": transcribes speech.
 
     ```python
     pipe = pipeline("automatic-speech-recognition", model="org/name", trust_remote_code=True)
@@ -256,16 +259,17 @@ class BlspKdSpeechRecognitionPipeline(BlspKdPipeline):
     # {"text": "the lion ran", "chunks": [{"text": "the", "timestamp": (0.31, 0.42)}, ...]}
     ```
 
-    Takes clips, as [`BlspKdPipeline`], and `{"audio": clip}`. Options beyond those of [`BlspKdPipeline`]:
+    Accepts clips, as [`BlspKdPipeline`] does, and `{"audio": clip}`. Options in addition to those of
+    [`BlspKdPipeline`]:
 
-    - `instruction`: overrules `processor.transcription_instruction`.
+    - `instruction`: overrides `processor.transcription_instruction`.
     - `return_timestamps`: `"word"` (or True) or `"token"`; seconds from the start of the recording.
-    - `chunk_length_s` (seconds): cuts recordings into chunks of this length, which the LLM transcribes one by one, or
-      `batch_size` at a time. Needed beyond ten minutes, and useful wherever a recording holds more than the LLM was
-      trained to repeat. Recordings may last four hours. Silent chunks are skipped.
-    - `stride_length_s` (seconds, or a pair): how far a chunk's left and right margins reach into its neighbours, a
-      sixth of its length unless given. A chunk keeps the words whose middle, by their timestamps, lies between its
-      margins, so that words at a cut are heard whole by one of the two. With 0 all words are kept.
+    - `chunk_length_s` (seconds): splits recordings into chunks of this length, which the LLM transcribes one by one, or
+      `batch_size` at a time. It is required beyond ten minutes, and useful for recordings longer than those that the
+      LLM was trained to repeat. Recordings may last four hours. Silent chunks are skipped.
+    - `stride_length_s` (seconds, or a pair): how far a chunk's left and right margins overlap its neighbours; a sixth
+      of its length by default. A chunk keeps the words whose middle, by their timestamps, lies between its margins, so
+      that one of two neighbouring chunks contains a word at the cut completely. With 0 all words are kept.
     """
 
     def _sanitize_parameters(self, return_timestamps=None, chunk_length_s=None, stride_length_s=None, **options):
@@ -299,7 +303,7 @@ class BlspKdSpeechRecognitionPipeline(BlspKdPipeline):
         chunk_length_s=None,
         stride_length_s=None,
     ):
-        """The prompts of one recording, one for each chunk, as they are asked for."""
+        """Yield the prompts of one recording, one per chunk."""
         if isinstance(inputs, Chat):
             raise TypeError('Speech recognition takes audio, not chats. For these there is "audio-text-to-text".')
         left_s, right_s = _strides(chunk_length_s, stride_length_s)
@@ -330,7 +334,7 @@ class BlspKdSpeechRecognitionPipeline(BlspKdPipeline):
             yield {**prompt, "start_s": start / rate, "keeps_s": keeps_s}
 
     def _forward(self, prompts, return_timestamps=False, **generate_kwargs):
-        # Words of chunks with margins are kept or dropped by their times.
+        # The times decide which words of chunks with margins are kept.
         return_timestamps = return_timestamps or any(prompt["keeps_s"] is not None for prompt in prompts)
         answers = super()._forward(prompts, return_timestamps=return_timestamps, **generate_kwargs)
         return [
@@ -356,7 +360,7 @@ class BlspKdSpeechRecognitionPipeline(BlspKdPipeline):
         return {**result, "chunks": chunks} if return_timestamps else result
 
     def _kept_words(self, answer: dict) -> list[dict]:
-        """The words whose middle is in the chunk's own part, with their times in the recording."""
+        """Return the words whose middle is in the chunk's own part, with their times in the recording."""
         start_s = answer["start_s"]
         words = [
             {"text": word["text"], "timestamp": tuple(start_s + time for time in word["timestamp"])}
@@ -368,7 +372,7 @@ class BlspKdSpeechRecognitionPipeline(BlspKdPipeline):
         return [word for word in words if keep_from <= sum(word["timestamp"]) / 2 < keep_to]
 
     def _tokens_of(self, answer: dict, words: list[dict]) -> list[dict]:
-        """The tokens of the words that were kept, likewise."""
+        """Return the tokens of the kept words, with their times in the recording."""
         tokenizer, tokens, text = self.processor.tokenizer, [], ""
         timed = ~answer["times"].isnan().any(1) & ~torch.isin(answer["tokens"], torch.tensor(tokenizer.all_special_ids))
         said = answer["tokens"][timed].tolist()
@@ -383,7 +387,7 @@ class BlspKdSpeechRecognitionPipeline(BlspKdPipeline):
 
 
 def _strides(chunk_length_s, stride_length_s) -> tuple[float, float]:
-    """A chunk's left and right margin, seconds."""
+    """Return a chunk's left and right margin, seconds."""
     if chunk_length_s is None:
         if stride_length_s is not None:
             raise ValueError("stride_length_s is of chunks: give chunk_length_s, too.")
@@ -406,10 +410,9 @@ def _is_number(value) -> bool:
 
 
 def _chunks(num_samples: int, length: int, left: int, right: int, shortest: int) -> list[tuple[int, int, float, float]]:
-    """Start and stop of each chunk, and between where its words are kept, samples.
+    """Return start and stop of each chunk, and the range in which its words are kept, in samples.
 
-    The parts between the margins follow each other without a gap, and those of the first and last chunk reach to the
-    ends.
+    These ranges follow each other without a gap, and those of the first and last chunk are open at the ends.
     """
     chunks = []
     for start in range(0, num_samples, length - left - right):
@@ -421,7 +424,7 @@ def _chunks(num_samples: int, length: int, left: int, right: int, shortest: int)
 
 
 class _Prompts(IterableDataset):
-    """The prompts of all inputs in their order, each with whether it is its input's last."""
+    """The prompts of all inputs in order, each with a flag that marks the last one of its input."""
 
     def __init__(self, inputs, preprocess, params: dict):
         self.inputs, self.preprocess, self.params = inputs, preprocess, params
@@ -454,5 +457,5 @@ class _StopsWhen(StoppingCriteria):
 
 
 def _unchanged(item):
-    # The default would turn numpy arrays into tensors.
+    # The default `collate_fn` would convert numpy arrays to tensors.
     return item

@@ -1,8 +1,8 @@
-"""`BlspKdProcessor`: text with audio placeholders, and audio clips, to the inputs of `BlspKdForCausalLM`.
+"""`BlspKdProcessor`: convert text with audio placeholders, and audio clips, to the inputs of `BlspKdForCausalLM`.
 
-A feature extractor, a tokenizer and the LLM's chat template under one roof, as in transformers' audio LLMs. Unlike
-them it leaves one placeholder per audio: how many positions an audio takes is predicted by the model. Leaves out:
-training batches, see `data_collator.py`.
+Combines a feature extractor, a tokenizer and the LLM's chat template, as in transformers' audio LLMs. Unlike them it
+keeps one placeholder per audio, because the model predicts how many positions an audio takes. `data_collator.py` makes
+training batches.
 """
 
 import numbers
@@ -21,13 +21,14 @@ from transformers.utils import logging
 from .audio_loading import knows_rate, load_audio
 from .chat_audio import read_block
 from .chat_templates import PLAIN_TEMPLATE, check_options, content_prefix, knows, warn_of_thoughts
-from .pipeline_blsp_kd import BlspKdPipeline  # noqa: F401 (saved with a processor are the files that this one imports)
+from .pipeline_blsp_kd import BlspKdPipeline  # noqa: F401 (the files that this one imports are saved with a processor)
 
 logger = logging.get_logger(__name__)
 
 AUDIO_TOKEN = "<|audio|>"
 TRANSCRIPTION_INSTRUCTION = "Repeat the words."
-# Longer clips are encoded window by window; features are made so too, since feature extractors normalise over a clip.
+# Longer clips are encoded window by window. Their features are also computed by window, because feature extractors
+# normalise over a clip.
 WINDOW_S = 30
 ANALYSIS_WINDOW_S = 0.025
 LOST_IN_TEMPLATE = (
@@ -35,10 +36,11 @@ LOST_IN_TEMPLATE = (
     "makes of the chat (tokenize=False), and set another one (processor.chat_template) if it leaves something out."
 )
 NOT_BASE64 = re.compile(r"[^A-Za-z0-9+/=\s]")
-# Tokenizers keep padding and truncation of a call on themselves, so two threads must not use one at the same time.
+# Tokenizers store the padding and truncation of a call, so two threads must not use one at the same time.
 _tokenizing = threading.Lock()
 if hasattr(os, "register_at_fork"):  # not on Windows
-    # A process that is forked meanwhile, as the workers of a DataLoader are, would wait for a thread it does not have.
+    # Without this, a process forked during a call, such as a worker of a DataLoader, would wait forever for a lock of a
+    # thread that it does not have.
     os.register_at_fork(
         before=_tokenizing.acquire, after_in_parent=_tokenizing.release, after_in_child=_tokenizing.release
     )
@@ -59,11 +61,11 @@ class BlspKdProcessor(ProcessorMixin):
         tokenizer ([`PreTrainedTokenizerBase`]): the LLM's, with `audio_token` among its special tokens.
         chat_template (`str`, *optional*): renders messages whose content is text, or a list of text and audio blocks.
         audio_token (`str`): the placeholder for one audio.
-        transcription_instruction (`str`): what to tell the LLM when the words themselves are wanted, as a speech
-            recognition pipeline does. It should be one that the model was trained on.
+        transcription_instruction (`str`): the instruction that asks the LLM for a transcript, used by the speech
+            recognition pipeline. The model should have been trained on it.
         chat_template_kwargs (`dict`, *optional*): options of the chat template, such as `{"enable_thinking": False}`.
-            They are saved with the processor and hold for every prompt, in training and afterwards; arguments of a
-            call of `apply_chat_template` win.
+            They are saved with the processor and apply to every prompt, in training and afterwards. Arguments of
+            `apply_chat_template` override them.
     """
 
     valid_processor_kwargs = BlspKdProcessorKwargs
@@ -108,13 +110,13 @@ class BlspKdProcessor(ProcessorMixin):
 
         Args:
             speech_model, text_model (`str` or `os.PathLike`): Hub ids or folders.
-            audio_token (`str`): added to the tokenizer unless it has it; the LLM's embeddings are not resized, since
-                the placeholder is never embedded.
+            audio_token (`str`): added to the tokenizer if missing. The LLM's embeddings are not resized, because the
+                placeholder is never embedded.
             transcription_instruction (`str`), chat_template_kwargs (`dict`): see [`BlspKdProcessor`].
-            kwargs: for both `from_pretrained` calls (`revision` does not belong here, the models differ).
+            kwargs: passed to both `from_pretrained` calls (so not `revision`, because the repositories differ).
 
         Raises:
-            ValueError: the chat template loses the placeholder, or does not know an option.
+            ValueError: the chat template drops the placeholder, or does not use an option.
         """
         feature_extractor = AutoFeatureExtractor.from_pretrained(speech_model, **kwargs)
         tokenizer = AutoTokenizer.from_pretrained(text_model, **kwargs)
@@ -123,7 +125,7 @@ class BlspKdProcessor(ProcessorMixin):
                 {"additional_special_tokens": [audio_token]}, replace_extra_special_tokens=False
             )
         if tokenizer.pad_token is None:
-            # Padding is masked, so any token will do.
+            # Padding is masked, so any token works.
             tokenizer.pad_token = tokenizer.eos_token
         own = tokenizer.chat_template or PLAIN_TEMPLATE
         options = check_options(chat_template_kwargs, own)
@@ -154,16 +156,16 @@ class BlspKdProcessor(ProcessorMixin):
         Args:
             text (`str` or `list[str]`): prompts, with `audio_token` once for every audio.
             audio (*optional*): one clip or a list of clips in reading order, each as in [`load_audio`].
-            sampling_rate (`int`, *optional*): of clips given as bare arrays, Hz. Omitted: the feature extractor's.
-            kwargs: for the tokenizer, as in all processors. Batches are left-padded and returned as torch tensors
-                unless told otherwise.
+            sampling_rate (`int`, *optional*): of clips given as bare arrays, Hz; defaults to the feature extractor's.
+            kwargs: for the tokenizer, as in all processors. By default, batches are left-padded and returned as torch
+                tensors.
 
         Returns:
             `BatchFeature`: `input_ids` and `attention_mask` (B, L); with audio also `input_features` and
             `input_features_mask`, see [`~BlspKdProcessor.extract_features`].
 
         Raises:
-            TypeError: text is no text.
+            TypeError: text is not a string or a list of strings.
             ValueError: placeholders and audios do not match, or a clip is unusable (see [`load_audio`]).
         """
         if text is None:
@@ -175,7 +177,7 @@ class BlspKdProcessor(ProcessorMixin):
                 f"Unknown argument(s) {unknown} of BlspKdProcessor. It takes 'text', 'audio' (one clip or a list), "
                 "'sampling_rate' and the options of tokenizers, such as 'padding'."
             )
-        # Without the tokenizer's own padding side (often right), which would beat ours: generation needs left.
+        # Without the tokenizer's own padding side (often right), which would override ours: generation needs left.
         own = {name: value for name, value in self.tokenizer.init_kwargs.items() if name != "padding_side"}
         merged = self._merge_kwargs(BlspKdProcessorKwargs, tokenizer_init_kwargs=own, **kwargs)
         text_kwargs = merged["text_kwargs"]
@@ -206,15 +208,16 @@ class BlspKdProcessor(ProcessorMixin):
         return BatchFeature(data, tensor_type=return_tensors)
 
     def tokenize(self, texts, **kwargs):
-        """The tokenizer's own call, for use by any number of threads at once."""
+        """Call the tokenizer in a way that is safe for several threads."""
         with _tokenizing:
             return self.tokenizer(texts, **kwargs)
 
     @staticmethod
     def check_unicode(texts: list[str]):
-        """
+        """Refuse texts that are not valid Unicode.
+
         Raises:
-            ValueError: a text holds half of a surrogate pair, as JSON may; tokenizers take it for no text at all.
+            ValueError: a text holds half of a surrogate pair, as JSON may; tokenizers do not accept such strings.
         """
         for text in texts:
             try:
@@ -226,18 +229,19 @@ class BlspKdProcessor(ProcessorMixin):
                 ) from error
 
     def extract_features(self, clips: list, sampling_rate: int | None = None) -> dict[str, np.ndarray]:
-        """Features of clips, each on its true length, then zero-padded to the longest.
+        """Compute the features of clips, each on its true length, and zero-pad them to the longest.
 
-        Each clip is taken alone, so its features do not depend on the batch; each 30 s of a longer clip likewise.
+        Each clip is processed alone, so its features do not depend on the batch. Each 30 s of a longer clip are also
+        processed alone.
 
         Args:
             clips (`list`): each as in [`load_audio`].
             sampling_rate (`int`, *optional*): of bare arrays, Hz.
 
         Returns:
-            `dict` of `input_features` float32, and `input_features_mask` (A, length) int64. The features are what the
-            speech encoder takes: log-mel (A, num_mel_bins, length) for Whisper, waveforms (A, length), or filter bank
-            frames (A, length, bins).
+            `dict` of `input_features` float32, and `input_features_mask` (A, length) int64. The features depend on the
+            speech encoder: log-mel (A, num_mel_bins, length) for Whisper, waveforms (A, length), or filter bank frames
+            (A, length, bins).
         """
         rate = self.feature_extractor.sampling_rate
         if sampling_rate is None and any(not knows_rate(clip) for clip in clips):
@@ -260,12 +264,12 @@ class BlspKdProcessor(ProcessorMixin):
         return self.pad_features(features)
 
     def _features_of(self, waveform: np.ndarray) -> np.ndarray:
-        """One clip's features, without padding."""
+        """Compute one clip's features, without padding."""
         rate = self.feature_extractor.sampling_rate
         name = self.feature_extractor.model_input_names[0]
         by_window = []
         for window in np.split(waveform, range(WINDOW_S * rate, len(waveform), WINDOW_S * rate)):
-            # The rest of a long clip may be shorter than what a frame takes; some encoders' frames take two windows.
+            # The rest of a long clip may be shorter than a frame needs; the frames of some encoders need two windows.
             shortest = 2 * int(ANALYSIS_WINDOW_S * rate) if by_window or self._time_axis == 0 else 0
             window = np.pad(window, (0, max(0, shortest - len(window))))
             made = self.feature_extractor(
@@ -279,11 +283,11 @@ class BlspKdProcessor(ProcessorMixin):
 
     @property
     def _time_axis(self) -> int:
-        """Of one clip's features: log-mel has time last, waveforms and filter bank frames have it first."""
+        """Return the time axis of one clip's features: the last for log-mel, the first for waveforms and frames."""
         return 1 if isinstance(self.feature_extractor, WhisperFeatureExtractor) else 0
 
     def pad_features(self, features: list[np.ndarray]) -> dict[str, np.ndarray]:
-        """Zero-pad clips' features to the longest; returns as [`~BlspKdProcessor.extract_features`]."""
+        """Zero-pad the features of clips to the longest, and return them as [`~BlspKdProcessor.extract_features`]."""
         time_axis = self._time_axis
         lengths = [clip.shape[time_axis] for clip in features]
         mask = np.zeros((len(features), max(lengths)), dtype=np.int64)
@@ -296,9 +300,9 @@ class BlspKdProcessor(ProcessorMixin):
         return {"input_features": np.stack(padded).astype(np.float32), "input_features_mask": mask}
 
     def apply_chat_template(self, conversation, chat_template=None, *args, **kwargs):
-        """Render chats, and tokenise them if told to, as in all processors of transformers.
+        """Render chats, and tokenise them if asked, as in all processors of transformers.
 
-        `chat_template_kwargs` of the processor hold unless a call says otherwise.
+        The processor's `chat_template_kwargs` apply unless the call overrides them.
 
         Raises:
             ValueError: the template does not write the placeholder once for each audio.
@@ -319,14 +323,14 @@ class BlspKdProcessor(ProcessorMixin):
         return rendered
 
     def word_timestamps(self, token_ids, token_timestamps) -> list[dict]:
-        """Words of one answer and when they were said, as the `chunks` of transformers' speech recognition.
+        """Return the words of one answer with their times, in the form of the `chunks` of speech recognition pipelines.
 
-        Words begin at white space, so punctuation stays with its word. Tokens without a time (the prompt, among
-        others) and special tokens are left out.
+        Words begin at white space, so punctuation stays with its word. Tokens without a time (such as the prompt) and
+        special tokens are left out.
 
         Args:
-            token_ids (`torch.LongTensor` of shape (L,)): a row of `sequences` of `generate`.
-            token_timestamps (`torch.FloatTensor` of shape (L, 2)): that of its `token_timestamps`, seconds.
+            token_ids (`torch.LongTensor` of shape (L,)): a row of the `sequences` that `generate` returns.
+            token_timestamps (`torch.FloatTensor` of shape (L, 2)): the same row of its `token_timestamps`, seconds.
 
         Returns:
             `list[dict]`: `text` with the white space before it, and `timestamp`, (start, end) in seconds.
@@ -354,7 +358,7 @@ class BlspKdProcessor(ProcessorMixin):
         return words
 
     def _decode_in_pieces(self, token_ids: list[int]) -> list[tuple[str, slice]]:
-        """Text of tokens, one by one or, where a character takes several, together: pairs of text and tokens."""
+        """Decode tokens one by one, or several together if they share a character; return pairs of text and slice."""
 
         def decode(ids):
             return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
@@ -371,15 +375,15 @@ class BlspKdProcessor(ProcessorMixin):
 
     def save_pretrained(self, *args, **kwargs):
         if hasattr(self.tokenizer, "legacy"):
-            # transformers forgets it when it saves a Llama tokenizer, which would then read other ids.
+            # transformers does not save `legacy` with a Llama tokenizer, which would then give other ids.
             self.tokenizer.init_kwargs["legacy"] = self.tokenizer.legacy
         saved = super().save_pretrained(*args, **kwargs)
-        # transformers notes on the processor where its code lies; saving must not change what is saved.
+        # transformers sets `auto_map` on the processor when it saves its code; saving must not change the processor.
         vars(self).pop("auto_map", None)
         return saved
 
     def _prepare_processor_kwargs(self, *args, **kwargs):
-        # A template writes all special tokens itself, as in the tokenizer's own `apply_chat_template` and in training.
+        # The template writes all special tokens, as in the tokenizer's own `apply_chat_template` and in training.
         return {"add_special_tokens": False, **super()._prepare_processor_kwargs(*args, **kwargs)}
 
     def _resolve_audio_loading_params(self, processor_kwargs):
@@ -388,7 +392,7 @@ class BlspKdProcessor(ProcessorMixin):
         return {"sampling_rate": processor_kwargs.get("sampling_rate", audio_kwargs.get("sampling_rate"))}
 
     def _normalize_conversations(self, conversation):
-        # transformers trusts the shape of a chat, which often comes from outside.
+        # transformers does not check the form of a chat, which often comes from outside.
         is_batch = (
             isinstance(conversation, (list, tuple)) and conversation and isinstance(conversation[0], (list, tuple))
         )
@@ -417,7 +421,7 @@ class BlspKdProcessor(ProcessorMixin):
 
 @contextmanager
 def _explained(name_or_path):
-    """Turn what other libraries raise over broken files into a ValueError that says where to look."""
+    """Convert errors that other libraries raise for broken files to a ValueError that says where to look."""
     try:
         yield
     except (OSError, ImportError):  # these name the file, or the library that is missing
@@ -432,9 +436,10 @@ def _explained(name_or_path):
 
 
 def _check_chat(chat):
-    """
+    """Check the form of a chat.
+
     Raises:
-        ValueError: it is no list of messages whose content is a text or a list of blocks.
+        ValueError: the chat is not a list of messages whose content is a text or a list of blocks.
     """
     if not isinstance(chat, (list, tuple)) or not chat:
         raise ValueError(f"A chat is a list of at least one message, but got {chat!r:.80}.")
@@ -454,7 +459,7 @@ def _check_chat(chat):
 
 
 def _num_placeholders(chat, audio_token: str) -> int:
-    """How often a chat's text has to hold the placeholder: once for each audio, and where a text already holds it."""
+    """Return how many placeholders a chat's text must have: one per audio, plus those that its texts already hold."""
     contents = [message.get("content") or "" for message in chat]
     texts = [content for content in contents if isinstance(content, str)]
     blocks = [block for content in contents if not isinstance(content, str) for block in content]
@@ -465,7 +470,7 @@ def _num_placeholders(chat, audio_token: str) -> int:
 
 
 def _known_arguments() -> set[str]:
-    """All keyword arguments of text and audio processing that transformers defines, flat or in groups."""
+    """Return all keyword arguments that transformers defines for text and audio processing, flat or in groups."""
     return {
         "common_kwargs",
         "return_tensors",
@@ -476,14 +481,14 @@ def _known_arguments() -> set[str]:
 
 
 def _with_clip(block: dict, clip) -> dict:
-    """Return a block as [`read_block`] gives it, with its clip under "audio"."""
+    """Return a block that [`read_block`] read, with its clip under "audio"."""
     return block if clip is None else {**block, "audio": clip}
 
 
 def _without_names(clip):
-    """Return the clip of an audio block with its `url` as what [`load_audio`] can only decode: a data URL, or base64.
+    """Return the clip of an audio block, and ensure that its `url` is a data URL or base64.
 
-    Servers pass on as `url` what their clients wrote, so it must not name a file of this machine, nor an address that
+    Servers forward whatever their clients write as `url`, so it must not name a file of this machine or an address that
     this machine can reach.
     """
     url = clip.get("url") if isinstance(clip, dict) else None
@@ -498,7 +503,7 @@ def _without_names(clip):
 
 
 def _as_clips(audio) -> list:
-    """One clip or a list of clips to a list; a flat list of numbers is one clip."""
+    """Return one clip or a list of clips as a list; a flat list of numbers is one clip."""
     if isinstance(audio, list) and not (audio and isinstance(audio[0], numbers.Number)):
         return audio
     return [audio]

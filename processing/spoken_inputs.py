@@ -1,6 +1,6 @@
-"""One input of a pipeline (a clip, a clip with an instruction, a chat) to chat messages and their clips.
+"""Convert an input of a pipeline (a clip, a clip with an instruction, or a chat) to chat messages and their clips.
 
-Follows what transformers' pipelines and chat templates take. Leaves out: features and prompts, see the processor.
+Follows the inputs of transformers' pipelines and chat templates. The processor makes features and prompts.
 """
 
 from collections.abc import Iterable
@@ -18,7 +18,7 @@ INPUT_KEYS = ("audio", "instruction", "text", "sampling_rate")
 
 
 def as_inputs(inputs):
-    """What a caller gives to what transformers' pipelines take for one input, a list, or a stream of inputs."""
+    """Convert a caller's inputs to the form in which transformers' pipelines take one input, a list, or an iterable."""
     if inputs is None or (isinstance(inputs, (list, tuple)) and len(inputs) == 0):
         raise ValueError(f"There is nothing to hear: expected a clip, a chat, or several of them, got {inputs!r}.")
     if isinstance(inputs, list) and isinstance(inputs[0], Number):
@@ -32,22 +32,22 @@ def as_inputs(inputs):
 
 
 def as_chat(inputs):
-    """A list of messages to transformers' `Chat`, anything else as it is."""
+    """Convert a list of messages to transformers' `Chat`; return anything else unchanged."""
     is_chat = isinstance(inputs, (list, tuple)) and len(inputs) > 0 and is_valid_message(inputs[0])
     return Chat(inputs) if is_chat else inputs
 
 
 def user_turn(instruction: str | None, content: dict | None = None) -> list[dict]:
-    """Return the chat of one user turn: the instruction, if any, then the content (a block; omitted, an audio)."""
+    """Return a chat of one user turn: the instruction, if any, and then the content, a block (default: an audio)."""
     blocks = [{"type": "text", "text": instruction}] if instruction else []
     return [{"role": "user", "content": [*blocks, content or {"type": "audio"}]}]
 
 
 def read_input(inputs, instruction, sampling_rate, audio_token: str):
-    """Clip, instruction and rate of an input that is no chat; its own instruction and rate come first.
+    """Return clip, instruction and rate of an input other than a chat; its own instruction and rate take precedence.
 
     Raises:
-        ValueError, TypeError: unknown fields, or an instruction that is none.
+        ValueError, TypeError: unknown fields, or an invalid instruction.
     """
     if not isinstance(inputs, dict) or "audio" not in inputs:
         return inputs, instruction, sampling_rate
@@ -63,10 +63,10 @@ def read_input(inputs, instruction, sampling_rate, audio_token: str):
 
 
 def read_chat(chat: Chat, audio_token: str) -> tuple[list[dict], list]:
-    """A chat's messages without the clips, and the clips in reading order.
+    """Return a chat's messages without the clips, and the clips in reading order.
 
     Raises:
-        ValueError, TypeError: no audio in it, or a message or block that is none.
+        ValueError, TypeError: the chat has no audio, or an invalid message or block.
     """
     messages, clips = [], []
     for message in chat.messages:
@@ -86,7 +86,7 @@ def read_chat(chat: Chat, audio_token: str) -> tuple[list[dict], list]:
 
 
 def _read_block(block, audio_token: str, clips: list) -> dict:
-    """Return a block without its clip, which is put to `clips`."""
+    """Return a block without its clip, and append the clip to `clips`."""
     read, clip = read_block(block) if isinstance(block, dict) else ({}, None)
     if read.get("type") == "text":
         check_text(read.get("text"), "text of a block", audio_token, may_be_empty=True)
@@ -102,7 +102,7 @@ def _read_block(block, audio_token: str, clips: list) -> dict:
 
 
 def check_text(text, name: str, audio_token: str, may_be_empty: bool = False):
-    """Raise unless `text` is a string without the placeholder, which would ask for another clip."""
+    """Raise an error unless `text` is a string without the placeholder, which would require another clip."""
     if not isinstance(text, str):
         raise TypeError(f"The {name} must be a string, got {type(text)}.")
     if not text.strip() and not may_be_empty:
@@ -114,7 +114,7 @@ def check_text(text, name: str, audio_token: str, may_be_empty: bool = False):
 def load_clip(
     clip, sampling_rate: int, source_rate=None, allowed_url_prefixes=(), max_duration_s=MAX_DURATION_S
 ) -> np.ndarray:
-    """[`load_audio`], and files from URLs that are allowed, as `str` or under a dict's `"url"`."""
+    """Load a clip with [`load_audio`], or from an allowed URL given as `str` or under a dict's `"url"`."""
     url = clip.get("url") if isinstance(clip, dict) else clip
     if isinstance(url, str):
         clip = fetch_audio(url, allowed_url_prefixes) if "://" in url else url

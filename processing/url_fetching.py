@@ -1,7 +1,7 @@
-"""Audio files from URLs that the caller has allowed by prefix.
+"""Fetch audio files from URLs that the caller has allowed by prefix.
 
-A server that fetches what its users name can be led to its own network, so nothing is fetched unless its beginning,
-host included, was allowed; redirects are held to the same rule. Leaves out: authentication, caching, retries.
+A server that fetches any URL can be misled to addresses in its own network. So a URL is fetched only if it begins with
+an allowed prefix, which includes the host. The same holds for redirects. Leaves out: authentication, caching, retries.
 """
 
 import http.client
@@ -10,7 +10,7 @@ import urllib.request
 from urllib.parse import unquote, urlsplit
 
 MAX_BYTES = 64 * 2**20
-# Of silence between two packets, and of the whole fetch.
+# Limits between two packets, and for the whole fetch.
 SILENCE_TIMEOUT_S = 10.0
 TIMEOUT_S = 60.0
 
@@ -20,11 +20,11 @@ def fetch_audio(url: str, allowed_prefixes=()) -> bytes:
 
     Args:
         url (`str`): http or https.
-        allowed_prefixes (`Sequence[str]`): what a URL, and whatever it redirects to, must begin with: scheme, host and
-            at least the slash after it, as in `"https://host/"`.
+        allowed_prefixes (`Sequence[str]`): the URL and its redirects must begin with one of these. Each has scheme,
+            host and at least the slash after it, as in `"https://host/"`.
 
     Raises:
-        ValueError: not allowed, more than 64 MiB, or not to be had within a minute.
+        ValueError: the URL is not allowed, cannot be fetched within a minute, or holds more than 64 MiB.
     """
     _check(url, allowed_prefixes)
     opener = urllib.request.build_opener(_HeldRedirects(allowed_prefixes))
