@@ -18,7 +18,7 @@ from processing.spoken_inputs import user_turn
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder or Hub id of a BLSP-KD model")
-    parser.add_argument("--audio", required=True, help="wav, flac, ogg or mp3 file")
+    parser.add_argument("--audio", required=True, help="audio file, of any format in docs/audio_inputs.md")
     parser.add_argument("--instruction", default="Repeat the words.", help="what to do with what is said")
     parser.add_argument(
         "--chat_template_kwargs", help="JSON options of the LLM's chat template (those that it was trained with)"
