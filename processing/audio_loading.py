@@ -12,7 +12,7 @@ import soxr
 
 from .audio_decoding import MAGIC_BYTES, MAX_CHANNELS, container_of, decoded, full_scale, too_long
 
-# Quieter than three steps of 16-bit audio: a muted microphone, not speech.
+# Below about three steps of 16-bit audio there is no speech, only a muted microphone.
 SILENCE_PEAK = 1e-4
 MAX_DURATION_S = 600.0
 # 30 dB above full scale. Recordings may exceed 1 a little; larger values are integers that were converted to floats.

@@ -9,7 +9,7 @@ from .audio_loading import knows_rate
 
 # The type of a block, and the key of its clip. "audio" holds a clip of any kind.
 AUDIO_TYPES = ("audio", "audio_url", "input_audio")
-# One dict may hold several of these: those of `datasets` do.
+# One dict may hold several of these, as those of `datasets` do.
 FILE_KEYS = ("array", "raw", "bytes", "base64", "path")
 AUDIO_KEYS = ("audio", *FILE_KEYS, "url", "data", "audio_url", "input_audio")
 

@@ -131,7 +131,7 @@ class BlspKdDataCollator:
     def _features(self, rows) -> dict[str, torch.Tensor]:
         """Return the features of the rows with audio, (A, ...)."""
         if not rows:
-            # Of no clip, but of the shape that one would have: the trainer counts clips by it.
+            # Zero clips, but in the shape of real features, because the trainer counts clips by the first axis.
             tone = {"array": np.sin(np.arange(8_000, dtype=np.float32)), "sampling_rate": 16_000}
             features = self.processor.extract_features([tone])
             return {name: torch.from_numpy(values)[:0] for name, values in features.items()}

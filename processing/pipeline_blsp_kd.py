@@ -431,7 +431,7 @@ class _Prompts(IterableDataset):
 
     def __iter__(self):
         is_sized = isinstance(self.inputs, Sized)
-        # By index, since torch's map-style data sets need not be iterable.
+        # By index, because torch's map-style datasets need not be iterable.
         items = (self.inputs[index] for index in range(len(self.inputs))) if is_sized else self.inputs
         names_inputs = not is_sized or len(self.inputs) > 1
         for index, item in enumerate(items):

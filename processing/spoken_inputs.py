@@ -24,7 +24,7 @@ def as_inputs(inputs):
     if isinstance(inputs, list) and isinstance(inputs[0], Number):
         return np.asarray(inputs)  # the samples of one clip
     if isinstance(inputs, list) and not is_valid_message(inputs[0]):
-        return [as_chat(item) for item in inputs]  # transformers looks for chats by the first input alone
+        return [as_chat(item) for item in inputs]  # transformers only checks whether the first input is a chat
     is_one = isinstance(inputs, (str, bytes, bytearray, memoryview, dict, list, tuple, np.ndarray, torch.Tensor, Chat))
     if is_one or hasattr(inputs, "read") or not isinstance(inputs, Iterable):
         return inputs
