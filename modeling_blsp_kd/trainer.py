@@ -21,7 +21,7 @@ from transformers.utils import logging
 from .checkpoints import ASIDE, choose_checkpoint, publish, remove_old
 from .distillation_step import ItemCounts, check_output_head
 from .termination import TerminationNotice
-from .training_arguments import best_metric_is_greater, check_training_arguments, evaluation_metrics
+from .training_arguments import best_metric_is_greater, check_fsdp, check_training_arguments, evaluation_metrics
 from .training_card import card_of_training
 
 logger = logging.get_logger(__name__)
@@ -91,6 +91,8 @@ class BlspKdTrainer(Trainer):
         has_no_weights_yet = self.is_fsdp_enabled and model.get_output_embeddings().weight.is_meta
         if not (has_no_weights_yet or is_deepspeed_zero3_enabled()):
             check_output_head(model.language_model)
+        if self.is_fsdp_enabled and model.plora is not None:
+            check_fsdp(self.accelerator.state.fsdp_plugin)
         # forward divides each part by its own count over the whole optimiser step.
         self.model_accepts_loss_kwargs = True
         self._loss_parts = {"train": {}, "eval": {}}

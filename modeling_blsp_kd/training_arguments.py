@@ -59,6 +59,23 @@ def check_training_arguments(args: TrainingArguments):
         raise ValueError("TrainingArguments that BLSP-KD refuses:\n" + "\n".join(problems))
 
 
+def check_fsdp(plugin):
+    """Refuse what FSDP cannot do for a model with partial LoRA.
+
+    Args:
+        plugin ([`~accelerate.FullyShardedDataParallelPlugin`]).
+
+    Raises:
+        ValueError: FSDP would checkpoint activations by itself.
+    """
+    if plugin.activation_checkpointing:
+        raise ValueError(
+            "fsdp_config's activation_checkpointing does not go with partial LoRA: layers are computed again without "
+            "the positions of the speech, so partial LoRA would get no gradient. Switch it off and pass "
+            "activation_checkpointing=True (TrainingArguments), with which the model gives them to each layer."
+        )
+
+
 def _parallel_within_a_row(config) -> bool:
     return config is not None and any(getattr(config, f"{kind}_size", 1) > 1 for kind in ("tp", "cp", "sp"))
 

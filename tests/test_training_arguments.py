@@ -6,11 +6,13 @@ Leaves out: what takes several processes or a GPU (`test_equivalence.py`, `test_
 import dataclasses
 import json
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate import ParallelismConfig
+from accelerate import FullyShardedDataParallelPlugin, ParallelismConfig
+from accelerate.state import AcceleratorState
 from conftest import make_model
 from datasets import Dataset
 from test_trainer import NUM_ROWS, make_trainer, many_rows
@@ -142,6 +144,17 @@ def test_what_cannot_do_what_it_says_is_refused_with_the_reason(name, value, rea
     """Label smoothing trained without labels, no kernel of Liger was there, label_names gave an eval_loss of 0."""
     with pytest.raises(ValueError, match=rf"(?s)BLSP-KD refuses:.*{name}=.*{reason}"):
         make_trainer(tmp_path, processor, collator, **{name: value})
+
+
+@pytest.mark.parametrize("has_plora", [True, False])
+def test_fsdp_may_not_checkpoint_activations_of_partial_lora(has_plora, tmp_path, processor, collator, monkeypatch):
+    """FSDP's own checkpointing lost the speech positions: a CheckpointError, or, reentrant, no gradients at all."""
+    plugin = FullyShardedDataParallelPlugin(activation_checkpointing=True, fsdp_version=2)
+    monkeypatch.setattr(AcceleratorState, "fsdp_plugin", plugin, raising=False)  # as if FSDP had started this process
+    model = make_model(plora=has_plora)
+    with pytest.raises(ValueError, match="pass activation_checkpointing=True") if has_plora else nullcontext():
+        trainer = make_trainer(tmp_path, processor, collator, model=model)
+        assert trainer.is_fsdp_enabled
 
 
 @pytest.mark.parametrize("name", ["compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"])
