@@ -203,7 +203,9 @@ def _as_array(audio) -> np.ndarray:
 
 def _as_float(samples: np.ndarray) -> np.ndarray:
     """Return samples as float32, (num_samples,) or (num_samples, num_channels)."""
-    if samples.ndim == 2 and samples.shape[0] < samples.shape[1]:
+    if samples.size == 0 and samples.ndim == 2:
+        samples = samples.reshape(0, 1)  # no samples of some channels, on whichever side
+    if samples.ndim == 2 and 0 < samples.shape[0] < samples.shape[1]:
         samples = samples.T
     if samples.ndim not in (1, 2) or (samples.ndim == 2 and samples.shape[1] > MAX_CHANNELS):
         raise ValueError(
@@ -223,8 +225,9 @@ def _check_full_scale(samples: np.ndarray):
     if not np.issubdtype(samples.dtype, np.integer) or samples.dtype.itemsize < 4:
         return
     lowest, highest = int(samples.min(initial=0)), int(samples.max(initial=0))
-    # Audio has at most 32 bits per sample. Zeros of a signed type are silence at any width.
-    if lowest == highest or (samples.dtype == np.int32 and max(-lowest, highest) > 2**15):
+    # Audio has at most 32 bits per sample. Zeros of a signed type are silence at any width. int32 that would be silent
+    # holds narrower samples: 16 bits, or the sum of two channels of 16 bits.
+    if lowest == highest or (samples.dtype == np.int32 and max(-lowest, highest) > SILENCE_PEAK * 2**31):
         return
     raise ValueError(
         f"the audio array holds {samples.dtype} numbers from {lowest} to {highest}, and their full scale is not clear. "

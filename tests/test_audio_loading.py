@@ -301,8 +301,11 @@ def test_a_wav_cut_inside_its_header_is_refused():
         load_audio(encode(clip(0.2))[:30], SAMPLING_RATE)
 
 
-@pytest.mark.parametrize("audio", [[], np.zeros(0), torch.zeros(0), (np.zeros(0), 8_000)])
-def test_an_empty_array_is_refused(audio):
+@pytest.mark.parametrize("shape", [(0,), (1, 0), (0, 1), (2, 0), (0, 2)])
+@pytest.mark.parametrize("of", [np.zeros, torch.zeros, lambda shape: (np.zeros(shape), 8_000)])
+def test_an_empty_array_is_refused(of, shape):
+    """Of no samples in channels the mean was NaN, and the error spoke of that."""
+    audio = of(shape)
     with pytest.raises(ValueError, match=r"the audio array is empty \(0 samples\)"):
         load_audio(audio, SAMPLING_RATE)
 
@@ -370,6 +373,13 @@ def test_16_bit_samples_in_wider_integers_are_refused(dtype):
     with pytest.raises(ValueError, match=r"numbers from -?\d+ to \d+, and their full scale is not clear\. Give 16-bit"):
         load_audio(wide, SAMPLING_RATE)
     assert np.array_equal(load_audio(np.asarray(wide, dtype=np.int16), SAMPLING_RATE), samples / np.float32(2**15))
+
+
+def test_sums_of_16_bit_channels_are_refused():
+    """They reach beyond 16 bits, and were called silent for that."""
+    channel = np.round(clip(0.1) / abs(clip(0.1)).max() * 32767).astype(np.int16)
+    with pytest.raises(ValueError, match=r"numbers from -\d{5} to \d{5}, and their full scale is not clear"):
+        load_audio(np.stack([channel, channel]).astype(np.int32).sum(axis=0, dtype=np.int32), SAMPLING_RATE)
 
 
 def test_zeros_of_any_type_are_silent():
