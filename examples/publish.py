@@ -11,26 +11,22 @@ when it is complete; an earlier publication is replaced, other files never are.
 
 import argparse
 import json
-import shutil
 from pathlib import Path
 
-from answering import answer_rows
-from hub.card import TINY_WORLD, make_card
-from hub.facts import OWN_BACKBONES, OWN_LICENCE, describe_parts
-from hub.publication import complete_or_nothing
-from hub.space import write_space
-from hub.upload import UploadError, upload
-from hub.verify import measure_memory, verify
 from huggingface_hub.utils import validate_repo_id
 
 from modeling_blsp_kd import BlspKdForCausalLM
 from processing import BlspKdPipeline, BlspKdProcessor
-from processing.audio_decoding import audio_info
 from processing.manifests import read_manifest
+from processing.publishing.card import make_card
+from processing.publishing.contents import write_model, write_samples
+from processing.publishing.facts import describe_checkpoint
+from processing.publishing.publication import complete_or_nothing
+from processing.publishing.space import write_space
+from processing.publishing.upload import UploadError, upload
+from processing.publishing.verify import measure_memory, verify
 
-HUB_FILES = Path(__file__).parent / "hub"
-LICENCE_FILE = Path(__file__).parents[1] / "LICENSE"
-MAX_NEW_TOKENS = 128  # of an answer on the card
+PAGE = Path(__file__).with_name("app.py")
 
 
 def main():
@@ -50,16 +46,25 @@ def main():
         model = BlspKdForCausalLM.from_pretrained(checkpoint)
         processor = BlspKdProcessor.from_pretrained(checkpoint)
         is_thin = model.config.backbones is not None and not options.full
-        write_model(model, processor, folder, options.full)
-        samples = write_samples(model, processor, rows, folder)
+        pipeline = BlspKdPipeline(model=model, processor=processor)
+        write_model(pipeline, folder, options.full)
+        samples = write_samples(pipeline, rows, folder)
+        backbones = model.config.backbones if is_thin else None
         record["facts"] = {
             "name": name,
             "thin": is_thin,
             "losses": model.config.distillation,
             "results": results,
             "samples": samples,
-            **describe_checkpoint(model, results.get("training"), options),
-            "memory": measure(folder, repo_id, model.config.backbones if is_thin else None, samples),
+            **describe_checkpoint(
+                model,
+                results.get("training"),
+                given_base_models(options),
+                licence=options.licence,
+                languages=options.language,
+                datasets=options.dataset,
+            ),
+            "memory": measure_memory(folder, repo_id, backbones, samples[0]) if samples else None,
         }
         make_card(record["facts"]).save(folder / "README.md")
     print(f"{options.folder} is complete: {name}")
@@ -67,7 +72,7 @@ def main():
     if options.verify:
         report(verify(options.folder, repo_id, model, processor, rows[0]["audio"]))
     if options.space:
-        write_space(options.space, repo_id)
+        write_space(options.space, repo_id, PAGE)
     if options.push:
         try:
             print(f"uploaded: {upload(options.folder, options.push, private=options.private or None).commit_url}")
@@ -111,57 +116,14 @@ def check_backbones(checkpoint: Path, full: bool):
         )
 
 
-def write_model(model, processor, folder: Path, full: bool):
-    """Weights, configs, processor, and the code that loads them; LICENSE goes with the code."""
-    model.config.auto_map["AutoProcessor"] = "processing_blsp_kd.BlspKdProcessor"
-    BlspKdPipeline(model=model, processor=processor).save_pretrained(folder, full=full)
-    for file in (HUB_FILES / "handler.py", HUB_FILES / "requirements.txt", LICENCE_FILE):
-        shutil.copy(file, folder)
-
-
-def write_samples(model, processor, rows: list[dict], folder: Path) -> list[dict]:
-    """Copy the rows' clips, and let the model answer them as it is; returns rows for the card."""
-    samples = []
-    for number, row in enumerate(rows, start=1):
-        (folder / "samples").mkdir(exist_ok=True)
-        name = f"samples/{number}{Path(row['audio']).suffix}"
-        shutil.copyfile(row["audio"], folder / name)
-        samples.append({"audio": name, **{key: row.get(key) for key in ("text", "instruction", "answer")}})
-    heard = [{**sample, "audio": str(folder / sample["audio"])} for sample in samples]
-    outputs = answer_rows(model, processor, heard, "audio", batch_size=1, max_new_tokens=MAX_NEW_TOKENS)
-    for sample, output in zip(samples, outputs):
-        sample["output"] = output
-    return samples
-
-
-def describe_checkpoint(model, training: dict | None, options) -> dict:
-    """Parts, licence, languages and data sets; see [`make_card`]."""
+def given_base_models(options) -> dict[str, tuple[str, str | None]]:
+    """Return Hub id and licence of each base model that the user names; see [`describe_parts`]."""
     given = {}
     for part in ("text_model", "speech_model"):
         if getattr(options, part):
             name, _, licence = getattr(options, part).partition("=")
             given[part] = (name, licence or None)
-    parts = describe_parts(model, training, given)
-    base_models = [part["base_model"] or "" for part in parts if part["name"] in ("speech encoder", "LLM")]
-    stages = None if training is None else training.get("before", [])
-    is_tiny_world = stages is not None and all(stage["data"]["source"] == TINY_WORLD for stage in [*stages, training])
-    # Then all of it is ours, and English.
-    is_ours = is_tiny_world and all(name.startswith(OWN_BACKBONES) for name in base_models)
-    return {
-        "parts": parts,
-        "licence": options.licence or (OWN_LICENCE if is_ours else None),
-        "languages": options.language or (["en"] if is_ours else []),
-        "datasets": options.dataset,
-    }
-
-
-def measure(folder: Path, repo_id: str, backbones: dict | None, samples: list[dict]) -> dict | None:
-    """Memory of answering the first sample; see [`make_card`]."""
-    if not samples:
-        return None
-    clip = folder / samples[0]["audio"]
-    memory = measure_memory(folder, repo_id, backbones, clip, samples[0]["instruction"])
-    return memory and {**memory, "clip_s": audio_info(clip).duration_s}
+    return given
 
 
 def report(checks: list[tuple[str, bool, str]]):

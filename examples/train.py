@@ -35,8 +35,6 @@ from accelerate.utils import broadcast_object_list
 from answering import accuracy, answer_rows
 from command_line import HelpFormatter
 from datasets import Dataset
-from hub.card import make_card
-from hub.facts import describe_parts
 from huggingface_hub import ModelCard
 from training_input.batches import TrainingInputTrainer, data_seed
 from training_input.clips import check_clips, duration_s
@@ -56,6 +54,8 @@ from processing import BlspKdDataCollator, BlspKdProcessor
 from processing.chat_templates import is_in_thought, read_options
 from processing.data_collator import split_prompt
 from processing.manifests import read_manifest
+from processing.publishing.card import make_card
+from processing.publishing.facts import describe_parts
 from processing.spoken_inputs import user_turn
 
 TINY_TEXT_MODEL = str(Path(__file__).parent / "tiny_world" / "llm")

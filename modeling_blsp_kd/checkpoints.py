@@ -20,8 +20,8 @@ SEAL = "checkpoint_files.json"
 ASIDE = "_unfinished"
 
 
-def publish(written: Path, final: Path):
-    """Seal the folder `written` and rename it to `final`, which is replaced if it exists."""
+def move_into_place(written: Path, final: Path):
+    """Write the checksums of its files into the folder `written`, then rename it to `final`, which may exist."""
     contents = {}
     for path in sorted(path for path in written.rglob("*") if path.is_file()):
         _sync(path)  # a full disk may be noticed only here

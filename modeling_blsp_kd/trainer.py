@@ -13,12 +13,12 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import DistributedType, broadcast_object_list
-from transformers import Trainer, TrainingArguments
+from transformers import ProcessorMixin, Trainer, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
-from .checkpoints import ASIDE, choose_checkpoint, publish, remove_old
+from .checkpoints import ASIDE, choose_checkpoint, move_into_place, remove_old
 from .distillation_step import ItemCounts, check_output_head
 from .termination import TerminationNotice
 from .training_arguments import best_metric_is_greater, check_fsdp, check_training_arguments, evaluation_metrics
@@ -38,7 +38,8 @@ class BlspKdTrainer(Trainer):
     since the last log, over all processes; `token_count_accuracy` and `token_count_error` compare predicted with true
     token counts. Evaluation always reports the KLs: they measure how well speech and text are aligned.
 
-    Takes the arguments of `Trainer`; `processing_class` should be the processor, so that every checkpoint holds it.
+    Takes the arguments of `Trainer`; `processing_class` should be the processor, so that every checkpoint holds it and
+    the code of the pipelines; there is a warning if it is none.
     docs/training_arguments.md tells what becomes of each field of `TrainingArguments`. Two are set here: columns of
     rows are never removed (`remove_unused_columns`), since the collator knows which it reads, and a step whose loss is
     not finite is never hidden (`logging_nan_inf_filter`).
@@ -84,6 +85,12 @@ class BlspKdTrainer(Trainer):
             raise ValueError(
                 "DeepSpeed takes its optimiser step before the gradient's norm is known, so non_finite_loss='skip' "
                 "cannot prevent it. Use 'stop'."
+            )
+        if not isinstance(self.processing_class, ProcessorMixin):
+            logger.warning(
+                "Without the processor as processing_class, checkpoints hold neither it nor the code of the pipelines "
+                "that their config names. Pass processing_class=processor, or save the processor beside the model: "
+                "processor.save_pretrained(folder)."
             )
         self.args.remove_unused_columns = self.args.logging_nan_inf_filter = False
         model = self.accelerator.unwrap_model(self.model)
@@ -330,7 +337,7 @@ class BlspKdTrainer(Trainer):
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 self.state.save_to_json(str(written / "trainer_state.json"))
-                publish(written, final)
+                move_into_place(written, final)
                 # Only now, when the new one is complete.
                 keep = {str(final), str(self.state.best_model_checkpoint)}
                 remove_old(folder, aside, self.args.save_total_limit, keep)

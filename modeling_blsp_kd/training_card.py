@@ -18,14 +18,7 @@ def card_of_training(trainer) -> ModelCard:
     args, state, config = trainer.args, trainer.state, trainer.model.config
     model_id = trainer.hub_model_id or os.path.basename(os.path.abspath(args.output_dir))
     base_models = _base_models(config)
-    data = ModelCardData(
-        library_name="transformers",
-        pipeline_tag=TASK,
-        tags=TAGS,
-        base_model=base_models or None,
-        # Without this, the Hub would take several base models for a merge.
-        base_model_relation="finetune" if base_models else None,
-    )
+    data = card_metadata(base_models)
     batch_size = state.train_batch_size or args.per_device_train_batch_size
     batch_size *= args.gradient_accumulation_steps * args.world_size
     evaluations = [
@@ -64,6 +57,19 @@ def card_of_training(trainer) -> ModelCard:
         evaluation="\n".join(measured) or "Not measured.",
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
+
+
+def card_metadata(base_models: list[str], **facts) -> ModelCardData:
+    """Return what the card of any BLSP-KD model tells the Hub: its base models (Hub ids), and other facts by name."""
+    return ModelCardData(
+        library_name="transformers",
+        pipeline_tag=TASK,
+        tags=TAGS,
+        base_model=base_models or None,
+        # Without this, the Hub would take several base models for a merge.
+        base_model_relation="finetune" if base_models else None,
+        **facts,
+    )
 
 
 def _measured(entry: dict) -> dict[str, float]:

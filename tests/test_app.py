@@ -24,6 +24,7 @@ from huggingface_hub import RepoCard
 
 from modeling_blsp_kd import BlspKdForCausalLM
 from processing import BlspKdProcessor
+from processing.publishing.space import write_space
 
 gradio = pytest.importorskip("gradio", reason="the page needs the extra 'demo'")
 
@@ -141,17 +142,14 @@ def test_instructions_on_offer_are_those_of_the_clips(app, listener, clips):
 
 
 def test_a_space_starts_from_its_folder_alone(listener, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    from hub.space import write_space
-
     listener.model.save_pretrained(tmp_path / "model")
     listener.processor.save_pretrained(tmp_path / "model")
-    write_space(tmp_path / "space", str(tmp_path / "model"))
+    write_space(tmp_path / "space", str(tmp_path / "model"), EXAMPLES / "app.py")
     metadata = RepoCard.load(tmp_path / "space" / "README.md").data.to_dict()
     assert metadata["sdk"] == "gradio" and (tmp_path / "space" / metadata["app_file"]).is_file()
     assert re.fullmatch(r"(?:[\w-]+==[\d.]+\n)+", (tmp_path / "space" / "requirements.txt").read_text())
     with pytest.raises(FileExistsError, match="space is not empty"):
-        write_space(tmp_path / "space", "owner/name")
+        write_space(tmp_path / "space", "owner/name", EXAMPLES / "app.py")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -204,14 +204,14 @@ def test_an_old_checkpoint_goes_only_when_the_new_one_is_there(tmp_path, process
     """The Trainer's own rotation may run while the new checkpoint is not yet safe."""
     seen = []
 
-    def publish(written, final):
+    def move_into_place(written, final):
         seen.append(sorted(path.name for path in tmp_path.glob("checkpoint-*")))
-        real_publish(written, final)
+        real_move(written, final)
 
     from modeling_blsp_kd import trainer as module
 
-    real_publish = module.publish
-    monkeypatch.setattr(module, "publish", publish)
+    real_move = module.move_into_place
+    monkeypatch.setattr(module, "move_into_place", move_into_place)
     trainer_of(tmp_path, processor, collator, save_total_limit=1).train()
     assert seen == [[], ["checkpoint-2"], ["checkpoint-4"]]
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-6"]

@@ -25,10 +25,10 @@ from starlette.responses import JSONResponse, PlainTextResponse
 from starlette.routing import Route
 from transformers import pipeline
 
-HUB_FOLDER = Path(__file__).parents[1] / "examples" / "hub"
-sys.path.insert(0, str(HUB_FOLDER))
-import handler as handler_file  # noqa: E402
+import processing.publishing.handler as handler_file
 
+ROOT = Path(__file__).parents[1]
+HANDLER = Path(handler_file.__file__)
 CONTENTS = encode(clip(0.5))
 BASE64 = base64_of(CONTENTS)
 SHORT = {"max_new_tokens": 5}
@@ -438,7 +438,7 @@ def test_bad_requests_leave_no_memory_behind(handler, answer):
 
 def test_the_handler_stands_alone():
     """The service imports it as a top-level module: it has no siblings to import from."""
-    text = (HUB_FOLDER / "handler.py").read_text()
+    text = HANDLER.read_text()
     assert not re.search(
         r"^\s*(from\s+\.|import\s+(processing|modeling_blsp_kd)|from\s+(processing|modeling))", text, re.M
     )
@@ -446,10 +446,10 @@ def test_the_handler_stands_alone():
 
 def test_requirements_are_those_of_the_shipped_files(repository):
     """An endpoint's image has older versions of most, so each third-party import must be named, as in setup.cfg."""
-    wanted = dict(re.findall(r"^([\w-]+)(>=\S+)$", (HUB_FOLDER / "requirements.txt").read_text(), re.M))
-    packaged = dict(re.findall(r"^    ([\w-]+)(>=\S+)$", (HUB_FOLDER.parents[1] / "setup.cfg").read_text(), re.M))
+    wanted = dict(re.findall(r"^([\w-]+)(>=\S+)$", HANDLER.with_name("requirements.txt").read_text(), re.M))
+    packaged = dict(re.findall(r"^    ([\w-]+)(>=\S+)$", (ROOT / "setup.cfg").read_text(), re.M))
     assert wanted == {name: packaged[name] for name in wanted}
-    texts = [path.read_text() for path in (*repository.glob("*.py"), HUB_FOLDER / "handler.py")]
+    texts = [path.read_text() for path in (*repository.glob("*.py"), HANDLER)]
     imported = set(itertools.chain(*(re.findall(r"^(?:import|from) (\w+)", text, re.M) for text in texts)))
     imported |= {"av"}  # under `try:`
     brought = {"numpy", "huggingface_hub", "packaging"}  # by transformers

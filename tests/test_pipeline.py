@@ -901,7 +901,7 @@ def test_any_to_any_is_transformers_own(repository, expected, path):
 
 # Runs in a process of its own, that cannot import this package nor reach a network.
 CHILD = f"""
-import json, sys
+import json, runpy, sys
 
 
 class NotInstalled:
@@ -917,10 +917,10 @@ def watch(event, args):
 
 sys.meta_path.insert(0, NotInstalled())
 sys.addaudithook(watch)
-repository, audio, examples = sys.argv[1:]
-sys.path.insert(0, examples)
+repository, audio, handler_file = sys.argv[1:]
 from transformers import pipeline
-from handler import EndpointHandler
+
+EndpointHandler = runpy.run_path(handler_file)["EndpointHandler"]
 
 instruction, short = {INSTRUCTION!r}, {SHORT!r}
 content = [{{"type": "text", "text": instruction}}, {{"type": "audio", "path": audio}}]
@@ -944,8 +944,8 @@ print(json.dumps(texts))
 def test_pipelines_and_handler_agree_where_the_package_is_not_installed(
     repository, path, expected, model, processor, tmp_path
 ):
-    examples = Path(__file__).parents[1] / "examples" / "hub"
-    output = run_python(CHILD, repository, path, examples, folder=tmp_path, HF_HUB_OFFLINE="1")
+    handler = Path(processing.__file__).parent / "publishing" / "handler.py"
+    output = run_python(CHILD, repository, path, handler, folder=tmp_path, HF_HUB_OFFLINE="1")
     texts = json.loads(output.splitlines()[-1])
     transcript = direct(model, processor, WAVEFORM, processor.transcription_instruction)[0].strip()
     assert texts == {

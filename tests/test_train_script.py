@@ -20,6 +20,8 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
 from modeling_blsp_kd import BlspKdConfig, BlspKdTrainer
+from processing import BlspKdProcessor
+from processing.publishing.facts import describe_parts
 
 ROOT = Path(__file__).parent.parent
 
@@ -57,6 +59,14 @@ def start(train, monkeypatch, output, *options, **given):
     monkeypatch.setattr(sys, "argv", ["train.py", *words, *options])
     train.main()
     return json.loads((output / "results.json").read_text())
+
+
+def test_the_model_card_of_this_repository_describes_the_default_model(train):
+    facts = json.loads((ROOT / "tests" / "data" / "default_publication.json").read_text())["facts"]
+    processor = BlspKdProcessor.from_backbones(train.TINY_SPEECH_MODEL, train.TINY_TEXT_MODEL)
+    model = train.build_model(train.ModelOptions(), processor)
+    assert describe_parts(model, facts["results"]["training"], {}) == facts["parts"]
+    assert model.config.distillation == facts["losses"]
 
 
 def test_an_evaluation_without_answers_reports_what_can_be_computed(train, data, tmp_path, monkeypatch, capsys):

@@ -3,6 +3,8 @@
 Leaves out: several processes (`test_equivalence.py`).
 """
 
+import json
+
 import pytest
 import torch
 from conftest import clip, make_model
@@ -167,3 +169,16 @@ def make_processor():
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|audio|>"]})
     template = FLATTEN_CONTENT.replace("AUDIO_TOKEN", "<|audio|>") + tokenizer.chat_template
     return BlspKdProcessor(WhisperFeatureExtractor(), tokenizer, chat_template=template)
+
+
+@pytest.mark.parametrize("has_processor", [True, False])
+def test_a_trainer_without_the_processor_warns_of_what_its_checkpoints_lack(
+    has_processor, tmp_path, processor, collator, caplog
+):
+    """Their config named pipelines, the code of which they did not have, and nothing said so."""
+    trainer = make_trainer(tmp_path, processor if has_processor else None, collator)
+    assert ("Pass processing_class=processor" in caplog.text) is not has_processor
+    trainer.save_model(tmp_path / "saved")
+    named = json.loads((tmp_path / "saved" / "config.json").read_text())["custom_pipelines"].values()
+    files = {f"{code['impl'].split('.')[0]}.py" for code in named}
+    assert {(tmp_path / "saved" / name).exists() for name in files} == {has_processor}

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 TESTS = Path(__file__).parent.parent
-ELSEWHERE = TESTS.parent / "examples" / "hub" / "elsewhere.py"
+ELSEWHERE = TESTS.parent / "processing" / "publishing" / "elsewhere.py"
 GREEDY = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
 # Between versions of transformers, masks and order of operations may differ, but not what is computed.
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}

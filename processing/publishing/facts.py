@@ -10,9 +10,36 @@ import torch
 
 from modeling_blsp_kd import BlspKdForCausalLM
 
+from .card import TINY_WORLD
+
 # Distributed with the code, under the code's licence.
 OWN_BACKBONES = "examples/tiny_world/"
 OWN_LICENCE = "apache-2.0"
+
+
+def describe_checkpoint(model, training: dict | None, given: dict[str, tuple], licence, languages, datasets) -> dict:
+    """Return parts, licence, languages and data sets, as [`make_card`] takes them.
+
+    Args:
+        model, training, given: see [`describe_parts`].
+        licence, languages, datasets: what the user says (None or empty if nothing). Of a model that is made of this
+            repository alone, licence and language are known without.
+
+    Raises:
+        ValueError: the user names another base model than the checkpoint does.
+    """
+    parts = describe_parts(model, training, given)
+    base_models = [part["base_model"] or "" for part in parts if part["name"] in ("speech encoder", "LLM")]
+    stages = None if training is None else training.get("before", [])
+    is_tiny_world = stages is not None and all(stage["data"]["source"] == TINY_WORLD for stage in [*stages, training])
+    # Then all of it is ours, and English.
+    is_ours = is_tiny_world and all(name.startswith(OWN_BACKBONES) for name in base_models)
+    return {
+        "parts": parts,
+        "licence": licence or (OWN_LICENCE if is_ours else None),
+        "languages": languages or (["en"] if is_ours else []),
+        "datasets": datasets,
+    }
 
 
 def describe_parts(model: BlspKdForCausalLM, training: dict | None, given: dict[str, tuple]) -> list[dict]:

@@ -1,4 +1,4 @@
-"""The page of `examples/app.py` as a folder for a Hugging Face Space.
+"""The demo page (`examples/app.py`) as a folder for a Hugging Face Space.
 
 Follows the Hub's Space metadata (the front matter of README.md). The packages go in as they are, since a Space installs
 only what a registry has. Leaves out: making the Space and choosing its hardware.
@@ -10,7 +10,11 @@ from pathlib import Path
 
 import yaml
 
-ROOT = Path(__file__).parents[2]
+import modeling_blsp_kd
+import processing
+
+# Must lie beside the page.
+CLIPS = Path("tiny_world", "clips")
 REQUIREMENTS = ("torch", "transformers", "accelerate", "peft", "safetensors", "soundfile", "soxr", "av", "matplotlib")
 TITLE = "An LLM with ears"
 APP = """import os
@@ -23,25 +27,27 @@ page.main()
 """
 
 
-def write_space(folder: str | Path, repo_id: str):
+def write_space(folder: str | Path, repo_id: str, page: str | Path):
     """Write the Space of a published model.
 
     Args:
         folder (`str` or `os.PathLike`): must not exist, or be empty.
         repo_id (`str`): "owner/name" of the model, which the page loads.
+        page (`str` or `os.PathLike`): the script with the page, beside its folder of clips.
 
     Raises:
         FileExistsError: something is in the way.
     """
-    folder = Path(folder)
+    folder, page = Path(folder), Path(page)
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty. Remove it, or name another folder for the Space.")
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.copy(ROOT / "examples" / "app.py", folder / "page.py")
+    shutil.copy(page, folder / "page.py")
     (folder / "app.py").write_text(APP.format(repo_id=repo_id))
-    shutil.copytree(ROOT / "examples" / "tiny_world" / "clips", folder / "tiny_world" / "clips")
-    for package in ("modeling_blsp_kd", "processing"):
-        shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(page.parent / CLIPS, folder / CLIPS)
+    for package in (modeling_blsp_kd, processing):
+        source = Path(package.__file__).parent
+        shutil.copytree(source, folder / source.name, ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "requirements.txt").write_text("".join(f"{name}=={_released(name)}\n" for name in REQUIREMENTS))
     metadata = {
         "title": TITLE,

@@ -62,7 +62,7 @@ def main():
     if command == "serve":
         serve(source, arguments[0])
     elif command == "memory":
-        print(json.dumps(memory(source, *arguments)))
+        sys.stdout.write(json.dumps(memory(source, *arguments)))
     else:
         answer(source, *arguments, attempts)
 

@@ -1,4 +1,4 @@
-"""A model card from facts: `model_card.md`, with its metadata and its marked blocks written anew.
+"""A model card from facts: `card_template.md`, with its metadata and its marked blocks filled in.
 
 Follows the Hub's card metadata (huggingface_hub's `ModelCardData`). Prose outside the blocks is the same for every
 model; a fact that is None is called "not measured", "not stated" or "not recorded". Leaves out: finding the facts
@@ -11,8 +11,10 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-TEMPLATE = Path(__file__).parents[2] / "model_card.md"
-TASK = "audio-text-to-text"
+from modeling_blsp_kd.training_card import TASK, card_metadata
+
+# Its front matter gives the order of the metadata.
+TEMPLATE = Path(__file__).with_name("card_template.md")
 TINY_WORLD = "tiny world"
 SIZES = {"float32": 4, "bfloat16": 2}  # bytes of a number
 BLOCK = re.compile(r"<!-- (?P<name>[\w ]+) -->\n.*?\n?<!-- /(?P=name) -->", re.DOTALL)
@@ -32,7 +34,7 @@ def make_card(facts: dict, template: str | None = None) -> ModelCard:
             not measured is absent), `losses` (name -> weight, from the config), `samples` (list of dict with `audio`,
             `instruction`, `text`, `answer` and `output`, what the model says), `licence`, `languages` and `datasets`
             (None or empty if not stated).
-        template: Markdown with blocks `<!-- name --> ... <!-- /name -->`. Omitted: `model_card.md`.
+        template: Markdown with blocks `<!-- name --> ... <!-- /name -->`. Omitted: `card_template.md`.
 
     Raises:
         ValueError: the template lacks a block, or has one that is not known.
@@ -62,15 +64,10 @@ def _block(name: str, text: str) -> str:
 def _metadata(facts: dict) -> ModelCardData:
     base_models = [part["base_model"] for part in facts["parts"] if _is_hub_id(part["base_model"])]
     eval_results = _eval_results(facts["results"])
-    return ModelCardData(
+    return card_metadata(
+        base_models,
         license=facts["licence"],
         language=facts["languages"] or None,
-        library_name="transformers",
-        pipeline_tag=TASK,
-        tags=["custom_code", "speech", "knowledge-distillation", "blsp-kd", "arxiv:2405.19041"],
-        base_model=base_models or None,
-        # Several base models would else be taken for a merge of them.
-        base_model_relation="finetune" if base_models else None,
         datasets=facts["datasets"] or None,
         metrics=sorted({result.metric_type for result in eval_results}) or None,
         widget=[

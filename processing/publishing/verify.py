@@ -22,6 +22,8 @@ import torch
 from huggingface_hub import constants
 from huggingface_hub.file_download import repo_folder_name
 
+from processing.audio_decoding import audio_info
+
 from .elsewhere import OPTIONS, generate, prompt
 
 ELSEWHERE = Path(__file__).with_name("elsewhere.py")
@@ -89,10 +91,17 @@ def elsewhere(folder, repo_id: str, backbones: dict | None):
         }
 
 
-def measure_memory(folder, repo_id: str, backbones, clip, instruction: str) -> dict | None:
-    """Peak memory of answering one clip elsewhere, see `elsewhere.py`."""
+def measure_memory(folder, repo_id: str, backbones: dict | None, sample: dict) -> dict | None:
+    """Return the peak memory of answering a sample of the card elsewhere, and its seconds; see [`make_card`].
+
+    Args:
+        backbones: see [`elsewhere`].
+        sample: `audio` (relative to `folder`) and `instruction`.
+    """
+    clip = Path(folder, sample["audio"])
     with elsewhere(folder, repo_id, backbones) as options:
-        return json.loads(run_script(ELSEWHERE, "memory", repo_id, clip, instruction, **options))
+        memory = json.loads(run_script(ELSEWHERE, "memory", repo_id, clip, sample["instruction"], **options))
+    return memory and {**memory, "clip_s": audio_info(clip).duration_s}
 
 
 def verify(folder, repo_id: str, model, processor, clip) -> list[tuple[str, bool, str]]:
