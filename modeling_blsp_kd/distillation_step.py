@@ -6,7 +6,6 @@ LLM (`modeling_blsp_kd.py`), the formulas (`distillation.py`), and counts over b
 Shapes: B prompts, L student and L' teacher length, A audio clips in reading order, D LLM width, V vocabulary.
 """
 
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,6 +14,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from .distillation import linear_cross_entropy, linear_kl_of_rows, postprocess_logits, predicts_next, quantity_loss
+from .frozen import frozen
 
 
 class ItemCounts(NamedTuple):
@@ -40,25 +40,6 @@ KL_OF = {"response": "response_kl", "content": "input_kl"}
 # Losses that read the LLM's states after the text prompt, and after the speech prompt.
 NEED_TEACHER = frozenset(KL_OF.values())
 NEED_STUDENT = NEED_TEACHER | {"response_ce"}
-
-
-@contextmanager
-def frozen(module: nn.Module, *inputs: torch.Tensor):
-    """Run a frozen module: no gradient, unless for one of its inputs, and no dropout whatever the mode of the model
-    around it.
-
-    Not in inference mode: FSDP2 keeps what it gathers there, and may not write to it in the student's forward.
-    """
-    was_training = [child for child in module.modules() if child.training]
-    if was_training:
-        module.eval()
-    has_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
-    try:
-        with torch.set_grad_enabled(has_gradient):
-            yield
-    finally:
-        for child in was_training:
-            child.training = True
 
 
 def _gathered_weight(module: nn.Module) -> torch.Tensor:

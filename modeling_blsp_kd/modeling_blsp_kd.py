@@ -30,9 +30,9 @@ from .distillation_step import (
     NEED_TEACHER,
     ComparedPrompts,
     distillation_loss,
-    frozen,
     wanted_losses,
 )
+from .frozen import frozen
 from .generation_blsp_kd import BlspKdGenerationMixin
 from .loudness import find_silence, loudness
 from .plora import ADAPTER_NAME, PartialLora, leave_out_of_peft_model

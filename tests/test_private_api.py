@@ -227,7 +227,7 @@ TABLE = [
     Private(
         "torch.ops.aten",
         "_embedding_bag_per_sample_weights_backward",
-        of("modeling_blsp_kd", "cif"),
+        of("modeling_blsp_kd", "cif_integral"),
         "what autograd itself calls; all else costs several times the frames in time and memory",
     ),
     # -- processor and pipelines --------------------------------------------------------------------------------------
