@@ -8,11 +8,11 @@ import os
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from .checkpoint_files import check_folder
 from .configuration_blsp_kd import SPEECH_ENCODERS
-from .speech_encoder import TrueLengthWhisperEncoder
+from .encoder_families import ENCODER_FAMILIES
+from .speech_encoder import encoder_class_of
 
 # Names of what whole speech models have beside their encoder: decoders, heads, and what pretraining alone needs.
 OTHER_PARTS = (
@@ -47,12 +47,9 @@ def load_audio_tower(name_or_path, config=None, dtype: torch.dtype | str = "auto
         raise ValueError(
             f"The speech model must be of a type among {SPEECH_ENCODERS}, but {name_or_path} is {config.model_type!r}."
         )
-    if config.model_type == "whisper":
-        encoder_class = TrueLengthWhisperEncoder
-        # A whole Whisper names its encoder's weights model.encoder.*, an encoder saved alone names them bare.
-        kwargs["key_mapping"] = {r"^model\.encoder\.": "", r"^encoder\.": ""}
-    else:
-        encoder_class = MODEL_MAPPING[type(config)]
+    encoder_class = encoder_class_of(config)
+    if prefixes := ENCODER_FAMILIES[config.model_type].prefixes:
+        kwargs["key_mapping"] = dict.fromkeys(prefixes, "")
     # As a class of its own, because transformers asks the class what not to report.
     ignored = {"_keys_to_ignore_on_load_unexpected": OTHER_PARTS, "_keys_to_ignore_on_load_missing": MAY_BE_MISSING}
     loading_class = type(encoder_class.__name__, (encoder_class,), {"__module__": encoder_class.__module__, **ignored})

@@ -16,6 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPI
 from transformers.utils import logging
 
 from .checkpoint_files import CHECK_CONFIG, explained
+from .encoder_families import ENCODER_FAMILIES
 
 logger = logging.get_logger(__name__)
 
@@ -149,7 +150,7 @@ CHECKED_OPTIONS = (
     "part_dtypes",
 )
 ADAPTERS = {"cformer": CFormerOptions, "subsampler": SubsamplerOptions}
-SPEECH_ENCODERS = ("whisper", "wav2vec2", "hubert", "wavlm", "wav2vec2-bert", "parakeet_encoder")
+SPEECH_ENCODERS = tuple(ENCODER_FAMILIES)
 SPEECH_PADDINGS = ("do_not_pad", "max_length")
 BACKBONES = ("audio_tower", "language_model")
 # Where `pipeline` finds the code of its tasks, which the processor saves beside itself.
@@ -358,7 +359,7 @@ class BlspKdConfig(PreTrainedConfig):
             f"speech_padding must be one of {SPEECH_PADDINGS}",
             self.speech_padding,
         )
-        if self.speech_padding == "max_length" and model_type != "whisper":
+        if self.speech_padding == "max_length" and not ENCODER_FAMILIES[model_type].is_padded:
             raise ValueError(
                 f"speech_padding='max_length' is for Whisper, whose encoder was trained on 30 s; {model_type!r} takes "
                 "any length. Leave speech_padding at 'do_not_pad'."
@@ -379,8 +380,7 @@ class BlspKdConfig(PreTrainedConfig):
             if options["num_attention_heads"] is None:
                 options["num_attention_heads"] = encoder.num_attention_heads
             if options["ffn_dim"] is None:
-                is_whisper = encoder.model_type == "whisper"
-                options["ffn_dim"] = encoder.encoder_ffn_dim if is_whisper else encoder.intermediate_size
+                options["ffn_dim"] = getattr(encoder, ENCODER_FAMILIES[encoder.model_type].ffn_dim)
             for name in ("num_pre_layers", "num_post_layers"):
                 _require(
                     _is_count(options[name], 0),

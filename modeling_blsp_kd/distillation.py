@@ -202,7 +202,7 @@ def quantity_loss(alpha_sum, num_tokens) -> torch.Tensor:
     """|sum of unscaled alphas - U| / U, summed over clips: makes CIF fire as often as the transcript has tokens.
 
     Args:
-        alpha_sum (`torch.FloatTensor` of shape (A,)): predicted token counts of A clips.
-        num_tokens (`torch.LongTensor` of shape (A,)): true ones, at least 1.
+        alpha_sum (`torch.FloatTensor` of shape (N,)): predicted token counts of N clips.
+        num_tokens (`torch.LongTensor` of shape (N,)): true ones, at least 1.
     """
     return ((alpha_sum - num_tokens).abs() / num_tokens).sum()

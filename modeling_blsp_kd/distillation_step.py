@@ -3,7 +3,7 @@
 Follows arXiv 2405.19041. Runs inside the model's forward, where sharded weights are gathered. Leaves out: running the
 LLM (`modeling_blsp_kd.py`), the formulas (`distillation.py`), and counts over batches and processes (`trainer.py`).
 
-Shapes: B prompts, L student and L' teacher length, A audio clips in reading order, D LLM width, V vocabulary.
+Shapes: B prompts, L student and L' teacher length, N audio clips in reading order, D LLM width, V vocabulary.
 """
 
 from dataclasses import dataclass

@@ -32,22 +32,15 @@ from .distillation_step import (
     distillation_loss,
     wanted_losses,
 )
+from .encoder_families import frame_duration_s, frame_starts_s, steps_per_frame, window_of
 from .frozen import frozen
 from .generation_blsp_kd import BlspKdGenerationMixin
 from .loudness import find_silence, loudness
 from .plora import ADAPTER_NAME, PartialLora, leave_out_of_peft_model
 from .plora_switching import load_as_stored, switch
-from .speech_encoder import (
-    WINDOW_S,
-    TrueLengthWhisperEncoder,
-    build_speech_encoder,
-    encode_speech,
-    frame_duration_s,
-    frame_starts_s,
-    window_of,
-)
+from .speech_encoder import TrueLengthWhisperEncoder, build_speech_encoder, encode_speech
 from .speech_prompt import SpeechPrompt, check_placeholders, cut_out, find_placeholders, lay_out
-from .speech_windows import is_within, per_clip, regroup, split_into_windows
+from .speech_windows import join_windows, split_into_windows
 from .stored_dtypes import build_in, dtypes_of_parts, without_part_dtypes_if_told
 from .thin_checkpoints import identify, is_thin, load_thin, trained_names
 from .token_times import token_times
@@ -460,13 +453,10 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, BlspKdGenerationMixin):
         times = None
         if output_token_times and adapted.alphas is not None:
             times = self._time_tokens(windows, window_mask, frame_mask, windows_per_clip, adapted)
-        if windows_per_clip is not None:
-            frames_per_clip = per_clip(frame_mask.sum(1), windows_per_clip)
-            frames = regroup(frames, frame_mask, frames_per_clip)
-            frame_mask = is_within(frames_per_clip, frames.shape[1])
+        frame_mask, frames = join_windows(windows_per_clip, frame_mask, frames)
         return BlspKdAudioOutput(
             last_hidden_state=frames,
-            pooler_output=adapted.speech_embeds,
+            pooler_output=adapted.speech_tokens,
             hidden_states=encoded.hidden_states,
             attentions=encoded.attentions,
             num_speech_tokens=adapted.num_speech_tokens,
@@ -480,13 +470,10 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, BlspKdGenerationMixin):
     def _time_tokens(self, windows, window_mask, frame_mask, windows_per_clip, adapted) -> torch.Tensor:
         """Start and end of every speech token: (A, U, 2)."""
         speech_config, options = self.config.speech_config, self.config.timestamps
-        window, time_axis = window_of(speech_config)
-        frames_per_window, steps_per_frame = frame_mask.shape[1], round(window * self.frame_duration_s / WINDOW_S)
-        frame_loudness = loudness(windows, window_mask, time_axis, steps_per_frame, frames_per_window)
-        if windows_per_clip is not None:
-            frames_per_clip = per_clip(frame_mask.sum(1), windows_per_clip)
-            frame_loudness = regroup(frame_loudness, frame_mask, frames_per_clip)
-            frame_mask = is_within(frames_per_clip, frame_loudness.shape[1])
+        _, time_axis = window_of(speech_config)
+        frames_per_window = frame_mask.shape[1]
+        frame_loudness = loudness(windows, window_mask, time_axis, steps_per_frame(speech_config), frames_per_window)
+        frame_mask, frame_loudness = join_windows(windows_per_clip, frame_mask, frame_loudness)
         is_silent = find_silence(frame_loudness, frame_mask, options["silence"]).to(adapted.alphas.device)
         starts_s = frame_starts_s(speech_config, is_silent.shape[1], frames_per_window)
         counts, delay_s = adapted.num_speech_tokens, options["delay_s"]
@@ -545,8 +532,7 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, BlspKdGenerationMixin):
         """
         silence = input_features.new_zeros(1, *input_features.shape[1:])
         num_tokens = torch.ones(1, dtype=torch.long, device=silence.device) if self.adapter.one_to_one else None
-        mask = silence.new_ones(1, silence.shape[-1]).long()
-        audio = self.get_audio_features(silence, mask, num_tokens, return_dict=True)
+        audio = self.get_audio_features(silence, num_speech_tokens=num_tokens, return_dict=True)
         return BlspKdAudioOutput(
             **{name: value[:0] for name, value in audio.items() if isinstance(value, torch.Tensor)}
         )

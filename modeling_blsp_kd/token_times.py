@@ -4,7 +4,7 @@ Follows arXiv 1905.11235: token u is what the integral gathers between the whole
 times are biased (arXiv 2301.12343): a token is complete only some time after it was said, and silence gathers weight
 too. Leaves out: grouping tokens to words, which needs a tokenizer (the processor's `word_timestamps`).
 
-Shapes: A clips, T encoder frames, U speech tokens of a clip, J text tokens.
+Shapes: N clips, T encoder frames, U speech tokens of a clip, J text tokens.
 """
 
 import torch
@@ -23,15 +23,15 @@ def token_times(
     pause ends where it begins, and the next one begins where the pause ends.
 
     Args:
-        alphas (`torch.FloatTensor` of shape (A, T)): unscaled CIF weights, zero at padding.
-        num_speech_tokens (`torch.LongTensor` of shape (A,)): tokens that were fired.
-        is_silent (`torch.BoolTensor` of shape (A, T)): True where nothing is said, padding included.
+        alphas (`torch.FloatTensor` of shape (N, T)): unscaled CIF weights, zero at padding.
+        num_speech_tokens (`torch.LongTensor` of shape (N,)): tokens that were fired.
+        is_silent (`torch.BoolTensor` of shape (N, T)): True where nothing is said, padding included.
         frame_starts_s (`torch.FloatTensor` of shape (T,)): where each frame begins.
         frame_duration_s (`float`).
         delay_s (`float`): how long after the words CIF gathers their weight.
 
     Returns:
-        (A, U, 2) float32, ascending; NaN past a clip's count.
+        (N, U, 2) float32, ascending; NaN past a clip's count.
     """
     tiny = torch.finfo(torch.float64).tiny
     num_frames = alphas.shape[1]

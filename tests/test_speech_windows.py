@@ -213,7 +213,7 @@ def unrolled(model, features):
     encoded = [model.audio_tower(window).last_hidden_state for window in windows]
     if isinstance(adapter, Subsampler):
         everything = [adapter(frames, torch.ones(frames.shape[:2], dtype=torch.bool)) for frames in encoded]
-        return torch.cat([output.speech_embeds[0] for output in everything])
+        return torch.cat([output.speech_tokens[0] for output in everything])
     stacking, all_frames = adapter.frame_stacking, encoded
     if stacking is not None:
         groups = [
@@ -300,8 +300,8 @@ def test_tokens_that_end_at_every_border_belong_to_the_window_before():
     assert parts.num_speech_tokens.tolist() == [4, 4, 4, 2]
     assert whole.num_speech_tokens.tolist() == [14]
     assert whole.firing_places[0].tolist() == list(range(2, 29, 2))
-    expected = valid(parts.speech_embeds, is_within(parts.num_speech_tokens, 4))
-    torch.testing.assert_close(whole.speech_embeds[0], expected, rtol=1e-5, atol=1e-5)
+    expected = valid(parts.speech_tokens, is_within(parts.num_speech_tokens, 4))
+    torch.testing.assert_close(whole.speech_tokens[0], expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("silent_at", [0, 1, 2, 3])
@@ -320,11 +320,11 @@ def test_a_window_of_weight_zero_changes_nothing(silent_at):
     output = adapter(with_silence, torch.cat([mask, mask[:1]]), windows_per_clip=torch.tensor([4]))
     hook.remove()
     assert seen_by_layers == [3, 3]  # rows of tokens: none for the silent window, which has none
-    torch.testing.assert_close(output.speech_embeds, without.speech_embeds, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(output.speech_tokens, without.speech_tokens, rtol=1e-5, atol=1e-5)
     shift = (without.firing_places > 8 * silent_at) * 8.0
     torch.testing.assert_close(output.firing_places, without.firing_places + shift)
     gradients, expected = (
-        torch.autograd.grad(heard.speech_embeds.square().sum(), adapter.parameters()) for heard in (output, without)
+        torch.autograd.grad(heard.speech_tokens.square().sum(), adapter.parameters()) for heard in (output, without)
     )
     for gradient, other in zip(gradients, expected):
         torch.testing.assert_close(gradient, other, rtol=1e-4, atol=1e-4)
@@ -336,7 +336,7 @@ def test_a_clip_of_weight_zero_is_one_empty_token():
     frames, mask = windows_with_alphas([[-1000.0] * 8] * 3)
     output = adapter(frames, mask, windows_per_clip=torch.tensor([3]))
     assert output.num_speech_tokens.tolist() == [1]
-    assert output.speech_embeds.shape == (1, 1, 24) and output.speech_embeds.isfinite().all()
+    assert output.speech_tokens.shape == (1, 1, 24) and output.speech_tokens.isfinite().all()
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------
