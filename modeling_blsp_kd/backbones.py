@@ -8,10 +8,12 @@ import os
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.quantizers import AutoQuantizationConfig
 
 from .checkpoint_files import check_folder
 from .configuration_blsp_kd import SPEECH_ENCODERS
 from .encoder_families import ENCODER_FAMILIES
+from .plora import ADAPTER_NAME
 from .speech_encoder import encoder_class_of
 
 # Names of what whole speech models have beside their encoder: decoders, heads, and what pretraining alone needs.
@@ -78,3 +80,24 @@ def without_folder(config):
 def load_language_model(name_or_path, dtype: torch.dtype | str = "auto", **kwargs) -> PreTrainedModel:
     check_folder(name_or_path, kwargs.get("subfolder", ""))
     return AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, **kwargs)
+
+
+def for_language_model_only(quantization_config):
+    """Return a quantisation that exempts all but the LLM's linear layers, in addition to what its user exempts.
+
+    Raises:
+        ValueError: quantisations of its kind have no exemptions.
+    """
+    if isinstance(quantization_config, dict):
+        quantization_config = AutoQuantizationConfig.from_dict(quantization_config)
+    # Regular expressions from the start of a name of a module (bitsandbytes) or of a weight (torchao).
+    kept = ["audio_tower", "adapter", rf".*\.lora_[AB]\.{ADAPTER_NAME}", r".*\.(lm_head|embed_out)"]
+    for option in ("llm_int8_skip_modules", "modules_to_not_convert"):
+        if hasattr(quantization_config, option):
+            quantization_config = copy.copy(quantization_config)
+            setattr(quantization_config, option, [*kept, *(getattr(quantization_config, option) or [])])
+            return quantization_config
+    raise ValueError(
+        f"{type(quantization_config).__name__} cannot exempt parts of a model, and only the LLM should be quantised. "
+        "Quantise it in from_backbones(..., text_kwargs={'quantization_config': ...})."
+    )

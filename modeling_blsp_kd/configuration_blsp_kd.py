@@ -218,8 +218,8 @@ class BlspKdConfig(PreTrainedConfig):
         freeze_speech_encoder (`bool`): keep the encoder as it is. The LLM is always frozen.
         speech_padding (`str`): `"do_not_pad"`: encode each clip on its true length; `"max_length"` (Whisper only):
             pad it to 30 seconds of silence that the encoder hears, as in its pretraining.
-        audio_token_id (`int`): id of the one placeholder that stands for an audio in a prompt. It may lie outside the
-            LLM's vocabulary, since it is never embedded.
+        audio_token_id (`int`, *optional*): id of the one placeholder that stands for an audio in a prompt. It may lie
+            outside the LLM's vocabulary, since it is never embedded. Omitted: the model takes text only.
         backbones (`dict`, *optional*): makes checkpoints thin: they hold only what was trained, and the rest is
             fetched from here. For each of `audio_tower` and `language_model`: `name_or_path` (Hub id or folder) and
             `revision` (commit, or checksum of a folder's weights). Set by `from_backbones(thin=True)`.
@@ -248,7 +248,7 @@ class BlspKdConfig(PreTrainedConfig):
     timestamps: Any = None
     freeze_speech_encoder: bool = True
     speech_padding: str = "do_not_pad"
-    audio_token_id: int = 0
+    audio_token_id: int | None = None
     backbones: Any = None
     part_dtypes: Any = None
     auto_map: Any = None
@@ -283,7 +283,9 @@ class BlspKdConfig(PreTrainedConfig):
         self.distillation = self._checked_distillation()
         self.timestamps = self._checked_timestamps()
         _require(
-            _is_count(self.audio_token_id, 0), "audio_token_id must be a token id of at least 0", self.audio_token_id
+            self.audio_token_id is None or _is_count(self.audio_token_id, 0),
+            "audio_token_id must be a token id of at least 0",
+            self.audio_token_id,
         )
         _require(
             isinstance(self.freeze_speech_encoder, bool),

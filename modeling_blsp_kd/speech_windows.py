@@ -11,6 +11,32 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 
+def check_mask(features, features_mask, time_axis: int) -> torch.Tensor:
+    """Return the mask of clips, of all ones where it is omitted, after a look at whether every clip has frames.
+
+    Args:
+        features (N, ..., length, ...), features_mask (N, length), *optional*: what an encoder takes.
+        time_axis (`int`): the axis of features that `length` is.
+
+    Raises:
+        ValueError: a clip has no frames.
+    """
+    if features.shape[time_axis] == 0:
+        raise ValueError(
+            f"input_features of shape {tuple(features.shape)} hold no frames: axis {time_axis} is time. Leave out "
+            "clips without samples, and their placeholders, or pass features as the processor makes them."
+        )
+    if features_mask is None:
+        return features.new_ones(len(features), features.shape[time_axis])
+    if not torch.compiler.is_compiling() and not bool((has_frames := features_mask.bool().any(1)).all()):
+        empty = (~has_frames).nonzero().flatten().tolist()
+        raise ValueError(
+            f"Audio {empty[0]} of the batch holds no frames: its input_features_mask is zero everywhere. Leave out "
+            "clips without samples, and their placeholders."
+        )
+    return features_mask
+
+
 def split_into_windows(features, features_mask, window: int, time_axis: int):
     """Cut clips into windows, the last window of a clip shorter.
 
