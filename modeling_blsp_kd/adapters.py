@@ -67,7 +67,7 @@ def _run_layers_in_stretches(layers, config, hidden_states, mask, length: int):
 
 
 class FrameStacking(nn.Module):
-    """Joins each `stride` frames to one, so that layers cost less, and adds their output to the single frames again.
+    """Joins `stride` frames to one, so that layers cost less, and adds their output to the single frames again.
 
     CIF still integrates single frames, so the borders of tokens are as fine as without it.
     """
@@ -215,7 +215,7 @@ class Subsampler(nn.Module):
         self.layer_norm = nn.LayerNorm(output_dim)
 
     def set_attn_implementation(self, attn_implementation: str):
-        """Nothing here attends."""
+        """Do nothing: this adapter has no attention."""
 
     def forward(self, hidden_states, frame_mask, target_lengths=None, windows_per_clip=None) -> AdapterOutput:
         """Turn frames into speech tokens at a fixed rate.

@@ -16,22 +16,22 @@ from .encoder_families import ENCODER_FAMILIES
 from .plora import ADAPTER_NAME
 from .speech_encoder import encoder_class_of
 
-# Names of what whole speech models have beside their encoder: decoders, heads, and what pretraining alone needs.
+# Names of the weights that whole speech models have besides their encoder: decoders, heads, and those of pretraining.
 OTHER_PARTS = (
     r"^(model\.)?decoder\.",
     r"^(proj_out|lm_head|ctc_head|joint|encoder_projector|classifier|projector|tdnn|objective|quantizer|project_q|project_hid)\.",
     r"^layer_weights$",
     r"^feature_extractor\.(weight|bias)$",  # of a speaker model; an encoder's own has layers
 )
-# What SpecAugment writes over masked frames; published checkpoints often lack it, and it starts at random.
+# The vector that SpecAugment writes over masked frames. Published checkpoints often lack it; then it is random.
 MAY_BE_MISSING = (r"^masked_spec_embed$",)
 
 
 def load_audio_tower(name_or_path, config=None, dtype: torch.dtype | str = "auto", **kwargs) -> PreTrainedModel:
     """Load a speech encoder, alone or out of a whole speech model.
 
-    The other parts of a whole model are left out in silence. Weights that neither the encoder nor these parts have are
-    logged, as transformers does.
+    The other parts of a whole model are skipped silently. Weights that belong to none of its parts are logged, as in
+    transformers.
 
     Args:
         name_or_path (`str` or `os.PathLike`): Hub id or folder.
@@ -39,7 +39,7 @@ def load_audio_tower(name_or_path, config=None, dtype: torch.dtype | str = "auto
         kwargs: for `from_pretrained`.
 
     Raises:
-        ValueError: no speech encoder that we know, or weights are missing or broken.
+        ValueError: the model is no speech encoder that we know, or weights are missing or broken.
     """
     check_folder(name_or_path, kwargs.get("subfolder", ""))
     if config is None:
@@ -52,7 +52,7 @@ def load_audio_tower(name_or_path, config=None, dtype: torch.dtype | str = "auto
     encoder_class = encoder_class_of(config)
     if prefixes := ENCODER_FAMILIES[config.model_type].prefixes:
         kwargs["key_mapping"] = dict.fromkeys(prefixes, "")
-    # As a class of its own, because transformers asks the class what not to report.
+    # A class of its own, because transformers reads from the class which weights not to report.
     ignored = {"_keys_to_ignore_on_load_unexpected": OTHER_PARTS, "_keys_to_ignore_on_load_missing": MAY_BE_MISSING}
     loading_class = type(encoder_class.__name__, (encoder_class,), {"__module__": encoder_class.__module__, **ignored})
     audio_tower, loading = loading_class.from_pretrained(
@@ -70,7 +70,7 @@ def load_audio_tower(name_or_path, config=None, dtype: torch.dtype | str = "auto
 
 
 def without_folder(config):
-    """A copy of a backbone's config that does not tell where on this machine it lay; a Hub id is worth keeping."""
+    """Return a copy of a backbone's config without the folder that it came from; a Hub id stays."""
     config = copy.deepcopy(config)
     if os.path.isdir(config.name_or_path or ""):
         config.name_or_path = ""
@@ -78,6 +78,11 @@ def without_folder(config):
 
 
 def load_language_model(name_or_path, dtype: torch.dtype | str = "auto", **kwargs) -> PreTrainedModel:
+    """Load a causal LLM; `kwargs` are for `from_pretrained`.
+
+    Raises:
+        ValueError: a file is broken.
+    """
     check_folder(name_or_path, kwargs.get("subfolder", ""))
     return AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, **kwargs)
 

@@ -43,8 +43,11 @@ NEED_STUDENT = NEED_TEACHER | {"response_ce"}
 
 
 def _gathered_weight(module: nn.Module) -> torch.Tensor:
-    """The weight of embeddings or head. As a unit of FSDP2, which accelerate makes of each, a module is gathered by its
-    own forward, which the losses go around. FSDP2 frees it again after the backward."""
+    """Return the weight of embeddings or head.
+
+    accelerate makes each of them a unit of FSDP2, which gathers it in the module's own forward. The losses bypass that
+    forward, so they gather it here; FSDP2 frees it again after the backward.
+    """
     if isinstance(module, FSDPModule):
         module.unshard()
     return module.weight
@@ -52,7 +55,7 @@ def _gathered_weight(module: nn.Module) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class ComparedPrompts:
-    """Which positions of speech prompts (the student's) and text prompts (the teacher's) belong together.
+    """The positions of speech prompts (the student's) and text prompts (the teacher's) that belong together.
 
     Args:
         labels (B, L): response tokens of the student, -100 elsewhere.
@@ -85,7 +88,7 @@ class OutputHead:
 
     @classmethod
     def of(cls, language_model: nn.Module) -> "OutputHead":
-        """Read the head of an LLM. Called anew in each forward, because sharding swaps the weight."""
+        """Read the head of an LLM. Each forward calls this anew, because sharding swaps the weight."""
         head = language_model.get_output_embeddings()
         if head.weight.is_meta:
             raise ValueError("The LLM's output head is offloaded, so the losses cannot read it. Keep it on a device.")

@@ -87,7 +87,7 @@ class BlspKdGenerationMixin(GenerationMixin):
         defaults = generation_config or self.generation_config
         settings = {name: kwargs.get(name, getattr(defaults, name)) for name in ("eos_token_id", "pad_token_id")}
         if kwargs.get("tokenizer") is not None:
-            # `transformers serve` passes the processor, which lacks the vocabulary that stop strings ask for.
+            # `transformers serve` passes the processor, which lacks the vocabulary that stop strings need.
             kwargs["tokenizer"] = getattr(kwargs["tokenizer"], "tokenizer", kwargs["tokenizer"])
         if input_ids is not None and input_ids.dtype.is_floating_point:
             raise ValueError("generate takes prompts as input_ids, got floats. Pass audio as input_features.")
@@ -96,7 +96,7 @@ class BlspKdGenerationMixin(GenerationMixin):
             kwargs["return_dict_in_generate"] = True
         if input_features is None:
             if input_ids is not None:
-                # An assistant is given prompts that were expanded for the model it assists.
+                # An assistant gets prompts that were expanded for the model that it assists.
                 if kwargs.get("speech_embeds") is None:
                     check_text_only(input_ids, kwargs.get("attention_mask"), self.config.audio_token_id)
                 kwargs["input_ids"] = input_ids
@@ -113,7 +113,7 @@ class BlspKdGenerationMixin(GenerationMixin):
         if streamer is not None and input_ids is not None:
             streamer = _OriginalPromptStreamer(streamer, input_ids)
         output = super().generate(None, generation_config, *args, streamer=streamer, **kwargs, **expanded)
-        # Of embeddings alone the answer comes back alone, as without audio.
+        # After embeddings without ids only the answer comes back, as without audio.
         prompt_length = 0 if input_ids is None else prompt.input_ids.shape[1]
         self._note_mask(output, prompt.attention_mask, prompt_length, settings)
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
@@ -246,7 +246,7 @@ class BlspKdGenerationMixin(GenerationMixin):
             )
 
     def _note_mask(self, output, prompt_mask, prompt_length: int, settings: dict):
-        """Keep the mask of the cached positions with the cache: only here it is known how prompts were expanded.
+        """Keep the mask of the cached positions on the cache, because only this call knows how prompts were expanded.
 
         Args:
             output: of transformers' `generate`; only its own single sequences have a cache that can go on.
@@ -267,11 +267,11 @@ class BlspKdGenerationMixin(GenerationMixin):
         pad_token_id = settings["pad_token_id"]
         if pad_token_id is None and ends:
             pad_token_id = ends[0]
-        # Rows that end before the longest one go on with padding, whatever ended them.
+        # Rows that end before the longest one continue with padding, whatever ended them.
         is_pad_token = torch.zeros_like(answers) if pad_token_id is None else (answers == pad_token_id).long()
         is_padding = is_pad_token.flip(1).cumprod(1).flip(1).bool()
         if pad_token_id in ends:
-            # The first of them was said.
+            # The first of them is part of the answer.
             is_padding = is_padding & nn.functional.pad(is_padding, (1, 0), value=False)[:, :-1]
         prompt_mask = prompt_mask.repeat_interleave(len(answers) // len(prompt_mask), dim=0)
         cache.attention_mask = torch.cat([prompt_mask, (~is_padding).to(prompt_mask)], dim=1)[:, :num_cached]

@@ -41,7 +41,7 @@ class BlspKdPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    # Only `BlspKdTrainer` counts what each loss part is a mean over; a plain Trainer must take means as they are.
+    # Only `BlspKdTrainer` counts the items of each loss part; a plain Trainer must take the means as they are.
     accepts_loss_kwargs = False
 
     @classmethod
@@ -155,7 +155,7 @@ class BlspKdPreTrainedModel(PreTrainedModel):
         if wrong and not load_config.ignore_mismatched_sizes:
             raise ValueError(misfits(load_config.pretrained_model_name_or_path, wrong))
         loading_info = PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
-        # Partial LoRA without weights changes nothing. Who brings a state dict of their own knows what is in it.
+        # Partial LoRA without weights changes nothing. Callers who pass a state dict know what is in it.
         missing = sorted(name for name in loading_info.missing_keys if f".{ADAPTER_NAME}." not in name)
         if missing and load_config.pretrained_model_name_or_path is not None:
             raise ValueError(
@@ -210,7 +210,7 @@ class BlspKdPreTrainedModel(PreTrainedModel):
 
     def initialize_weights(self):
         super().initialize_weights()
-        # The LLM's own rule has by now given LoRA's B noise instead of zeros. `init` leaves loaded weights alone.
+        # The LLM's own rule has just filled LoRA's B with noise instead of zeros. `init` leaves loaded weights alone.
         if self.plora is not None:
             self.plora.initialize()
 
@@ -219,7 +219,7 @@ class BlspKdPreTrainedModel(PreTrainedModel):
         self.language_model.requires_grad_(False)
         self.audio_tower.requires_grad_(not self.config.freeze_speech_encoder)
         if isinstance(self.audio_tower, TrueLengthWhisperEncoder):
-            # A table of sinusoids, never trained.
+            # A table of sinusoids, which is never trained.
             self.audio_tower.embed_positions.requires_grad_(False)
         if self.plora is not None:
             for parameter in self.plora.parameters:

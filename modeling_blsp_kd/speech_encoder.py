@@ -115,8 +115,10 @@ class TrueLengthWhisperEncoder(WhisperEncoder):
 
 
 def _follow_by_silence(log_mel, mel_mask, num_mel_frames: int):
-    """Put the features of digital silence after each clip: (W, num_mel_bins, <= num_mel_frames) to (W, num_mel_bins,
-    num_mel_frames).
+    """Put the features of digital silence after each clip, (W, num_mel_bins, <= num_mel_frames).
+
+    Returns:
+        `tuple`: features (W, num_mel_bins, num_mel_frames) and a mask of ones.
 
     Whisper's feature extractor clips log10 power at 1e-10 and at 8 below the clip's maximum, then takes (x + 4) / 4.
     """

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 
 def check_mask(features, features_mask, time_axis: int) -> torch.Tensor:
-    """Return the mask of clips, of all ones where it is omitted, after a look at whether every clip has frames.
+    """Return the mask of clips (all ones if omitted), and check that every clip has frames.
 
     Args:
         features (N, ..., length, ...), features_mask (N, length), *optional*: what an encoder takes.
