@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from .distillation import linear_cross_entropy, linear_kl_of_rows, postprocess_logits, predicts_next, quantity_loss
 from .frozen import frozen
+from .speech_windows import is_within
 
 
 class ItemCounts(NamedTuple):
@@ -170,12 +171,12 @@ def distillation_loss(
             student_states[predicts_response], targets, head.weight, **head.options
         )
     if "transcript_ce" in wanted:
-        is_token = torch.arange(audio.pooler_output.shape[1], device=prompts.labels.device)
-        vectors = audio.pooler_output[is_token < audio.num_speech_tokens[:, None]]
+        is_token = is_within(audio.num_speech_tokens, audio.pooler_output.shape[1])
+        speech_tokens = audio.pooler_output[is_token]
         targets = prompts.teacher_input_ids[prompts.teacher_is_content]
         # The LLM's token embeddings double as the output matrix of the recogniser.
         embeddings = _gathered_weight(language_model.get_input_embeddings())
-        parts["transcript_ce"] = linear_cross_entropy(vectors, targets, embeddings)
+        parts["transcript_ce"] = linear_cross_entropy(speech_tokens, targets, embeddings)
 
     counts = ItemCounts(
         response_tokens=predicts_response.sum(),

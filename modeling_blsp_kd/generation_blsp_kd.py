@@ -13,9 +13,9 @@ import torch
 from torch import nn
 from transformers import GenerationMixin, SuppressTokensLogitsProcessor
 from transformers.generation.streamers import BaseStreamer
-from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.utils import ModelOutput
 
+from .conversation_cache import check_cache, note_mask
 from .speech_prompt import ExpandedPrompt, check_text_only
 from .token_times import text_token_times
 from .versions import CACHE_NAME, CACHE_NAMES, one_cache
@@ -102,7 +102,7 @@ class BlspKdGenerationMixin(GenerationMixin):
                 kwargs["input_ids"] = input_ids
             output = super().generate(None, generation_config, *args, streamer=streamer, **kwargs)
             prompt_length = 0 if input_ids is None else input_ids.shape[1]
-            self._note_mask(output, kwargs.get("attention_mask"), prompt_length, settings)
+            note_mask(output, kwargs.get("attention_mask"), prompt_length, settings)
             return output
 
         given = {name: kwargs.pop(name, None) for name in ("attention_mask", "inputs_embeds", "position_ids")}
@@ -115,7 +115,7 @@ class BlspKdGenerationMixin(GenerationMixin):
         output = super().generate(None, generation_config, *args, streamer=streamer, **kwargs, **expanded)
         # After embeddings without ids only the answer comes back, as without audio.
         prompt_length = 0 if input_ids is None else prompt.input_ids.shape[1]
-        self._note_mask(output, prompt.attention_mask, prompt_length, settings)
+        note_mask(output, prompt.attention_mask, prompt_length, settings)
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
         answers = sequences[:, prompt_length:]
         if input_ids is not None:
@@ -192,7 +192,7 @@ class BlspKdGenerationMixin(GenerationMixin):
         )
         prompt.check_context(self._context_length, num_new_tokens=1)
         if num_past and not is_new_turn:
-            self._check_cache(prompt, cache, num_past)
+            check_cache(prompt, cache, num_past)
 
         expanded = {
             "attention_mask": prompt.attention_mask,
@@ -227,54 +227,6 @@ class BlspKdGenerationMixin(GenerationMixin):
             for token_id in chain([text_config.bos_token_id], range(text_config.vocab_size))
             if token_id is not None and token_id not in ends
         )
-
-    def _check_cache(self, prompt: ExpandedPrompt, cache, num_past: int):
-        """Check that whole conversations begin with what the cache holds, at the same positions."""
-        if prompt.input_ids.shape[1] <= num_past:
-            raise ValueError(
-                f"past_key_values hold {num_past} positions, but the whole conversation only takes "
-                f"{prompt.input_ids.shape[1]}. Pass all of it, or the attention_mask of cached and new positions."
-            )
-        cached_mask = getattr(cache, "attention_mask", None)
-        if cached_mask is None or cached_mask.shape != (len(prompt.input_ids), num_past):
-            return
-        if not torch.equal(cached_mask.bool(), prompt.attention_mask[:, :num_past].bool()):
-            raise ValueError(
-                "These whole conversations are padded otherwise than past_key_values were, so the cache does not fit "
-                "them. Pass the new turn alone, with the attention_mask of cached and new positions: "
-                "torch.cat([past_key_values.attention_mask, new_attention_mask], dim=1)."
-            )
-
-    def _note_mask(self, output, prompt_mask, prompt_length: int, settings: dict):
-        """Keep the mask of the cached positions on the cache, because only this call knows how prompts were expanded.
-
-        Args:
-            output: of transformers' `generate`; only its own single sequences have a cache that can go on.
-            prompt_mask (B, P + L), *optional*: what `generate` was given; omitted, one prompt without padding.
-            prompt_length (`int`): how much of each sequence is prompt.
-            settings (`dict`): `eos_token_id` and `pad_token_id` of this call.
-        """
-        if not isinstance(output, GenerateDecoderOnlyOutput) or CACHE_NAME not in output:
-            return
-        cache, answers = output[CACHE_NAME], output.sequences[:, prompt_length:]
-        num_cached = int(cache.get_seq_length())
-        if prompt_mask is None and len(answers) > 1:
-            cache.attention_mask = None  # transformers guessed where padding is
-            return
-        if prompt_mask is None:
-            prompt_mask = answers.new_ones(1, max(0, num_cached + 1 - answers.shape[1]))
-        ends = torch.as_tensor([] if settings["eos_token_id"] is None else settings["eos_token_id"]).flatten().tolist()
-        pad_token_id = settings["pad_token_id"]
-        if pad_token_id is None and ends:
-            pad_token_id = ends[0]
-        # Rows that end before the longest one continue with padding, whatever ended them.
-        is_pad_token = torch.zeros_like(answers) if pad_token_id is None else (answers == pad_token_id).long()
-        is_padding = is_pad_token.flip(1).cumprod(1).flip(1).bool()
-        if pad_token_id in ends:
-            # The first of them is part of the answer.
-            is_padding = is_padding & nn.functional.pad(is_padding, (1, 0), value=False)[:, :-1]
-        prompt_mask = prompt_mask.repeat_interleave(len(answers) // len(prompt_mask), dim=0)
-        cache.attention_mask = torch.cat([prompt_mask, (~is_padding).to(prompt_mask)], dim=1)[:, :num_cached]
 
     def _get_logits_processor(self, *args, model_kwargs=None, device=None, **kwargs):
         processors = super()._get_logits_processor(*args, model_kwargs=model_kwargs, device=device, **kwargs)

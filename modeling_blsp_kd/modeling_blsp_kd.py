@@ -27,6 +27,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from .adapters import CFormer, Subsampler
 from .checkpoint_files import CHECK_CONFIG, explained
 from .configuration_blsp_kd import BlspKdConfig
+from .conversation_cache import mask_after_cache
 from .distillation_step import NEED_STUDENT, NEED_TEACHER, ComparedPrompts, distillation_loss, wanted_losses
 from .encoder_families import frame_duration_s, frame_starts_s, steps_per_frame, window_of
 from .frozen import frozen
@@ -35,7 +36,7 @@ from .loudness import find_silence, loudness
 from .plora import PartialLora, leave_out_of_peft_model
 from .pretrained_blsp_kd import BlspKdPreTrainedModel
 from .speech_encoder import TrueLengthWhisperEncoder, build_speech_encoder, encode_speech
-from .speech_prompt import ExpandedPrompt, SpeechPrompt, check_text_only, cut_out, find_in_embeds, mask_after_cache
+from .speech_prompt import ExpandedPrompt, SpeechPrompt, check_text_only, cut_out, find_in_embeds
 from .speech_windows import check_mask, join_windows, split_into_windows
 from .stored_dtypes import build_in
 from .token_times import token_times

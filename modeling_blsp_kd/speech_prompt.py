@@ -59,7 +59,7 @@ class SpeechPrompt:
     Args:
         input_ids (B, L).
         audio_token_id (`int`): id of the placeholder.
-        attention_mask (B, P + L), *optional*: of [`mask_after_cache`].
+        attention_mask (B, P + L), *optional*: see [`mask_after_cache`].
         labels (B, L), *optional*.
         position_ids (B or 1, L), *optional*: of the prompts as given; audio moves them on by the positions that it
             adds. Omitted: counted by the attention mask.
@@ -154,31 +154,6 @@ class SpeechPrompt:
             position_ids=position_ids,
             text_embeds=None if self.text_embeds is None else expand(self.text_embeds, 0.0),
         )
-
-
-def mask_after_cache(attention_mask, input_ids, num_past: int) -> torch.LongTensor | None:
-    """Return the attention mask of P cached and L new positions, (B, P + L); None if there is no cache and no mask.
-
-    Args:
-        attention_mask (B, P + L), *optional*; input_ids (B, L).
-        num_past (`int`): P.
-
-    Raises:
-        ValueError: the mask is of another shape, or is missing where there may be padding.
-    """
-    if attention_mask is None and num_past == 0:
-        return None
-    batch_size, length = input_ids.shape
-    if attention_mask is None and batch_size == 1:
-        return input_ids.new_ones(1, num_past + length)
-    expected = (batch_size, num_past + length)
-    if attention_mask is None or tuple(attention_mask.shape) != expected:
-        raise ValueError(
-            f"A prompt with audio needs the attention_mask of {num_past} cached and {length} new positions, of shape "
-            f"{expected}, but got {None if attention_mask is None else tuple(attention_mask.shape)}."
-        )
-    # As in the LLM alone it may be of any dtype. Half precision cannot count positions beyond 256.
-    return attention_mask.long()
 
 
 def find_in_embeds(inputs_embeds, embeddings: nn.Module, audio_token_id: int) -> torch.LongTensor:
