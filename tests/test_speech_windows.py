@@ -10,7 +10,14 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling_blsp_kd.adapters import CFormer, Subsampler
-from modeling_blsp_kd.speech_windows import is_within, per_clip, regroup, split_into_windows, tokens_per_window
+from modeling_blsp_kd.speech_windows import (
+    is_within,
+    join_windows,
+    per_clip,
+    regroup,
+    split_into_windows,
+    tokens_per_window,
+)
 
 pytestmark = pytest.mark.numerical
 
@@ -94,6 +101,22 @@ def test_regrouping_is_a_loop_over_items(seed):
             for column in range(max(sizes)):
                 expected = next(rest) if column < size else torch.zeros(2)
                 assert torch.equal(result[row, column], expected)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_joining_windows_is_a_loop_over_clips(seed):
+    generator = torch.Generator().manual_seed(seed)
+    windows_per_clip = torch.randint(1, 4, (3,), generator=generator)
+    num_windows = int(windows_per_clip.sum())
+    mask = is_within(torch.randint(1, 6, (num_windows,), generator=generator), 5)
+    values, numbers = torch.randn(num_windows, 5, 2, generator=generator), torch.arange(5).expand(num_windows, -1)
+    joined_mask, *joined = join_windows(windows_per_clip, mask, values, numbers)
+    for items, of_clips in zip((values, numbers), joined):
+        by_clip = zip(items.split(windows_per_clip.tolist()), mask.split(windows_per_clip.tolist()))
+        for row, (windows, is_valid) in enumerate(by_clip):
+            expected = [item for window, valid in zip(windows, is_valid) for item in window[valid]]
+            assert torch.equal(of_clips[row, joined_mask[row]], torch.stack(expected))
+    assert join_windows(None, mask, values) == (mask, values)
 
 
 @pytest.mark.parametrize("seed", range(5))
