@@ -19,7 +19,7 @@ from torch import nn
 from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
 from transformers.utils import is_matplotlib_available
 
-# Of the package by name: this file stays here and in a Space, and is never copied into a model repository.
+# An absolute import, because this file is used here and in a Space, and is never copied into a model repository.
 from modeling_blsp_kd.frozen import frozen
 
 from .audio_loading import load_audio
