@@ -3,6 +3,8 @@
 CFormer follows arXiv 2405.19041 and the authors' public code (blsp-emo, src/modeling_adapter.py at e27b8da), with two
 corrections: pre-CIF layers do not attend to padding, and CIF rows are independent. Subsampler is the adapter of BLSP
 (arXiv 2309.00916). Leaves out: the integration itself, see `cif.py`.
+
+Shapes: N clips, W windows of clips, T encoder frames, U speech tokens, H encoder width, D LLM width.
 """
 
 from dataclasses import dataclass
@@ -15,22 +17,22 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoderLayer
 from transformers.utils import ModelOutput
 
 from .cif import continuous_integrate_and_fire
-from .speech_windows import is_within, per_clip, regroup, tokens_per_window
+from .speech_windows import is_within, join_windows, regroup, tokens_per_window
 
 
 @dataclass
 class AdapterOutput(ModelOutput):
-    """What an adapter makes of A clips. S = largest number of speech tokens, D LLM width, T frames of the longest clip.
+    """The output of an adapter for N clips; T frames of the longest clip, U largest number of speech tokens.
 
     Args:
-        speech_embeds (`torch.FloatTensor` of shape (A, S, D)): vectors for the LLM's input.
-        num_speech_tokens (`torch.LongTensor` of shape (A,)): valid ones of each clip.
-        alphas (`torch.FloatTensor` of shape (A, T), *optional*): unscaled CIF weight of each frame.
-        alpha_sum (`torch.FloatTensor` of shape (A,), *optional*): their sum, the predicted token count.
-        firing_places (`torch.FloatTensor` of shape (A, S), *optional*): see [`CifOutput`].
+        speech_tokens (`torch.FloatTensor` of shape (N, U, D)): vectors for the LLM's input.
+        num_speech_tokens (`torch.LongTensor` of shape (N,)): how many of them each clip has.
+        alphas (`torch.FloatTensor` of shape (N, T), *optional*): unscaled CIF weight of each frame.
+        alpha_sum (`torch.FloatTensor` of shape (N,), *optional*): their sum, the predicted token count.
+        firing_places (`torch.FloatTensor` of shape (N, U), *optional*): see [`CifOutput`].
     """
 
-    speech_embeds: torch.FloatTensor | None = None
+    speech_tokens: torch.FloatTensor | None = None
     num_speech_tokens: torch.LongTensor | None = None
     alphas: torch.FloatTensor | None = None
     alpha_sum: torch.FloatTensor | None = None
@@ -47,10 +49,10 @@ def _run_layers(layers, config, hidden_states, mask):
 
 
 def _run_layers_in_stretches(layers, config, hidden_states, mask, length: int):
-    """As `_run_layers`, with attention inside stretches of `length` frames only.
+    """Run layers like `_run_layers`, but let frames attend only within stretches of `length` frames.
 
-    Every other layer's stretches begin half a stretch earlier, so that what a border cuts in one is whole in the next
-    (Liu et al., 2021).
+    Every other layer's stretches begin half a stretch earlier, so what a border separates in one layer is together in
+    the next (Liu et al., 2021).
     """
     num_rows, num_frames, _ = hidden_states.shape
     for index, layer in enumerate(layers):
@@ -58,16 +60,16 @@ def _run_layers_in_stretches(layers, config, hidden_states, mask, length: int):
         padding = (before, -(before + num_frames) % length)
         stretches = nn.functional.pad(hidden_states, (0, 0, *padding)).unflatten(1, (-1, length)).flatten(0, 1)
         stretch_mask = nn.functional.pad(mask, padding).unflatten(1, (-1, length)).flatten(0, 1)
-        # A stretch of padding must attend to something, or softmax gives NaN; nothing reads it.
+        # A stretch of padding must attend to something, or softmax gives NaN. Its output is never read.
         stretches = _run_layers([layer], config, stretches, stretch_mask | ~stretch_mask.any(1, keepdim=True))
         hidden_states = stretches.unflatten(0, (num_rows, -1)).flatten(1, 2)[:, before : before + num_frames]
     return hidden_states
 
 
 class FrameStacking(nn.Module):
-    """Joins each `stride` frames to one, so that layers cost less, and lays what they add over the frames again.
+    """Joins `stride` frames to one, so that layers cost less, and adds their output to the single frames again.
 
-    CIF still integrates frames, so tokens begin and end as finely as without it.
+    CIF still integrates single frames, so the borders of tokens are as fine as without it.
     """
 
     def __init__(self, dim: int, stride: int):
@@ -77,14 +79,14 @@ class FrameStacking(nn.Module):
         self.split_proj = nn.Linear(dim, stride * dim)
 
     def join(self, frames, frame_mask):
-        """Frames (N, T, H) and their mask (N, T), to joined frames (N, ceil(T / stride), H) and theirs."""
+        """Join frames (W, T, H) with mask (W, T) to frames (W, ceil(T / stride), H) with a mask of their own."""
         missing = -frame_mask.shape[1] % self.stride
         frames = nn.functional.pad(frames.masked_fill(~frame_mask[..., None], 0.0), (0, 0, 0, missing))
         joined_mask = nn.functional.pad(frame_mask, (0, missing)).unflatten(1, (-1, self.stride)).any(-1)
         return self.join_proj(frames.unflatten(1, (-1, self.stride)).flatten(2)), joined_mask
 
     def split(self, joined, frames):
-        """Each joined frame's share for each of its frames, added to these: (N, T, H)."""
+        """Add to each frame its share of the joined frame: (W, T, H)."""
         shares = self.split_proj(joined).unflatten(2, (self.stride, -1)).flatten(1, 2)
         return frames + shares[:, : frames.shape[1]]
 
@@ -100,9 +102,9 @@ class CFormer(nn.Module):
         output_dim (`int`): LLM width D.
         num_pre_layers, num_post_layers (`int`): layers before and after CIF.
         num_attention_heads (`int`), ffn_dim (`int`), dropout (`float`): of these layers.
-        frame_stride (`int`): frames that are joined to one for the layers before CIF, see [`FrameStacking`].
-        attention_window (`int` or None): joined frames that the layers before CIF attend within, in stretches that
-            shift by half from layer to layer; None: all.
+        frame_stride (`int`): how many frames the layers before CIF take as one, see [`FrameStacking`].
+        attention_window (`int` or None): length in joined frames of the stretches that the layers before CIF attend
+            within; stretches shift by half from layer to layer. None: they attend to all.
         attn_implementation (`str`): attention of these layers, as in transformers.
     """
 
@@ -143,11 +145,12 @@ class CFormer(nn.Module):
         self.layer_config._attn_implementation = attn_implementation
 
     def forward(self, hidden_states, frame_mask, target_lengths=None, windows_per_clip=None) -> AdapterOutput:
-        """
+        """Turn frames into as many speech tokens as the clip has text tokens.
+
         Args:
-            hidden_states (N, T, H), frame_mask (N, T) bool: encoder frames of N windows of A clips.
-            target_lengths (`torch.LongTensor` of shape (A,), *optional*): tokens to fire; omitted, they are predicted.
-            windows_per_clip (`torch.LongTensor` of shape (A,), *optional*): omitted, every clip is one window.
+            hidden_states (W, T, H), frame_mask (W, T) bool: encoder frames of W windows of N clips.
+            target_lengths (`torch.LongTensor` of shape (N,), *optional*): tokens to fire; omitted, they are predicted.
+            windows_per_clip (`torch.LongTensor` of shape (N,), *optional*): omitted, every clip is one window.
         """
         if self.frame_stacking is None:
             hidden_states = self._run_pre_layers(hidden_states, frame_mask)
@@ -156,27 +159,25 @@ class CFormer(nn.Module):
             hidden_states = self.frame_stacking.split(joined, hidden_states)
         alphas = torch.sigmoid(hidden_states[..., -1].float()).masked_fill(~frame_mask, 0.0)
         frames_per_window = frame_mask.sum(1)
-        if windows_per_clip is not None:
-            # The integral runs through the borders of windows: what one leaves open, the next completes.
-            frames_per_clip = per_clip(frames_per_window, windows_per_clip)
-            hidden_states = regroup(hidden_states, frame_mask, frames_per_clip)
-            alphas = regroup(alphas, frame_mask, frames_per_clip)
-            frame_mask = is_within(frames_per_clip, alphas.shape[1])
-        # All channels go in, and the one that alphas came from is dropped after: cut before, all would be copied.
+        # The integral runs through the borders of windows: the next window completes what one leaves open.
+        frame_mask, hidden_states, alphas = join_windows(windows_per_clip, frame_mask, hidden_states, alphas)
+        # CIF takes all channels, and the one that alphas came from is dropped afterwards: before, it would cost a copy.
         cif = continuous_integrate_and_fire(hidden_states, alphas, frame_mask, target_lengths)
 
-        tokens = self.cif_proj(cif.speech_tokens[..., :-1])
-        token_mask = is_within(cif.num_speech_tokens, tokens.shape[1])
+        speech_tokens = self.cif_proj(cif.speech_tokens[..., :-1])
+        token_mask = is_within(cif.num_speech_tokens, speech_tokens.shape[1])
         if windows_per_clip is not None:
+            # Tokens attend within the windows that they are complete in, as frames do.
             group_sizes = tokens_per_window(cif.firing_places, token_mask, frames_per_window, windows_per_clip)
             group_sizes = group_sizes[group_sizes > 0]
-            tokens = regroup(tokens, token_mask, group_sizes)
-            token_mask = is_within(group_sizes, tokens.shape[1])
-        tokens = self.output_proj(_run_layers(self.post_layers, self.layer_config, tokens, token_mask))
+            speech_tokens = regroup(speech_tokens, token_mask, group_sizes)
+            token_mask = is_within(group_sizes, speech_tokens.shape[1])
+        speech_tokens = _run_layers(self.post_layers, self.layer_config, speech_tokens, token_mask)
+        speech_tokens = self.output_proj(speech_tokens)
         if windows_per_clip is not None:
-            tokens = regroup(tokens, token_mask, cif.num_speech_tokens)
+            speech_tokens = regroup(speech_tokens, token_mask, cif.num_speech_tokens)
         return AdapterOutput(
-            speech_embeds=tokens,
+            speech_tokens=speech_tokens,
             num_speech_tokens=cif.num_speech_tokens,
             alphas=alphas,
             alpha_sum=cif.alpha_sum,
@@ -214,14 +215,15 @@ class Subsampler(nn.Module):
         self.layer_norm = nn.LayerNorm(output_dim)
 
     def set_attn_implementation(self, attn_implementation: str):
-        """Nothing here attends."""
+        """Do nothing: this adapter has no attention."""
 
     def forward(self, hidden_states, frame_mask, target_lengths=None, windows_per_clip=None) -> AdapterOutput:
-        """
+        """Turn frames into speech tokens at a fixed rate.
+
         Args:
-            hidden_states (N, T, H), frame_mask (N, T) bool: encoder frames of N windows of A clips.
+            hidden_states (W, T, H), frame_mask (W, T) bool: encoder frames of W windows of N clips.
             target_lengths: must be None, the rate is fixed.
-            windows_per_clip (`torch.LongTensor` of shape (A,), *optional*): omitted, every clip is one window.
+            windows_per_clip (`torch.LongTensor` of shape (N,), *optional*): omitted, every clip is one window.
         """
         if target_lengths is not None:
             raise ValueError(
@@ -236,8 +238,5 @@ class Subsampler(nn.Module):
             mask = mask[:, ::2]
         hidden_states = hidden_states.transpose(1, 2)
         bottleneck = self.up_proj(nn.functional.gelu(self.down_proj(hidden_states)))
-        tokens, num_speech_tokens = self.layer_norm(hidden_states + bottleneck), mask.sum(1)
-        if windows_per_clip is not None:
-            num_speech_tokens = per_clip(num_speech_tokens, windows_per_clip)
-            tokens = regroup(tokens, mask, num_speech_tokens)
-        return AdapterOutput(speech_embeds=tokens, num_speech_tokens=num_speech_tokens)
+        mask, speech_tokens = join_windows(windows_per_clip, mask, self.layer_norm(hidden_states + bottleneck))
+        return AdapterOutput(speech_tokens=speech_tokens, num_speech_tokens=mask.sum(1))

@@ -8,28 +8,30 @@ import os
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_MAPPING
+from transformers.quantizers import AutoQuantizationConfig
 
 from .checkpoint_files import check_folder
 from .configuration_blsp_kd import SPEECH_ENCODERS
-from .speech_encoder import TrueLengthWhisperEncoder
+from .encoder_families import ENCODER_FAMILIES
+from .plora import ADAPTER_NAME
+from .speech_encoder import encoder_class_of
 
-# Names of what whole speech models have beside their encoder: decoders, heads, and what pretraining alone needs.
+# Names of the weights that whole speech models have besides their encoder: decoders, heads, and those of pretraining.
 OTHER_PARTS = (
     r"^(model\.)?decoder\.",
     r"^(proj_out|lm_head|ctc_head|joint|encoder_projector|classifier|projector|tdnn|objective|quantizer|project_q|project_hid)\.",
     r"^layer_weights$",
     r"^feature_extractor\.(weight|bias)$",  # of a speaker model; an encoder's own has layers
 )
-# What SpecAugment writes over masked frames; published checkpoints often lack it, and it starts at random.
+# The vector that SpecAugment writes over masked frames. Published checkpoints often lack it; then it is random.
 MAY_BE_MISSING = (r"^masked_spec_embed$",)
 
 
 def load_audio_tower(name_or_path, config=None, dtype: torch.dtype | str = "auto", **kwargs) -> PreTrainedModel:
     """Load a speech encoder, alone or out of a whole speech model.
 
-    The other parts of a whole model are left out in silence. Weights that neither the encoder nor these parts have are
-    logged, as transformers does.
+    The other parts of a whole model are skipped silently. Weights that belong to none of its parts are logged, as in
+    transformers.
 
     Args:
         name_or_path (`str` or `os.PathLike`): Hub id or folder.
@@ -37,7 +39,7 @@ def load_audio_tower(name_or_path, config=None, dtype: torch.dtype | str = "auto
         kwargs: for `from_pretrained`.
 
     Raises:
-        ValueError: no speech encoder that we know, or weights are missing or broken.
+        ValueError: the model is no speech encoder that we know, or weights are missing or broken.
     """
     check_folder(name_or_path, kwargs.get("subfolder", ""))
     if config is None:
@@ -47,13 +49,10 @@ def load_audio_tower(name_or_path, config=None, dtype: torch.dtype | str = "auto
         raise ValueError(
             f"The speech model must be of a type among {SPEECH_ENCODERS}, but {name_or_path} is {config.model_type!r}."
         )
-    if config.model_type == "whisper":
-        encoder_class = TrueLengthWhisperEncoder
-        # A whole Whisper names its encoder's weights model.encoder.*, an encoder saved alone names them bare.
-        kwargs["key_mapping"] = {r"^model\.encoder\.": "", r"^encoder\.": ""}
-    else:
-        encoder_class = MODEL_MAPPING[type(config)]
-    # As a class of its own, because transformers asks the class what not to report.
+    encoder_class = encoder_class_of(config)
+    if prefixes := ENCODER_FAMILIES[config.model_type].prefixes:
+        kwargs["key_mapping"] = dict.fromkeys(prefixes, "")
+    # A class of its own, because transformers reads from the class which weights not to report.
     ignored = {"_keys_to_ignore_on_load_unexpected": OTHER_PARTS, "_keys_to_ignore_on_load_missing": MAY_BE_MISSING}
     loading_class = type(encoder_class.__name__, (encoder_class,), {"__module__": encoder_class.__module__, **ignored})
     audio_tower, loading = loading_class.from_pretrained(
@@ -71,7 +70,7 @@ def load_audio_tower(name_or_path, config=None, dtype: torch.dtype | str = "auto
 
 
 def without_folder(config):
-    """A copy of a backbone's config that does not tell where on this machine it lay; a Hub id is worth keeping."""
+    """Return a copy of a backbone's config without the folder that it came from; a Hub id stays."""
     config = copy.deepcopy(config)
     if os.path.isdir(config.name_or_path or ""):
         config.name_or_path = ""
@@ -79,5 +78,31 @@ def without_folder(config):
 
 
 def load_language_model(name_or_path, dtype: torch.dtype | str = "auto", **kwargs) -> PreTrainedModel:
+    """Load a causal LLM; `kwargs` are for `from_pretrained`.
+
+    Raises:
+        ValueError: a file is broken.
+    """
     check_folder(name_or_path, kwargs.get("subfolder", ""))
     return AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, **kwargs)
+
+
+def for_language_model_only(quantization_config):
+    """Return a quantisation that exempts all but the LLM's linear layers, in addition to what its user exempts.
+
+    Raises:
+        ValueError: quantisations of its kind have no exemptions.
+    """
+    if isinstance(quantization_config, dict):
+        quantization_config = AutoQuantizationConfig.from_dict(quantization_config)
+    # Regular expressions from the start of a name of a module (bitsandbytes) or of a weight (torchao).
+    kept = ["audio_tower", "adapter", rf".*\.lora_[AB]\.{ADAPTER_NAME}", r".*\.(lm_head|embed_out)"]
+    for option in ("llm_int8_skip_modules", "modules_to_not_convert"):
+        if hasattr(quantization_config, option):
+            quantization_config = copy.copy(quantization_config)
+            setattr(quantization_config, option, [*kept, *(getattr(quantization_config, option) or [])])
+            return quantization_config
+    raise ValueError(
+        f"{type(quantization_config).__name__} cannot exempt parts of a model, and only the LLM should be quantised. "
+        "Quantise it in from_backbones(..., text_kwargs={'quantization_config': ...})."
+    )

@@ -16,6 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPI
 from transformers.utils import logging
 
 from .checkpoint_files import CHECK_CONFIG, explained
+from .encoder_families import ENCODER_FAMILIES
 
 logger = logging.get_logger(__name__)
 
@@ -149,7 +150,7 @@ CHECKED_OPTIONS = (
     "part_dtypes",
 )
 ADAPTERS = {"cformer": CFormerOptions, "subsampler": SubsamplerOptions}
-SPEECH_ENCODERS = ("whisper", "wav2vec2", "hubert", "wavlm", "wav2vec2-bert", "parakeet_encoder")
+SPEECH_ENCODERS = tuple(ENCODER_FAMILIES)
 SPEECH_PADDINGS = ("do_not_pad", "max_length")
 BACKBONES = ("audio_tower", "language_model")
 # Where `pipeline` finds the code of its tasks, which the processor saves beside itself.
@@ -217,8 +218,8 @@ class BlspKdConfig(PreTrainedConfig):
         freeze_speech_encoder (`bool`): keep the encoder as it is. The LLM is always frozen.
         speech_padding (`str`): `"do_not_pad"`: encode each clip on its true length; `"max_length"` (Whisper only):
             pad it to 30 seconds of silence that the encoder hears, as in its pretraining.
-        audio_token_id (`int`): id of the one placeholder that stands for an audio in a prompt. It may lie outside the
-            LLM's vocabulary, since it is never embedded.
+        audio_token_id (`int`, *optional*): id of the one placeholder that stands for an audio in a prompt. It may lie
+            outside the LLM's vocabulary, since it is never embedded. Omitted: the model takes text only.
         backbones (`dict`, *optional*): makes checkpoints thin: they hold only what was trained, and the rest is
             fetched from here. For each of `audio_tower` and `language_model`: `name_or_path` (Hub id or folder) and
             `revision` (commit, or checksum of a folder's weights). Set by `from_backbones(thin=True)`.
@@ -247,7 +248,7 @@ class BlspKdConfig(PreTrainedConfig):
     timestamps: Any = None
     freeze_speech_encoder: bool = True
     speech_padding: str = "do_not_pad"
-    audio_token_id: int = 0
+    audio_token_id: int | None = None
     backbones: Any = None
     part_dtypes: Any = None
     auto_map: Any = None
@@ -282,7 +283,9 @@ class BlspKdConfig(PreTrainedConfig):
         self.distillation = self._checked_distillation()
         self.timestamps = self._checked_timestamps()
         _require(
-            _is_count(self.audio_token_id, 0), "audio_token_id must be a token id of at least 0", self.audio_token_id
+            self.audio_token_id is None or _is_count(self.audio_token_id, 0),
+            "audio_token_id must be a token id of at least 0",
+            self.audio_token_id,
         )
         _require(
             isinstance(self.freeze_speech_encoder, bool),
@@ -358,7 +361,7 @@ class BlspKdConfig(PreTrainedConfig):
             f"speech_padding must be one of {SPEECH_PADDINGS}",
             self.speech_padding,
         )
-        if self.speech_padding == "max_length" and model_type != "whisper":
+        if self.speech_padding == "max_length" and not ENCODER_FAMILIES[model_type].is_padded:
             raise ValueError(
                 f"speech_padding='max_length' is for Whisper, whose encoder was trained on 30 s; {model_type!r} takes "
                 "any length. Leave speech_padding at 'do_not_pad'."
@@ -379,8 +382,7 @@ class BlspKdConfig(PreTrainedConfig):
             if options["num_attention_heads"] is None:
                 options["num_attention_heads"] = encoder.num_attention_heads
             if options["ffn_dim"] is None:
-                is_whisper = encoder.model_type == "whisper"
-                options["ffn_dim"] = encoder.encoder_ffn_dim if is_whisper else encoder.intermediate_size
+                options["ffn_dim"] = getattr(encoder, ENCODER_FAMILIES[encoder.model_type].ffn_dim)
             for name in ("num_pre_layers", "num_post_layers"):
                 _require(
                     _is_count(options[name], 0),

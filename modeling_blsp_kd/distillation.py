@@ -29,7 +29,7 @@ def predicts_next(selected: torch.Tensor) -> torch.Tensor:
 
 
 def postprocess_logits(logits, scale: float = 1.0, softcap: float | None = None) -> torch.Tensor:
-    """What some LLMs do after the output head: `softcap * tanh(scale * logits / softcap)`, in float32."""
+    """Apply what some LLMs apply after the output head: `softcap * tanh(scale * logits / softcap)`, in float32."""
     logits = logits.float()
     if scale != 1.0:
         logits = logits * scale
@@ -150,7 +150,7 @@ def linear_kl(
     reduction: str = "mean",
     chunk_rows: int | None = None,
 ) -> torch.Tensor:
-    """Forward KL(teacher || student) of the next-token distributions, straight from hidden states.
+    """Return the forward KL(teacher || student) of the next-token distributions, straight from hidden states.
 
     Both distributions are softmax(logits / temperature); there is no temperature^2 factor, as in the authors' public
     code. Identical rows give 0. No row gives a 0 that still has a graph. Differentiable once, with respect to
@@ -182,7 +182,7 @@ def linear_kl(
 
 
 def linear_cross_entropy(hidden, targets, weight, *, lm_head_bias=None, scale=1.0, softcap=None) -> torch.Tensor:
-    """Cross-entropy of target tokens from hidden states, summed over rows. Its minimum is 0.
+    """Return the cross-entropy of target tokens from hidden states, summed over rows. Its minimum is 0.
 
     Args:
         hidden (`torch.FloatTensor` of shape (N, D)): states that predict the targets.
@@ -202,7 +202,7 @@ def quantity_loss(alpha_sum, num_tokens) -> torch.Tensor:
     """|sum of unscaled alphas - U| / U, summed over clips: makes CIF fire as often as the transcript has tokens.
 
     Args:
-        alpha_sum (`torch.FloatTensor` of shape (A,)): predicted token counts of A clips.
-        num_tokens (`torch.LongTensor` of shape (A,)): true ones, at least 1.
+        alpha_sum (`torch.FloatTensor` of shape (N,)): predicted token counts of N clips.
+        num_tokens (`torch.LongTensor` of shape (N,)): true ones, at least 1.
     """
     return ((alpha_sum - num_tokens).abs() / num_tokens).sum()

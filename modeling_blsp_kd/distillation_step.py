@@ -3,10 +3,9 @@
 Follows arXiv 2405.19041. Runs inside the model's forward, where sharded weights are gathered. Leaves out: running the
 LLM (`modeling_blsp_kd.py`), the formulas (`distillation.py`), and counts over batches and processes (`trainer.py`).
 
-Shapes: B prompts, L student and L' teacher length, A audio clips in reading order, D LLM width, V vocabulary.
+Shapes: B prompts, L student and L' teacher length, N audio clips in reading order, D LLM width, V vocabulary.
 """
 
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,6 +14,8 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from .distillation import linear_cross_entropy, linear_kl_of_rows, postprocess_logits, predicts_next, quantity_loss
+from .frozen import frozen
+from .speech_windows import is_within
 
 
 class ItemCounts(NamedTuple):
@@ -42,28 +43,12 @@ NEED_TEACHER = frozenset(KL_OF.values())
 NEED_STUDENT = NEED_TEACHER | {"response_ce"}
 
 
-@contextmanager
-def frozen(module: nn.Module, *inputs: torch.Tensor):
-    """Run a frozen module: no gradient, unless for one of its inputs, and no dropout whatever the mode of the model
-    around it.
-
-    Not in inference mode: FSDP2 keeps what it gathers there, and may not write to it in the student's forward.
-    """
-    was_training = [child for child in module.modules() if child.training]
-    if was_training:
-        module.eval()
-    has_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
-    try:
-        with torch.set_grad_enabled(has_gradient):
-            yield
-    finally:
-        for child in was_training:
-            child.training = True
-
-
 def _gathered_weight(module: nn.Module) -> torch.Tensor:
-    """The weight of embeddings or head. As a unit of FSDP2, which accelerate makes of each, a module is gathered by its
-    own forward, which the losses go around. FSDP2 frees it again after the backward."""
+    """Return the weight of embeddings or head.
+
+    accelerate makes each of them a unit of FSDP2, which gathers it in the module's own forward. The losses bypass that
+    forward, so they gather it here; FSDP2 frees it again after the backward.
+    """
     if isinstance(module, FSDPModule):
         module.unshard()
     return module.weight
@@ -71,7 +56,7 @@ def _gathered_weight(module: nn.Module) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class ComparedPrompts:
-    """Which positions of speech prompts (the student's) and text prompts (the teacher's) belong together.
+    """The positions of speech prompts (the student's) and text prompts (the teacher's) that belong together.
 
     Args:
         labels (B, L): response tokens of the student, -100 elsewhere.
@@ -104,7 +89,7 @@ class OutputHead:
 
     @classmethod
     def of(cls, language_model: nn.Module) -> "OutputHead":
-        """Read the head of an LLM. Called anew in each forward, because sharding swaps the weight."""
+        """Read the head of an LLM. Each forward calls this anew, because sharding swaps the weight."""
         head = language_model.get_output_embeddings()
         if head.weight.is_meta:
             raise ValueError("The LLM's output head is offloaded, so the losses cannot read it. Keep it on a device.")
@@ -186,12 +171,12 @@ def distillation_loss(
             student_states[predicts_response], targets, head.weight, **head.options
         )
     if "transcript_ce" in wanted:
-        is_token = torch.arange(audio.pooler_output.shape[1], device=prompts.labels.device)
-        vectors = audio.pooler_output[is_token < audio.num_speech_tokens[:, None]]
+        is_token = is_within(audio.num_speech_tokens, audio.pooler_output.shape[1])
+        speech_tokens = audio.pooler_output[is_token]
         targets = prompts.teacher_input_ids[prompts.teacher_is_content]
         # The LLM's token embeddings double as the output matrix of the recogniser.
         embeddings = _gathered_weight(language_model.get_input_embeddings())
-        parts["transcript_ce"] = linear_cross_entropy(vectors, targets, embeddings)
+        parts["transcript_ce"] = linear_cross_entropy(speech_tokens, targets, embeddings)
 
     counts = ItemCounts(
         response_tokens=predicts_response.sum(),

@@ -2,9 +2,9 @@
 
 The prompt is expanded once, before `generate`, and goes on as `input_ids` plus speech vectors at their positions, so
 that everything that reads or repeats prompts (beams, assistants, logits processors, caches) works as for text. Leaves
-out: hearing and the forward pass (`modeling_blsp_kd.py`).
+out: encoding the clips and the forward pass (`modeling_blsp_kd.py`).
 
-Shapes: B prompts, L prompt length, P positions in a key-value cache, A audio clips.
+Shapes: B prompts, L prompt length, P positions in a key-value cache, N audio clips.
 """
 
 from itertools import chain
@@ -13,16 +13,16 @@ import torch
 from torch import nn
 from transformers import GenerationMixin, SuppressTokensLogitsProcessor
 from transformers.generation.streamers import BaseStreamer
-from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.utils import ModelOutput
 
-from .speech_prompt import SpeechPrompt
+from .conversation_cache import check_cache, note_mask
+from .speech_prompt import ExpandedPrompt, check_text_only
 from .token_times import text_token_times
 from .versions import CACHE_NAME, CACHE_NAMES, one_cache
 
 
 class _OriginalPromptStreamer(BaseStreamer):
-    """Shows a streamer the caller's prompt, with one placeholder per audio, instead of the expanded one."""
+    """Show a streamer the caller's prompt, with one placeholder per audio, instead of the expanded one."""
 
     def __init__(self, streamer: BaseStreamer, input_ids: torch.LongTensor):
         self.streamer = streamer
@@ -67,7 +67,7 @@ class BlspKdGenerationMixin(GenerationMixin):
             input_ids, attention_mask (B, L): prompts, left-padded; from the processor.
             inputs_embeds (B, L, D), *optional*: their embeddings, to be read instead.
             input_features, input_features_mask, *optional*: their audio clips; from the processor.
-            num_speech_tokens (`torch.LongTensor` of shape (A,), *optional*): tokens that CIF must fire.
+            num_speech_tokens (`torch.LongTensor` of shape (N,), *optional*): tokens that CIF must fire.
             streamer ([`~transformers.generation.BaseStreamer`], *optional*): receives text tokens as they come.
             return_timestamps (`bool`): tell when each token was said, which makes sense for answers that repeat what
                 was said. The output is then an object as with `return_dict_in_generate=True`, with `token_timestamps`
@@ -83,11 +83,11 @@ class BlspKdGenerationMixin(GenerationMixin):
         cache = one_cache(*(kwargs.pop(name, None) for name in CACHE_NAMES))
         if cache is not None:
             kwargs[CACHE_NAME] = cache
-        audio_options = {name: kwargs.pop(name, None) for name in ("input_features_mask", "num_speech_tokens")}
+        clips = {name: kwargs.pop(name, None) for name in ("input_features_mask", "num_speech_tokens")}
         defaults = generation_config or self.generation_config
         settings = {name: kwargs.get(name, getattr(defaults, name)) for name in ("eos_token_id", "pad_token_id")}
         if kwargs.get("tokenizer") is not None:
-            # `transformers serve` passes the processor, which lacks the vocabulary that stop strings ask for.
+            # `transformers serve` passes the processor, which lacks the vocabulary that stop strings need.
             kwargs["tokenizer"] = getattr(kwargs["tokenizer"], "tokenizer", kwargs["tokenizer"])
         if input_ids is not None and input_ids.dtype.is_floating_point:
             raise ValueError("generate takes prompts as input_ids, got floats. Pass audio as input_features.")
@@ -96,32 +96,26 @@ class BlspKdGenerationMixin(GenerationMixin):
             kwargs["return_dict_in_generate"] = True
         if input_features is None:
             if input_ids is not None:
-                # An assistant is given prompts that were expanded for the model it assists.
+                # An assistant gets prompts that were expanded for the model that it assists.
                 if kwargs.get("speech_embeds") is None:
-                    self._check_text_only(input_ids, kwargs.get("attention_mask"))
+                    check_text_only(input_ids, kwargs.get("attention_mask"), self.config.audio_token_id)
                 kwargs["input_ids"] = input_ids
             output = super().generate(None, generation_config, *args, streamer=streamer, **kwargs)
             prompt_length = 0 if input_ids is None else input_ids.shape[1]
-            self._note_mask(output, kwargs.get("attention_mask"), prompt_length, settings)
+            note_mask(output, kwargs.get("attention_mask"), prompt_length, settings)
             return output
 
-        prompt_options = {name: kwargs.pop(name, None) for name in ("attention_mask", "inputs_embeds", "position_ids")}
-        prompt, audio, expanded = self._expand_inputs(
-            input_ids,
-            input_features,
-            cache,
-            output_token_times=return_timestamps,
-            **audio_options,
-            **prompt_options,
-        )
+        given = {name: kwargs.pop(name, None) for name in ("attention_mask", "inputs_embeds", "position_ids")}
+        given["input_ids"], clips["input_features"] = input_ids, input_features
+        prompt, audio, expanded = self._expand_inputs(given, clips, cache, return_timestamps)
         if return_timestamps and int(prompt.is_speech.any(1).sum()) < len(audio.num_speech_tokens):
             raise ValueError("return_timestamps is for prompts with one audio each, but a prompt here has several.")
         if streamer is not None and input_ids is not None:
             streamer = _OriginalPromptStreamer(streamer, input_ids)
         output = super().generate(None, generation_config, *args, streamer=streamer, **kwargs, **expanded)
-        # Of embeddings alone the answer comes back alone, as without audio.
+        # After embeddings without ids only the answer comes back, as without audio.
         prompt_length = 0 if input_ids is None else prompt.input_ids.shape[1]
-        self._note_mask(output, prompt.attention_mask, prompt_length, settings)
+        note_mask(output, prompt.attention_mask, prompt_length, settings)
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
         answers = sequences[:, prompt_length:]
         if input_ids is not None:
@@ -149,10 +143,10 @@ class BlspKdGenerationMixin(GenerationMixin):
             )
 
     def _time_answers(self, answers, audio, has_audio, settings: dict) -> torch.Tensor:
-        """When the tokens of answers were said: (N, L', 2).
+        """Return when the tokens of R answers were said: (R, L', 2).
 
         Args:
-            answers (N, L'): N / B of each prompt.
+            answers (R, L'): R / B of each prompt.
             audio ([`BlspKdAudioOutput`]): of the prompts that have one, in their order.
             has_audio (B,) bool.
             settings (`dict`): `eos_token_id` and `pad_token_id` of this call.
@@ -171,49 +165,44 @@ class BlspKdGenerationMixin(GenerationMixin):
         return times
 
     def _expand_inputs(
-        self,
-        input_ids,
-        input_features,
-        cache,
-        input_features_mask,
-        num_speech_tokens,
-        attention_mask,
-        inputs_embeds,
-        position_ids,
-        output_token_times: bool,
-    ) -> tuple[SpeechPrompt, ModelOutput, dict]:
-        """The expanded prompts, what was heard, and what `generate` takes in place of the prompts and their audio."""
-        prompt_ids = self._find_in_embeds(inputs_embeds) if input_ids is None else input_ids
-        num_past = 0 if cache is None else int(cache.get_seq_length())
-        is_new_turn = num_past > 0 and attention_mask is not None and attention_mask.shape[1] != prompt_ids.shape[1]
-        if is_new_turn and inputs_embeds is not None:
-            raise ValueError("A new turn after a key-value cache is read from input_ids, not from inputs_embeds.")
-        attention_mask = self._mask_after_cache(prompt_ids, attention_mask, num_past if is_new_turn else 0)
-        prompt, audio = self._hear_prompt(
-            prompt_ids,
-            attention_mask,
-            None,
-            input_features,
-            input_features_mask,
-            num_speech_tokens,
-            inputs_embeds,
-            position_ids,
-            output_token_times,
-        )
-        self._check_context(prompt, num_new_tokens=1)
-        if num_past and not is_new_turn:
-            self._check_cache(prompt, cache, num_past)
+        self, given: dict, clips: dict, cache, output_token_times: bool
+    ) -> tuple[ExpandedPrompt, ModelOutput, dict]:
+        """Expand prompts with audio for transformers' `generate`.
 
+        Args:
+            given (`dict`): the prompts: `input_ids`, `inputs_embeds`, `attention_mask` and `position_ids`, None where
+                omitted.
+            clips (`dict`): `input_features`, `input_features_mask` and `num_speech_tokens`.
+            cache (`Cache`, *optional*).
+            output_token_times (`bool`): tell when each token was said.
+
+        Returns:
+            `tuple`: the expanded prompts, the output of encoder and adapter, and what `generate` takes in place of the
+            prompts and their audio.
+        """
+        num_past = 0 if cache is None else int(cache.get_seq_length())
+        text = given["inputs_embeds"] if given["input_ids"] is None else given["input_ids"]
+        mask = given["attention_mask"]
+        is_new_turn = num_past > 0 and mask is not None and text is not None and mask.shape[1] != text.shape[1]
+        if is_new_turn and given["inputs_embeds"] is not None:
+            raise ValueError("A new turn after a key-value cache is read from input_ids, not from inputs_embeds.")
         num_before = num_past if is_new_turn else 0  # positions count from the start of the cache
+        prompt, audio = self._expand_prompt(
+            self._prompt(num_before, **given), output_token_times=output_token_times, **clips
+        )
+        prompt.check_context(self._context_length, num_new_tokens=1)
+        if num_past and not is_new_turn:
+            check_cache(prompt, cache, num_past)
+
         expanded = {
             "attention_mask": prompt.attention_mask,
             "is_speech": nn.functional.pad(prompt.is_speech, (num_before, 0), value=False),
         }
-        if position_ids is not None:
+        if given["position_ids"] is not None:
             expanded["position_ids"] = prompt.position_ids
-        if input_ids is not None:
+        if given["input_ids"] is not None:
             expanded["input_ids"] = prompt.input_ids.masked_fill(prompt.is_speech, self._unspoken_token_id())
-        if inputs_embeds is None:
+        if given["inputs_embeds"] is None:
             expanded["speech_embeds"] = nn.functional.pad(prompt.speech_embeds, (0, 0, num_before, 0))
         else:
             expanded["inputs_embeds"] = self._embed(
@@ -222,7 +211,7 @@ class BlspKdGenerationMixin(GenerationMixin):
         return prompt, audio, expanded
 
     def _unspoken_token_id(self) -> int:
-        """What logits processors, which read the prompt, see at speech positions: an id that is never generated.
+        """Return an id for speech positions, which logits processors see in the prompt and which is never generated.
 
         The placeholder itself, as in other audio LLMs; if that lies outside the vocabulary, the start of text or
         whatever else does not look like an end.
@@ -239,60 +228,13 @@ class BlspKdGenerationMixin(GenerationMixin):
             if token_id is not None and token_id not in ends
         )
 
-    def _check_cache(self, prompt: SpeechPrompt, cache, num_past: int):
-        """Whole conversations must begin with what the cache holds, at the same positions."""
-        if prompt.input_ids.shape[1] <= num_past:
-            raise ValueError(
-                f"past_key_values hold {num_past} positions, but the whole conversation only takes "
-                f"{prompt.input_ids.shape[1]}. Pass all of it, or the attention_mask of cached and new positions."
-            )
-        cached_mask = getattr(cache, "attention_mask", None)
-        if cached_mask is None or cached_mask.shape != (len(prompt.input_ids), num_past):
-            return
-        if not torch.equal(cached_mask.bool(), prompt.attention_mask[:, :num_past].bool()):
-            raise ValueError(
-                "These whole conversations are padded otherwise than past_key_values were, so the cache does not fit "
-                "them. Pass the new turn alone, with the attention_mask of cached and new positions: "
-                "torch.cat([past_key_values.attention_mask, new_attention_mask], dim=1)."
-            )
-
-    def _note_mask(self, output, prompt_mask, prompt_length: int, settings: dict):
-        """Keep the mask of the cached positions with the cache: only here it is known how prompts were expanded.
-
-        Args:
-            output: of transformers' `generate`; only its own single sequences have a cache that can go on.
-            prompt_mask (B, P + L), *optional*: what `generate` was given; omitted, one prompt without padding.
-            prompt_length (`int`): how much of each sequence is prompt.
-            settings (`dict`): `eos_token_id` and `pad_token_id` of this call.
-        """
-        if not isinstance(output, GenerateDecoderOnlyOutput) or CACHE_NAME not in output:
-            return
-        cache, answers = output[CACHE_NAME], output.sequences[:, prompt_length:]
-        num_cached = int(cache.get_seq_length())
-        if prompt_mask is None and len(answers) > 1:
-            cache.attention_mask = None  # transformers guessed where padding is
-            return
-        if prompt_mask is None:
-            prompt_mask = answers.new_ones(1, max(0, num_cached + 1 - answers.shape[1]))
-        ends = torch.as_tensor([] if settings["eos_token_id"] is None else settings["eos_token_id"]).flatten().tolist()
-        pad_token_id = settings["pad_token_id"]
-        if pad_token_id is None and ends:
-            pad_token_id = ends[0]
-        # Rows that end before the longest one go on with padding, whatever ended them.
-        is_pad_token = torch.zeros_like(answers) if pad_token_id is None else (answers == pad_token_id).long()
-        is_padding = is_pad_token.flip(1).cumprod(1).flip(1).bool()
-        if pad_token_id in ends:
-            # The first of them was said.
-            is_padding = is_padding & nn.functional.pad(is_padding, (1, 0), value=False)[:, :-1]
-        prompt_mask = prompt_mask.repeat_interleave(len(answers) // len(prompt_mask), dim=0)
-        cache.attention_mask = torch.cat([prompt_mask, (~is_padding).to(prompt_mask)], dim=1)[:, :num_cached]
-
     def _get_logits_processor(self, *args, model_kwargs=None, device=None, **kwargs):
         processors = super()._get_logits_processor(*args, model_kwargs=model_kwargs, device=device, **kwargs)
         has_audio = model_kwargs is not None and model_kwargs.get("is_speech") is not None
-        if has_audio and self.config.audio_token_id < self.config.get_text_config().vocab_size:
+        audio_token_id, vocab_size = self.config.audio_token_id, self.config.get_text_config().vocab_size
+        if has_audio and audio_token_id is not None and audio_token_id < vocab_size:
             # An answer with a placeholder in it would ask for audio when the conversation goes on.
-            processors.insert(0, SuppressTokensLogitsProcessor([self.config.audio_token_id], device=device))
+            processors.insert(0, SuppressTokensLogitsProcessor([audio_token_id], device=device))
         return processors
 
     def prepare_inputs_for_generation(

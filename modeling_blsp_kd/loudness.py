@@ -3,7 +3,7 @@
 Follows no paper: a frame is silent when it is nearer to the clip's quietest one than to its loudest by a given share.
 Leaves out: what else a voice activity detector knows, so loud noise counts as speech.
 
-Shapes: N clips or windows, T encoder frames.
+Shapes: N clips, W windows of clips, T encoder frames.
 """
 
 import torch
@@ -14,17 +14,17 @@ DYNAMIC_RANGE = 8.0
 
 
 def loudness(features, features_mask, time_axis: int, steps_per_frame: int, num_frames: int) -> torch.Tensor:
-    """Logarithmic loudness of encoder frames.
+    """Return the logarithmic loudness of encoder frames.
 
     Args:
-        features (N, length), (N, length, bins) or (N, bins, length): waveforms, or logarithmic power in bands.
-        features_mask (N, length): 1 at what belongs to the clip.
+        features (W, length), (W, length, bins) or (W, bins, length): waveforms, or logarithmic power in bands.
+        features_mask (W, length): 1 at what belongs to the clip.
         time_axis (`int`): the axis that `length` is.
         steps_per_frame (`int`): how much of `length` one encoder frame takes.
         num_frames (`int`): T.
 
     Returns:
-        (N, T) float32. It means something only beside other frames of the same clip; -inf at padding.
+        (W, T) float32. It means something only beside other frames of the same clip; -inf at padding.
     """
     is_waveform = features.ndim == 2
     features = features.detach().float()
@@ -41,10 +41,10 @@ def loudness(features, features_mask, time_axis: int, steps_per_frame: int, num_
 
 
 def find_silence(frame_loudness, frame_mask, silence: float) -> torch.BoolTensor:
-    """True where nothing is said, padding included: (A, T).
+    """Return True where nothing is said, padding included: (N, T).
 
     Args:
-        frame_loudness (A, T): of [`loudness`]; frame_mask (A, T) bool: which frames belong to the clip.
+        frame_loudness (N, T): of [`loudness`]; frame_mask (N, T) bool: which frames belong to the clip.
         silence (`float`): how far up from the quietest frame (0) to the loudest (1) of a clip silence reaches.
     """
     quietest = frame_loudness.masked_fill(~frame_mask, torch.inf).amin(1, keepdim=True)

@@ -9,14 +9,14 @@ import copy
 import functools
 import math
 import os
-import threading
-from dataclasses import dataclass
 
 import torch
 from safetensors.torch import save_file
 from torch import nn
 from transformers import initialization as init
 from transformers.utils import logging
+
+from .plora_calls import Call, SpeechRows, current_call
 
 logger = logging.get_logger(__name__)
 
@@ -25,7 +25,7 @@ ADAPTER_NAME = "plora"
 
 
 def leave_out_of_peft_model(model, state_dict, prefix, local_metadata):
-    """A state dict hook: in that of a `PeftModel`, PEFT would save partial LoRA as weights of its user's adapter."""
+    """Drop partial LoRA from the state dict of a `PeftModel`, as a hook: PEFT would save it with its user's adapter."""
     if prefix.endswith("base_model.model."):
         for name in [name for name in state_dict if f".{ADAPTER_NAME}." in name]:
             del state_dict[name]
@@ -35,78 +35,8 @@ def _shapes(weights: dict[str, torch.Tensor]) -> set[tuple]:
     return {(name, tuple(tensor.shape)) for name, tensor in weights.items()}
 
 
-@dataclass(frozen=True)
-class _SpeechRows:
-    """Where speech stands among all B * L positions of a call.
-
-    Args:
-        index (`torch.LongTensor` of shape (S,)): S speech positions, ascending.
-        run (`slice` or None): the same, if they are neighbours, as the one clip of one prompt is.
-    """
-
-    index: torch.LongTensor
-    run: slice | None
-
-    @classmethod
-    def of(cls, is_speech: torch.BoolTensor | None) -> "_SpeechRows | None":
-        """None where they cannot be told: in a graph that is compiled, sizes do not depend on data."""
-        if is_speech is None or torch.compiler.is_compiling():
-            return None
-        index = is_speech.flatten().nonzero().squeeze(1)
-        if len(index) == 0:
-            return cls(index, slice(0))
-        first, last = index[[0, -1]].tolist()
-        return cls(index, slice(first, last + 1) if last - first == len(index) - 1 else None)
-
-
-class _Call:
-    """One call of one model: while it is entered, layers of that model find here where speech stands.
-
-    Each thread has its own calls. Calls may be left in any order, and in another thread than they were entered in.
-
-    Args:
-        plora ([`PartialLora`]): whose layers it is for.
-        is_speech (`torch.BoolTensor` of shape (B, L), *optional*): None: no speech.
-        rows ([`_SpeechRows`], *optional*): None: go by `is_speech`.
-    """
-
-    def __init__(self, plora: "PartialLora", is_speech: torch.BoolTensor | None, rows: _SpeechRows | None):
-        self.plora, self.is_speech, self.rows = plora, is_speech, rows
-        self.outer: _Call | None = None
-
-    def __enter__(self):
-        self.outer = _innermost_call()
-        _here.call = self
-
-    def __exit__(self, *error):
-        # A call that is not the innermost, or is another thread's, stays linked there, but is nobody's.
-        self.plora = self.is_speech = self.rows = None
-        _here.call = _innermost_call()
-
-
-class _Here(threading.local):
-    """What this thread is inside of. Not a ContextVar, which torch.compile cannot trace.
-
-    Attributes:
-        call ([`_Call`], *optional*): the innermost.
-    """
-
-    def __init__(self):
-        self.call: _Call | None = None
-
-
-_here = _Here()
-
-
-def _innermost_call() -> _Call | None:
-    call = _here.call
-    while call is not None and call.plora is None:
-        call = call.outer
-    return call
-
-
 class _PartialLoraLayer:
-    """What is changed of a PEFT layer. Its class and not the object, which replicas of a module share methods of.
+    """The changed part of a PEFT layer. The class is changed and not the object, because replicas share its methods.
 
     Attributes:
         partial_lora ([`PartialLora`]).
@@ -119,11 +49,11 @@ class _PartialLoraLayer:
         call = self.partial_lora.current_call
         return result if call is None or call.is_speech is None else self._add_update(x, result, call)
 
-    def _add_update(self, x, result, call: _Call) -> torch.Tensor:
-        """Add the update at the speech positions, which alone are read and computed.
+    def _add_update(self, x, result, call: Call) -> torch.Tensor:
+        """Add the update at the speech positions; it is computed at these only.
 
         Args:
-            x (B, L, D), result (B, L, D'): what the layer was given, and what it makes of it without the update.
+            x (B, L, D), result (B, L, D'): input of the layer, and its output without the update.
         """
         if x.shape[:-1] != call.is_speech.shape:
             raise ValueError(
@@ -154,7 +84,7 @@ class _PartialLoraLayer:
         return lora_b(lora_a(self.lora_dropout[ADAPTER_NAME](x.to(lora_a.weight.dtype))))
 
     def set_adapter(self, names, *args, **kwargs):
-        # PEFT activates whatever is left when an adapter is deleted. Only `PartialLora.at` switches partial LoRA.
+        # When an adapter is deleted, PEFT activates those that are left. Only `PartialLora.at` switches partial LoRA.
         others = [name for name in ([names] if isinstance(names, str) else names) if name != ADAPTER_NAME]
         super().set_adapter(others, *args, **kwargs)
 
@@ -202,7 +132,7 @@ class PartialLora:
     """
 
     def __init__(self, language_model: nn.Module, r: int, lora_alpha: int, lora_dropout: float, target_modules):
-        # PEFT takes a second to import, which a model without partial LoRA need not wait for.
+        # PEFT takes a second to import, and a model without partial LoRA does not need it.
         from peft import LoraConfig, inject_adapter_in_model
         from peft.tuners.lora import LoraLayer
 
@@ -220,7 +150,7 @@ class PartialLora:
             layer._active_adapter = []
             offload = getattr(layer.base_layer, "_hf_hook", None)
             if offload is not None and layer.base_layer.weight.is_meta:
-                # PEFT puts the matrices where the weight is; that of an offloaded layer is nowhere between calls.
+                # PEFT puts the matrices where the weight is, but an offloaded layer has no weight between calls.
                 layer.lora_A.to_empty(device=offload.execution_device)
                 layer.lora_B.to_empty(device=offload.execution_device)
 
@@ -241,7 +171,7 @@ class PartialLora:
 
     @property
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        """The trainable matrices A and B of every layer, by their names in a PEFT adapter file."""
+        """Return the trainable matrices A and B of every layer, by their names in a PEFT adapter file."""
         return {
             f"base_model.model.{name}.{kind}.weight": getattr(layer, kind)[ADAPTER_NAME].weight
             for name, layer in zip(self.layer_names, self.layers)
@@ -300,33 +230,29 @@ class PartialLora:
             parameter.copy_(weights[name])
 
     @property
-    def current_call(self) -> _Call | None:
-        """The innermost call of this model that the current thread is inside of."""
-        call = _here.call
-        while call is not None and call.plora is not self:
-            call = call.outer
-        return call
+    def current_call(self) -> Call | None:
+        """Return the innermost call of this model that the current thread is inside of."""
+        return current_call(self)
 
     @property
     def is_speech(self) -> torch.BoolTensor | None:
-        """The speech positions of that call."""
+        """Return the speech positions of that call."""
         return None if self.current_call is None else self.current_call.is_speech
 
-    def at(self, is_speech: torch.BoolTensor | None) -> _Call:
+    def at(self, is_speech: torch.BoolTensor | None) -> Call:
         """Add the update at the positions `is_speech` (B, L), inside this block only. None: nowhere.
 
-        A block is for the thread that enters it. Blocks nest, also those of several models.
+        A block holds in the thread that enters it. Blocks may nest, also those of several models.
         """
         if is_speech is not None and torch.is_grad_enabled():
             self._warn_of_others()
         # Once for all layers: the host waits for the device here.
-        return self._switched_to(is_speech, _SpeechRows.of(is_speech))
+        return self._switched_to(is_speech, SpeechRows.of(is_speech))
 
     def checkpoint(self, checkpoint_func):
         """Wrap a checkpointing function so that the recomputation sees the mask of the forward pass it repeats.
 
-        The recomputation runs inside backward, perhaps in a thread of autograd's, when the block of `at` has long been
-        left.
+        The recomputation runs inside backward, perhaps in a thread of autograd's, after the block of `at` has ended.
         """
 
         def checkpoint_with_mask(function, *args, **kwargs):
@@ -341,8 +267,8 @@ class PartialLora:
 
         return checkpoint_with_mask
 
-    def _switched_to(self, is_speech, rows: _SpeechRows | None) -> _Call:
-        return _Call(self, is_speech, rows)
+    def _switched_to(self, is_speech, rows: SpeechRows | None) -> Call:
+        return Call(self, is_speech, rows)
 
     def _warn_of_others(self):
         for layer in self.layers:

@@ -1,46 +1,39 @@
 """Speech encoders: features of clips (log-mel or waveform) to frames, blind to padding.
 
 Whisper runs on the true length of each clip, or on 30 padded seconds as it was pretrained; other encoders are used as
-transformers has them. Leaves out: making features (the processor), choosing the encoder (`configuration_blsp_kd.py`)
-and cutting long clips (`speech_windows.py`).
+transformers has them. Leaves out: making features (the processor), what differs between the families of encoders
+(`encoder_families.py`), and cutting long clips (`speech_windows.py`).
 
-Shapes: N clips or windows of clips, T frames, H encoder width.
+Shapes: W windows of clips (a short clip is one), T frames, H encoder width.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModel, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutput
+from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from transformers.models.whisper.modeling_whisper import WhisperEncoder, WhisperModel, sinusoids
 from transformers.utils.output_capturing import capture_outputs
 
-WINDOW_S = 30.0
-# What that much 16 kHz audio is along axis 1, the time axis, of the features.
-WINDOW_LENGTHS = {
-    "wav2vec2": 480_000,  # waveforms (N, samples)
-    "hubert": 480_000,
-    "wavlm": 480_000,
-    "wav2vec2-bert": 1499,  # pairs of filter bank frames (N, length, 160)
-    "parakeet_encoder": 3000,  # log-mel frames (N, length, num_mel_bins)
-}
-MEL_HOP_S = 0.01
-# Whisper's convolutions run on multiples of this. torch and oneDNN prepare a convolution for every length that it meets
-# and keep it (1,024 of them, 20 to 100 kB each): clips of ever new lengths would be slow and fill the memory.
+from .encoder_families import ENCODER_FAMILIES
+
+# Whisper's convolutions run on multiples of this. torch and oneDNN prepare a convolution for every new length and keep
+# it (up to 1,024 of them, 20 to 100 kB each), so clips of many lengths would be slow and fill the memory.
 MEL_FRAMES_STEP = 50
 
 
 @dataclass
 class SpeechEncoderOutput(BaseModelOutput):
-    """
+    """The output of any speech encoder.
+
     Args:
-        last_hidden_state (`torch.FloatTensor` of shape (N, T, H)): encoder frames.
-        frame_mask (`torch.BoolTensor` of shape (N, T)): True at frames that belong to the clip.
+        last_hidden_state (`torch.FloatTensor` of shape (W, T, H)): encoder frames.
+        frame_mask (`torch.BoolTensor` of shape (W, T)): True at frames that belong to the clip.
     """
 
     frame_mask: torch.BoolTensor | None = None
@@ -52,8 +45,8 @@ class TrueLengthWhisperEncoder(WhisperEncoder):
     Padding never reaches a valid frame: it is zero at the input of both convolutions (as the edge of a lone clip
     is) and masked in attention, so a clip gives the same frames alone and in any batch.
 
-    With `pad_to_window` every clip is followed by digital silence up to the full window instead, which the encoder
-    hears, as in Whisper's pretraining. The result is cut and masked to the clip all the same.
+    With `pad_to_window` digital silence follows every clip instead, up to the full window, and the encoder attends to
+    it, as in Whisper's pretraining. The output is still cut and masked to the clip.
     """
 
     pad_to_window = False
@@ -69,8 +62,8 @@ class TrueLengthWhisperEncoder(WhisperEncoder):
         """Encode log-mel features.
 
         Args:
-            input_features (`torch.FloatTensor` of shape (N, num_mel_bins, num_mel_frames)).
-            input_features_mask (`torch.Tensor` of shape (N, num_mel_frames), *optional*):
+            input_features (`torch.FloatTensor` of shape (W, num_mel_bins, num_mel_frames)).
+            input_features_mask (`torch.Tensor` of shape (W, num_mel_frames), *optional*):
                 True (or 1) at mel frames that belong to the clip. Omitted: all of them.
 
         Returns:
@@ -111,7 +104,7 @@ class TrueLengthWhisperEncoder(WhisperEncoder):
         return SpeechEncoderOutput(last_hidden_state=hidden_states, frame_mask=frame_mask)
 
     def _convolve(self, input_features, mel_mask):
-        """Log-mel (N, num_mel_bins, num_mel_frames), zeros where the mask is, to (N, T, H)."""
+        """Run the convolutions on log-mel (W, num_mel_bins, num_mel_frames), with zeros at padding, to (W, T, H)."""
         num_frames = mel_mask[:, ::2].shape[1]
         missing = -mel_mask.shape[1] % MEL_FRAMES_STEP
         is_valid = nn.functional.pad(mel_mask, (0, missing))[:, None]
@@ -122,7 +115,10 @@ class TrueLengthWhisperEncoder(WhisperEncoder):
 
 
 def _follow_by_silence(log_mel, mel_mask, num_mel_frames: int):
-    """Put the features of digital silence after each clip: (N, M, <= num_mel_frames) to (N, M, num_mel_frames).
+    """Put the features of digital silence after each clip, (W, num_mel_bins, <= num_mel_frames).
+
+    Returns:
+        `tuple`: features (W, num_mel_bins, num_mel_frames) and a mask of ones.
 
     Whisper's feature extractor clips log10 power at 1e-10 and at 8 below the clip's maximum, then takes (x + 4) / 4.
     """
@@ -133,56 +129,26 @@ def _follow_by_silence(log_mel, mel_mask, num_mel_frames: int):
     return torch.where(mel_mask[:, None], log_mel, silence), torch.ones_like(mel_mask)
 
 
+def encoder_class_of(config) -> type[PreTrainedModel]:
+    """Return the class of the encoder that a config is for."""
+    return TrueLengthWhisperEncoder if config.model_type == "whisper" else MODEL_MAPPING[type(config)]
+
+
 def build_speech_encoder(config) -> PreTrainedModel:
-    """A speech encoder with random weights.
+    """Build a speech encoder with random weights.
 
     Args:
-        config (`PreTrainedConfig`): of model type "whisper" or one of `WINDOW_LENGTHS`.
+        config (`PreTrainedConfig`): of a model type in `ENCODER_FAMILIES`.
     """
-    if config.model_type == "whisper":
-        return TrueLengthWhisperEncoder._from_config(config)
-    return AutoModel.from_config(config)
-
-
-def window_of(config) -> tuple[int, int]:
-    """The longest input that an encoder takes at once (30 s), and the axis of the features that it is counted on."""
-    if config.model_type == "whisper":
-        return 2 * config.max_source_positions, 2  # log-mel (N, num_mel_bins, num_mel_frames)
-    return WINDOW_LENGTHS[config.model_type], 1
-
-
-def frame_duration_s(config) -> float:
-    """How much audio one encoder frame stands for, in seconds."""
-    if config.model_type in ("wav2vec2", "hubert", "wavlm"):
-        return math.prod(config.conv_stride) / 16_000
-    if config.model_type == "parakeet_encoder":
-        return MEL_HOP_S * config.subsampling_factor
-    if config.model_type == "whisper":
-        # Its position table spans a window, whatever the hop of its feature extractor (which is not in the config).
-        return WINDOW_S / config.max_source_positions
-    return 2 * MEL_HOP_S  # W2V-BERT reads filter bank frames in pairs
-
-
-def frame_starts_s(config, num_frames: int, frames_per_window: int) -> torch.Tensor:
-    """Where each encoder frame begins, in seconds from the start of its clip: (num_frames,).
-
-    Frames may leave over a rest of a window (wav2vec 2.0 makes 1499 frames of 20 ms in 30 s), but the next window
-    begins in time.
-
-    Args:
-        frames_per_window (`int`): what the encoder makes of a whole window.
-    """
-    frame = torch.arange(num_frames, dtype=torch.float64)
-    window = frame // frames_per_window
-    return window * WINDOW_S + (frame - window * frames_per_window) * frame_duration_s(config)
+    return encoder_class_of(config)._from_config(config)
 
 
 def encode_speech(audio_tower: PreTrainedModel, input_features, input_features_mask, **kwargs) -> SpeechEncoderOutput:
-    """Run any supported encoder on clips or windows.
+    """Run any supported encoder on windows of clips.
 
     Args:
-        input_features (`torch.FloatTensor` of shape (N, ...)): what the encoder's feature extractor makes, zero-padded.
-        input_features_mask (`torch.Tensor` of shape (N, length)): 1 at what belongs to the clip, on the time axis.
+        input_features (`torch.FloatTensor` of shape (W, ...)): what the encoder's feature extractor makes, zero-padded.
+        input_features_mask (`torch.Tensor` of shape (W, length)): 1 at what belongs to the clip, on the time axis.
     """
     if isinstance(audio_tower, TrueLengthWhisperEncoder):
         return audio_tower(input_features, input_features_mask, return_dict=True, **kwargs)
@@ -208,7 +174,7 @@ def encode_speech(audio_tower: PreTrainedModel, input_features, input_features_m
             kwargs["mask_time_indices"] = mask.new_zeros(len(mask), num_frames, dtype=torch.bool)
     encoded = audio_tower(input_features, attention_mask=mask, return_dict=True, **kwargs)
     frames = encoded.last_hidden_state
-    if config.model_type == "parakeet_encoder":
+    if ENCODER_FAMILIES[config.model_type].returns_mask:
         frame_mask = encoded.attention_mask
     else:
         frame_mask = audio_tower._get_feature_vector_attention_mask(frames.shape[1], mask)

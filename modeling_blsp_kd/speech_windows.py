@@ -1,9 +1,9 @@
 """Long clips in windows: cut, encoded like clips of their own, and joined again before CIF integrates over all of it.
 
 What attends (encoder, CFormer layers) sees one window at a time, so memory grows with the length of a clip, not with
-its square, and every window is like a training clip. Leaves out: encoding itself (`speech_encoder.py`).
+its square, and every window is like a training clip. Leaves out: encoding (`speech_encoder.py`).
 
-Shapes: A clips, N windows (all windows of the first clip, then of the second, ...).
+Shapes: N clips, W windows (all windows of the first clip, then of the second, ...), G rows of a new grouping.
 """
 
 import torch
@@ -11,17 +11,43 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 
+def check_mask(features, features_mask, time_axis: int) -> torch.Tensor:
+    """Return the mask of clips (all ones if omitted), and check that every clip has frames.
+
+    Args:
+        features (N, ..., length, ...), features_mask (N, length), *optional*: what an encoder takes.
+        time_axis (`int`): the axis of features that `length` is.
+
+    Raises:
+        ValueError: a clip has no frames.
+    """
+    if features.shape[time_axis] == 0:
+        raise ValueError(
+            f"input_features of shape {tuple(features.shape)} hold no frames: axis {time_axis} is time. Leave out "
+            "clips without samples, and their placeholders, or pass features as the processor makes them."
+        )
+    if features_mask is None:
+        return features.new_ones(len(features), features.shape[time_axis])
+    if not torch.compiler.is_compiling() and not bool((has_frames := features_mask.bool().any(1)).all()):
+        empty = (~has_frames).nonzero().flatten().tolist()
+        raise ValueError(
+            f"Audio {empty[0]} of the batch holds no frames: its input_features_mask is zero everywhere. Leave out "
+            "clips without samples, and their placeholders."
+        )
+    return features_mask
+
+
 def split_into_windows(features, features_mask, window: int, time_axis: int):
     """Cut clips into windows, the last window of a clip shorter.
 
     Args:
-        features (A, ..., length, ...), features_mask (A, length): what an encoder takes.
+        features (N, ..., length, ...), features_mask (N, length): what an encoder takes.
         window (`int`): longest length at once.
         time_axis (`int`): the axis of features that `length` is.
 
     Returns:
-        `tuple`: features and mask of N windows, and the number of windows of each clip, (A,). Clips that all fit into
-        one window come back as they are, with None.
+        `tuple`: features and mask of W windows, and the number of windows of each clip, (N,). If all clips fit into one
+        window, they come back as they are, with None.
     """
     length = features.shape[time_axis]
     if length <= window:
@@ -40,7 +66,7 @@ def regroup(values, mask, group_sizes) -> torch.Tensor:
     """Take the valid items of all rows in order and lay them out in rows of other lengths.
 
     Args:
-        values (N, length, ...), mask (N, length) bool: rows of items, and which of them are valid.
+        values (rows, length, ...), mask (rows, length) bool: items, and which of them are valid.
         group_sizes (G,): how many items each new row takes; together as many as are valid.
 
     Returns:
@@ -49,26 +75,44 @@ def regroup(values, mask, group_sizes) -> torch.Tensor:
     return pad_sequence(values[mask].split(group_sizes.tolist()), batch_first=True)
 
 
+def join_windows(windows_per_clip, mask, *values) -> tuple[torch.Tensor, ...]:
+    """Lay the valid items of each clip's windows end to end.
+
+    Args:
+        windows_per_clip (`torch.LongTensor` of shape (N,), *optional*): omitted, every window is a clip.
+        mask (W, length) bool: which items of the windows are valid.
+        values (W, length, ...): the items, any number of tensors.
+
+    Returns:
+        `tuple`: the mask and the values of the N clips.
+    """
+    if windows_per_clip is None:
+        return mask, *values
+    lengths = per_clip(mask.sum(1), windows_per_clip)
+    joined = [regroup(items, mask, lengths) for items in values]
+    return is_within(lengths, joined[0].shape[1]), *joined
+
+
 def is_within(lengths, length: int) -> torch.BoolTensor:
-    """True at the first `lengths` places of each row: (G,) to (G, length)."""
+    """Return True at the first `lengths` places of each row: (G,) to (G, length)."""
     return torch.arange(length, device=lengths.device) < lengths[:, None]
 
 
 def per_clip(window_values, windows_per_clip) -> torch.Tensor:
-    """Sum a value of each window over the windows of a clip: (N,) and (A,) to (A,)."""
+    """Sum a value of each window over the windows of a clip: (W,) and (N,) to (N,)."""
     clip = torch.arange(len(windows_per_clip), device=window_values.device).repeat_interleave(windows_per_clip)
     return window_values.new_zeros(len(windows_per_clip)).index_add(0, clip, window_values)
 
 
 def tokens_per_window(firing_places, is_token, frames_per_window, windows_per_clip) -> torch.LongTensor:
-    """How many tokens are complete in each window.
+    """Count the tokens that are complete in each window.
 
     Args:
-        firing_places (A, U), is_token (A, U) bool: in frames from the start of the clip; which are valid.
-        frames_per_window (N,), windows_per_clip (A,).
+        firing_places (N, U), is_token (N, U) bool: in frames from the start of the clip, and which are valid.
+        frames_per_window (W,), windows_per_clip (N,).
 
     Returns:
-        (N,); a token that is complete exactly at a border belongs to the window before it.
+        (W,); a token that is complete exactly at a border belongs to the window before it.
     """
     frames_per_clip = per_clip(frames_per_window, windows_per_clip)
     clip_start = frames_per_clip.cumsum(0) - frames_per_clip

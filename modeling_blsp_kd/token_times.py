@@ -4,7 +4,7 @@ Follows arXiv 1905.11235: token u is what the integral gathers between the whole
 times are biased (arXiv 2301.12343): a token is complete only some time after it was said, and silence gathers weight
 too. Leaves out: grouping tokens to words, which needs a tokenizer (the processor's `word_timestamps`).
 
-Shapes: A clips, T encoder frames, U speech tokens of a clip, J text tokens.
+Shapes: N clips, T encoder frames, U speech tokens of a clip, J text tokens.
 """
 
 import torch
@@ -17,21 +17,21 @@ from .devices import computes_in_float64
 def token_times(
     alphas, num_speech_tokens, is_silent, frame_starts_s, frame_duration_s: float, delay_s: float
 ) -> torch.Tensor:
-    """Start and end of every speech token, in seconds from the start of its clip.
+    """Return start and end of every speech token, in seconds from the start of its clip.
 
     What CIF gathers at one time was said `delay_s` before, and nothing is said in silence. So a token that ends at a
     pause ends where it begins, and the next one begins where the pause ends.
 
     Args:
-        alphas (`torch.FloatTensor` of shape (A, T)): unscaled CIF weights, zero at padding.
-        num_speech_tokens (`torch.LongTensor` of shape (A,)): tokens that were fired.
-        is_silent (`torch.BoolTensor` of shape (A, T)): True where nothing is said, padding included.
+        alphas (`torch.FloatTensor` of shape (N, T)): unscaled CIF weights, zero at padding.
+        num_speech_tokens (`torch.LongTensor` of shape (N,)): tokens that were fired.
+        is_silent (`torch.BoolTensor` of shape (N, T)): True where nothing is said, padding included.
         frame_starts_s (`torch.FloatTensor` of shape (T,)): where each frame begins.
         frame_duration_s (`float`).
         delay_s (`float`): how long after the words CIF gathers their weight.
 
     Returns:
-        (A, U, 2) float32, ascending; NaN past a clip's count.
+        (N, U, 2) float32, ascending; NaN past a clip's count.
     """
     tiny = torch.finfo(torch.float64).tiny
     num_frames = alphas.shape[1]
@@ -42,7 +42,7 @@ def token_times(
     frame = edge.long().clamp(max=num_frames - 1)
     integral = torch.lerp(integral[:, frame], integral[:, frame + 1], edge - frame)
     said = integral.diff(dim=1).masked_fill(is_silent, 0.0)
-    # Of a clip that is shorter than the delay nothing is left; its tokens share the sound evenly.
+    # If a clip is shorter than the delay, no weight is left, and its tokens share the sound evenly.
     said = torch.where(said.sum(1, keepdim=True) > 0, said, (~is_silent).double())
     integral = pad(said.cumsum(1), (1, 0))
     integral = integral * (num_speech_tokens / integral[:, -1])[:, None]
@@ -52,7 +52,7 @@ def token_times(
     # Rounding must not put the end of the last token past the integral's own.
     starts, ends = bounds.minimum(integral[:, -1:, None]).transpose(0, 1).contiguous()
     frame_ends = integral[:, 1:].contiguous()
-    # Where the integral rests, a token ends at the first place and the next one begins at the last.
+    # Where the integral does not grow, a token ends at the first place, and the next one begins at the last.
     frames = torch.stack([torch.searchsorted(frame_ends, starts, right=True), torch.searchsorted(frame_ends, ends)], -1)
     frames = frames.clamp(max=num_frames - 1)
     before, after = (integral.gather(1, (frames + step).flatten(1)).view(frames.shape) for step in (0, 1))
@@ -63,7 +63,7 @@ def token_times(
 
 
 def text_token_times(text_embeds, speech_embeds, times) -> torch.Tensor:
-    """Start and end of the text tokens that one clip's speech tokens were turned into.
+    """Return start and end of the text tokens that one clip's speech tokens were turned into.
 
     Speech tokens stand where the embeddings of the transcript would stand, so a text token is looked for where its
     embedding is most like the speech. The text may have more or fewer tokens than the speech.

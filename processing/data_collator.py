@@ -47,8 +47,8 @@ class BlspKdDataCollator:
         Returns:
             `dict` of `input_ids`, `attention_mask`, `labels` (B, L); `teacher_input_ids`, `teacher_attention_mask`,
             `teacher_is_content`, `teacher_is_response` (B, L'); `input_features`, `input_features_mask`;
-            `num_speech_tokens` (A,), the transcripts' token counts of the A rows with audio. The features of a batch
-            without audio have the shape (0, ...).
+            `num_speech_tokens` (N,), the transcripts' token counts of the N rows with audio. The features of a batch
+            without any have the shape (0, ...).
 
         Raises:
             ValueError: a row lacks a field or has an invalid one; the message gives the row's index in the batch.
@@ -129,7 +129,7 @@ class BlspKdDataCollator:
         )
 
     def _features(self, rows) -> dict[str, torch.Tensor]:
-        """Return the features of the rows with audio, (A, ...)."""
+        """Features of the rows with audio, (N, ...)."""
         if not rows:
             # Zero clips, but in the shape of real features, because the trainer counts clips by the first axis.
             tone = {"array": np.sin(np.arange(8_000, dtype=np.float32)), "sampling_rate": 16_000}

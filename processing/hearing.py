@@ -20,7 +20,7 @@ from transformers.audio_utils import mel_filter_bank, spectrogram, window_functi
 from transformers.utils import is_matplotlib_available
 
 # An absolute import, because this file is used here and in a Space, and is never copied into a model repository.
-from modeling_blsp_kd.distillation_step import frozen
+from modeling_blsp_kd.frozen import frozen
 
 from .audio_loading import load_audio
 from .data_collator import continue_ids

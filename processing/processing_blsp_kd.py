@@ -239,9 +239,9 @@ class BlspKdProcessor(ProcessorMixin):
             sampling_rate (`int`, *optional*): of bare arrays, Hz.
 
         Returns:
-            `dict` of `input_features` float32, and `input_features_mask` (A, length) int64. The features depend on the
-            speech encoder: log-mel (A, num_mel_bins, length) for Whisper, waveforms (A, length), or filter bank frames
-            (A, length, bins).
+            `dict` of `input_features` float32, and `input_features_mask` (N, length) int64. The features are what the
+            speech encoder takes: log-mel (N, num_mel_bins, length) for Whisper, waveforms (N, length), or filter bank
+            frames (N, length, bins).
         """
         rate = self.feature_extractor.sampling_rate
         if sampling_rate is None and any(not knows_rate(clip) for clip in clips):

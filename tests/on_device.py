@@ -19,7 +19,8 @@ from transformers import TrainingArguments
 
 from examples.training_data.engines import RowSampler
 from modeling_blsp_kd import BlspKdTrainer
-from modeling_blsp_kd.cif import continuous_integrate_and_fire, flush_stream, stream_integrate_and_fire
+from modeling_blsp_kd.cif import continuous_integrate_and_fire
+from modeling_blsp_kd.cif_streaming import flush_stream, stream_integrate_and_fire
 from modeling_blsp_kd.distillation import linear_kl
 from modeling_blsp_kd.speech_windows import tokens_per_window
 from processing.hearing import hear

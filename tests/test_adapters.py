@@ -36,7 +36,7 @@ def test_a_clip_is_the_same_alone_and_in_a_batch(adapter, num_frames):
     assert together.num_speech_tokens[0] == alone.num_speech_tokens[0]
     num_tokens = int(alone.num_speech_tokens)
     torch.testing.assert_close(
-        together.speech_embeds[0, :num_tokens], alone.speech_embeds[0, :num_tokens], rtol=1e-4, atol=1e-5
+        together.speech_tokens[0, :num_tokens], alone.speech_tokens[0, :num_tokens], rtol=1e-4, atol=1e-5
     )
 
 
@@ -46,7 +46,7 @@ def test_cformer_fires_exactly_as_told(targets):
     adapter = CFormer(16, 24, 1, 1, 2, 32, 0.0, "sdpa")
     output = adapter(torch.randn(2, 20, 16), torch.ones(2, 20, dtype=torch.bool), torch.tensor(targets))
     assert output.num_speech_tokens.tolist() == targets
-    assert output.speech_embeds.shape == (2, max(targets), 24)
+    assert output.speech_tokens.shape == (2, max(targets), 24)
 
 
 def test_cformer_without_transformer_layers_is_only_cif_and_projections():
@@ -86,7 +86,7 @@ def test_layers_on_joined_frames_are_a_loop_over_groups_and_cif_integrates_singl
     )
     torch.testing.assert_close(output.firing_places, cif.firing_places, rtol=1e-4, atol=1e-4)
     tokens = adapter.output_proj(adapter.cif_proj(cif.speech_tokens))
-    torch.testing.assert_close(output.speech_embeds, tokens, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(output.speech_tokens, tokens, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_subsampler_keeps_one_frame_in_eight(num_frames, num_tokens):
     adapter = Subsampler(16, 24, num_layers=3, kernel_size=5, bottleneck_dim=8)
     output = adapter(torch.randn(1, num_frames, 16), torch.ones(1, num_frames, dtype=torch.bool))
     assert output.num_speech_tokens.tolist() == [num_tokens]
-    assert output.speech_embeds.shape == (1, num_tokens, 24)
+    assert output.speech_tokens.shape == (1, num_tokens, 24)
 
 
 def test_subsampler_refuses_a_token_count():

@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from modeling_blsp_kd.cif import continuous_integrate_and_fire, flush_stream, stream_integrate_and_fire
+from modeling_blsp_kd.cif import continuous_integrate_and_fire
+from modeling_blsp_kd.cif_streaming import flush_stream, stream_integrate_and_fire
 
 pytestmark = pytest.mark.numerical
 

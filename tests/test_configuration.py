@@ -257,7 +257,6 @@ def test_what_is_accepted_can_be_built():
         ({"distillation": {"temperature": 0}}, r"distillation option temperature must be above 0, got 0"),
         ({"distillation": {"temperature": -2.0}}, r"distillation option temperature must be at least 0, got -2\.0"),
         ({"audio_token_id": -1}, "audio_token_id must be a token id of at least 0, got -1"),
-        ({"audio_token_id": None}, "audio_token_id must be a token id of at least 0, got None"),
         ({"freeze_speech_encoder": "no"}, "freeze_speech_encoder must be True or False, got 'no'"),
     ],
 )

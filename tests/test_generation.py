@@ -18,8 +18,9 @@ AUDIO = "<|audio|>"
 
 def hear(model, inputs):
     """The expanded prompts."""
-    names = ("input_ids", "attention_mask", "labels", "input_features", "input_features_mask", "num_speech_tokens")
-    return model._hear_prompt(*(inputs.get(name) for name in names))[0]
+    prompt = {name: inputs.get(name) for name in ("input_ids", "attention_mask", "labels")}
+    clips = {name: inputs.get(name) for name in ("input_features", "input_features_mask", "num_speech_tokens")}
+    return model._expand_prompt(model._prompt(0, **prompt), **clips)[0]
 
 
 def literal_greedy(model, inputs, num_tokens):

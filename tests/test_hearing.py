@@ -68,7 +68,7 @@ def test_kl_is_zero_where_the_ears_make_the_embeddings_of_the_text(processor, mo
         count = torch.tensor([ids.shape[1]])
         ends = torch.arange(1.0, ids.shape[1] + 1)[None]
         return AdapterOutput(
-            speech_embeds=model.get_input_embeddings()(ids),
+            speech_tokens=model.get_input_embeddings()(ids),
             num_speech_tokens=count,
             alphas=torch.ones(1, hidden_states.shape[1]),
             alpha_sum=count.float(),

@@ -7,7 +7,7 @@ import torch
 from conftest import FAMILIES, SMALL_CFORMER, make_config, make_model, spoken_prompts
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMultimodalLM
 
-from modeling_blsp_kd import BlspKdForCausalLM
+from modeling_blsp_kd import BlspKdConfig, BlspKdForCausalLM
 
 pytestmark = pytest.mark.numerical
 
@@ -396,6 +396,19 @@ def test_a_placeholder_without_audio_is_an_error_in_forward_too(audio_token_id):
     model.config.audio_token_id = audio_token_id
     with pytest.raises(ValueError, match=r"hold 1 audio placeholder\(s\).*but 0 audio\(s\)"):
         model(input_ids=torch.tensor([[5, audio_token_id, 6]]))
+
+
+@torch.no_grad()
+def test_without_an_audio_token_id_a_model_takes_text_only(processor):
+    """The id was 0 by default, which is a real token, so text with that token was refused for lack of audio."""
+    model = make_model()
+    model.config.audio_token_id = BlspKdConfig().audio_token_id
+    text = {"input_ids": torch.tensor([[5, 0, 6]])}
+    assert torch.equal(model(**text).logits, model.language_model(**text).logits)
+    assert model.generate(**text, max_new_tokens=2, do_sample=False).shape[1] <= 5
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match="has no audio_token_id, so no token of a prompt stands for audio. Set"):
+            call(**spoken_prompts(processor))
 
 
 def test_audio_beside_embeddings_or_without_a_mask_is_an_error(processor):

@@ -110,7 +110,7 @@ TABLE = [
     ),
     # -- models -------------------------------------------------------------------------------------------------------
     *(
-        Private(MODEL, name, of("modeling_blsp_kd", "modeling_blsp_kd"), "a model declares what it supports by it")
+        Private(MODEL, name, of("modeling_blsp_kd", "pretrained_blsp_kd"), "a model declares what it supports by it")
         for name in (
             "_can_compile_fullgraph",
             "_supports_attention_backend",
@@ -119,14 +119,19 @@ TABLE = [
             "_supports_sdpa",
         )
     ),
-    Private(MODEL, "_no_split_modules", of("modeling_blsp_kd", "modeling_blsp_kd"), "FSDP's units, device maps' too"),
+    Private(
+        MODEL,
+        "_no_split_modules",
+        of("modeling_blsp_kd", "modeling_blsp_kd", "pretrained_blsp_kd"),
+        "FSDP's units, device maps' too",
+    ),
     Private(
         MODEL,
         "_skip_keys_device_placement",
-        of("modeling_blsp_kd", "modeling_blsp_kd"),
+        of("modeling_blsp_kd", "pretrained_blsp_kd"),
         "a key-value cache stays with its layers",
     ),
-    Private(MODEL, "_keys_to_ignore_on_save", of("modeling_blsp_kd", "modeling_blsp_kd"), "thin checkpoints"),
+    Private(MODEL, "_keys_to_ignore_on_save", of("modeling_blsp_kd", "pretrained_blsp_kd"), "thin checkpoints"),
     *(
         Private(MODEL, name, of("modeling_blsp_kd", "backbones"), "no report of the parts of a speech model not taken")
         for name in ("_keys_to_ignore_on_load_missing", "_keys_to_ignore_on_load_unexpected")
@@ -134,14 +139,14 @@ TABLE = [
     Private(
         MODEL,
         "_finalize_model_loading",
-        of("modeling_blsp_kd", "modeling_blsp_kd"),
+        of("modeling_blsp_kd", "pretrained_blsp_kd"),
         "weights of other shapes are an error with names, before they are allocated",
         ("model", "load_config", "loading_info"),
     ),
     Private(
         MODEL,
         "_set_gradient_checkpointing",
-        of("modeling_blsp_kd", "modeling_blsp_kd"),
+        of("modeling_blsp_kd", "pretrained_blsp_kd"),
         "a recomputation needs the speech mask of the pass it repeats",
         ("enable", "gradient_checkpointing_func"),
     ),
@@ -178,7 +183,14 @@ TABLE = [
     Private(
         CONFIG,
         "_attn_implementation",
-        of("modeling_blsp_kd", "adapters", "configuration_blsp_kd", "modeling_blsp_kd", "thin_checkpoints"),
+        of(
+            "modeling_blsp_kd",
+            "adapters",
+            "configuration_blsp_kd",
+            "modeling_blsp_kd",
+            "pretrained_blsp_kd",
+            "thin_checkpoints",
+        ),
         "what attention a model runs with stands nowhere else",
     ),
     Private(
@@ -227,7 +239,7 @@ TABLE = [
     Private(
         "torch.ops.aten",
         "_embedding_bag_per_sample_weights_backward",
-        of("modeling_blsp_kd", "cif"),
+        of("modeling_blsp_kd", "cif_integral"),
         "what autograd itself calls; all else costs several times the frames in time and memory",
     ),
     # -- processor and pipelines --------------------------------------------------------------------------------------

@@ -24,7 +24,8 @@ from transformers import (
 from transformers.models.whisper.modeling_whisper import WhisperEncoder, sinusoids
 
 from modeling_blsp_kd import BlspKdConfig, BlspKdForCausalLM
-from modeling_blsp_kd.speech_encoder import TrueLengthWhisperEncoder, encode_speech, window_of
+from modeling_blsp_kd.encoder_families import window_of
+from modeling_blsp_kd.speech_encoder import TrueLengthWhisperEncoder, encode_speech
 from processing import BlspKdDataCollator, BlspKdProcessor
 
 pytestmark = pytest.mark.numerical

@@ -10,7 +10,14 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling_blsp_kd.adapters import CFormer, Subsampler
-from modeling_blsp_kd.speech_windows import is_within, per_clip, regroup, split_into_windows, tokens_per_window
+from modeling_blsp_kd.speech_windows import (
+    is_within,
+    join_windows,
+    per_clip,
+    regroup,
+    split_into_windows,
+    tokens_per_window,
+)
 
 pytestmark = pytest.mark.numerical
 
@@ -94,6 +101,22 @@ def test_regrouping_is_a_loop_over_items(seed):
             for column in range(max(sizes)):
                 expected = next(rest) if column < size else torch.zeros(2)
                 assert torch.equal(result[row, column], expected)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_joining_windows_is_a_loop_over_clips(seed):
+    generator = torch.Generator().manual_seed(seed)
+    windows_per_clip = torch.randint(1, 4, (3,), generator=generator)
+    num_windows = int(windows_per_clip.sum())
+    mask = is_within(torch.randint(1, 6, (num_windows,), generator=generator), 5)
+    values, numbers = torch.randn(num_windows, 5, 2, generator=generator), torch.arange(5).expand(num_windows, -1)
+    joined_mask, *joined = join_windows(windows_per_clip, mask, values, numbers)
+    for items, of_clips in zip((values, numbers), joined):
+        by_clip = zip(items.split(windows_per_clip.tolist()), mask.split(windows_per_clip.tolist()))
+        for row, (windows, is_valid) in enumerate(by_clip):
+            expected = [item for window, valid in zip(windows, is_valid) for item in window[valid]]
+            assert torch.equal(of_clips[row, joined_mask[row]], torch.stack(expected))
+    assert join_windows(None, mask, values) == (mask, values)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -213,7 +236,7 @@ def unrolled(model, features):
     encoded = [model.audio_tower(window).last_hidden_state for window in windows]
     if isinstance(adapter, Subsampler):
         everything = [adapter(frames, torch.ones(frames.shape[:2], dtype=torch.bool)) for frames in encoded]
-        return torch.cat([output.speech_embeds[0] for output in everything])
+        return torch.cat([output.speech_tokens[0] for output in everything])
     stacking, all_frames = adapter.frame_stacking, encoded
     if stacking is not None:
         groups = [
@@ -300,8 +323,8 @@ def test_tokens_that_end_at_every_border_belong_to_the_window_before():
     assert parts.num_speech_tokens.tolist() == [4, 4, 4, 2]
     assert whole.num_speech_tokens.tolist() == [14]
     assert whole.firing_places[0].tolist() == list(range(2, 29, 2))
-    expected = valid(parts.speech_embeds, is_within(parts.num_speech_tokens, 4))
-    torch.testing.assert_close(whole.speech_embeds[0], expected, rtol=1e-5, atol=1e-5)
+    expected = valid(parts.speech_tokens, is_within(parts.num_speech_tokens, 4))
+    torch.testing.assert_close(whole.speech_tokens[0], expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("silent_at", [0, 1, 2, 3])
@@ -320,11 +343,11 @@ def test_a_window_of_weight_zero_changes_nothing(silent_at):
     output = adapter(with_silence, torch.cat([mask, mask[:1]]), windows_per_clip=torch.tensor([4]))
     hook.remove()
     assert seen_by_layers == [3, 3]  # rows of tokens: none for the silent window, which has none
-    torch.testing.assert_close(output.speech_embeds, without.speech_embeds, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(output.speech_tokens, without.speech_tokens, rtol=1e-5, atol=1e-5)
     shift = (without.firing_places > 8 * silent_at) * 8.0
     torch.testing.assert_close(output.firing_places, without.firing_places + shift)
     gradients, expected = (
-        torch.autograd.grad(heard.speech_embeds.square().sum(), adapter.parameters()) for heard in (output, without)
+        torch.autograd.grad(heard.speech_tokens.square().sum(), adapter.parameters()) for heard in (output, without)
     )
     for gradient, other in zip(gradients, expected):
         torch.testing.assert_close(gradient, other, rtol=1e-4, atol=1e-4)
@@ -336,7 +359,7 @@ def test_a_clip_of_weight_zero_is_one_empty_token():
     frames, mask = windows_with_alphas([[-1000.0] * 8] * 3)
     output = adapter(frames, mask, windows_per_clip=torch.tensor([3]))
     assert output.num_speech_tokens.tolist() == [1]
-    assert output.speech_embeds.shape == (1, 1, 24) and output.speech_embeds.isfinite().all()
+    assert output.speech_tokens.shape == (1, 1, 24) and output.speech_tokens.isfinite().all()
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------

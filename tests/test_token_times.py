@@ -15,8 +15,8 @@ from test_speech_encoder import ENCODERS, model_of, processor_of
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast, TextStreamer
 
+from modeling_blsp_kd.encoder_families import frame_starts_s
 from modeling_blsp_kd.loudness import find_silence, loudness
-from modeling_blsp_kd.speech_encoder import frame_starts_s
 from modeling_blsp_kd.token_times import align, text_token_times, token_times
 from processing import BlspKdProcessor
 

@@ -6,7 +6,8 @@ right it is (`tests/test_cif.py`).
 
 import torch
 
-from modeling_blsp_kd.cif import continuous_integrate_and_fire, stream_integrate_and_fire
+from modeling_blsp_kd.cif import continuous_integrate_and_fire
+from modeling_blsp_kd.cif_streaming import stream_integrate_and_fire
 
 from .measure import OURS, Case, peer
 

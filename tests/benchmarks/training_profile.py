@@ -45,7 +45,7 @@ class Marks(TrainerCallback):
             lambda module, inputs, output: self._ended("speech encoder", "adapter", output.last_hidden_state, "forward")
         )
         model.adapter.register_forward_hook(
-            lambda module, inputs, output: self._ended("adapter", "LLM as student", output.speech_embeds, "forward")
+            lambda module, inputs, output: self._ended("adapter", "LLM as student", output.speech_tokens, "forward")
         )
         model.language_model.base_model.register_forward_hook(self._llm_ended)
         model.register_forward_hook(lambda *_: self.mark("losses, forward (the KL's gradient included)"))

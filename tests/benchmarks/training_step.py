@@ -104,7 +104,7 @@ def _case(small: bool, vocab_size: int, trained: str, options: dict, device, dty
     def student_states(partial_lora: bool):
         with torch.set_grad_enabled(not options["freeze_speech_encoder"]):
             frames = model.audio_tower(batch["input_features"]).last_hidden_state
-        speech = model.adapter(frames, frame_mask, batch["num_speech_tokens"]).speech_embeds
+        speech = model.adapter(frames, frame_mask, batch["num_speech_tokens"]).speech_tokens
         embeds = llm.get_input_embeddings()(batch["teacher_input_ids"])
         embeds = embeds.masked_scatter(is_content[..., None], speech)
         with model._partial_lora_at(is_content if partial_lora else None):

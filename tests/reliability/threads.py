@@ -31,8 +31,7 @@ sys.path[:0] = [str(REPOSITORY / "tests")]
 from conftest import clip, make_tokenizer, spoken_prompts  # noqa: E402
 from spoken_cases import make_readable_model  # noqa: E402
 
-from modeling_blsp_kd import BlspKdForCausalLM  # noqa: E402
-from modeling_blsp_kd import plora as plora_module  # noqa: E402
+from modeling_blsp_kd import BlspKdForCausalLM, plora_calls  # noqa: E402
 from processing import BlspKdProcessor  # noqa: E402
 from processing.pipeline_blsp_kd import BlspKdPipeline  # noqa: E402
 
@@ -167,7 +166,7 @@ def run(pipe: BlspKdPipeline, num_threads: int, num_requests: int, seed: int = 0
         "requests": len(found),
         "distinct_answers": len({str(answer) for answer in alone.values()}),
         "wrong": [asdict(outcome) for outcome in wrong],
-        "left": sum(type(kept) is plora_module._Call for kept in gc.get_objects()),
+        "left": sum(type(kept) is plora_calls.Call for kept in gc.get_objects()),
         "seconds": {"threads": threads_s, "each_alone": alone_s},
     }
 

@@ -1,0 +1,104 @@
+"""What differs between the families of speech encoders that a model can have, in one table.
+
+Follows the configs of transformers. Everything that depends on a family reads it here; only `speech_encoder.py` also
+knows Whisper's class, which it replaces. Leaves out: the feature extractors, which the processor loads by their own
+class.
+
+Shapes: W windows of clips, T frames.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+WINDOW_S = 30.0
+SAMPLING_RATE = 16_000
+MEL_HOP_S = 0.01
+
+
+@dataclass(frozen=True)
+class EncoderFamily:
+    """A family of speech encoders. Callables take the encoder's config.
+
+    Args:
+        time_axis (`int`): the axis of the features that is time.
+        window (`Callable`): how long `WINDOW_S` of audio is on that axis. No encoder gets more at once.
+        frame_duration_s (`Callable`): how much audio one encoder frame stands for, in seconds.
+        ffn_dim (`str`): the config's name for the inner width of a feed-forward layer.
+        is_padded (`bool`): the encoder was pretrained on clips padded to the whole window, so it can be used like that.
+        returns_mask (`bool`): the encoder's output has the mask of its frames.
+        prefixes (`tuple[str]`): regular expressions of what stands before the names of the encoder's weights in
+            checkpoints of whole models, where transformers does not know it.
+    """
+
+    time_axis: int
+    window: Callable[..., int]
+    frame_duration_s: Callable[..., float]
+    ffn_dim: str = "intermediate_size"
+    is_padded: bool = False
+    returns_mask: bool = False
+    prefixes: tuple[str, ...] = ()
+
+
+WAVEFORMS = EncoderFamily(  # (W, samples)
+    time_axis=1,
+    window=lambda config: round(WINDOW_S * SAMPLING_RATE),
+    frame_duration_s=lambda config: math.prod(config.conv_stride) / SAMPLING_RATE,
+)
+ENCODER_FAMILIES = {
+    "whisper": EncoderFamily(  # log-mel (W, num_mel_bins, num_mel_frames)
+        time_axis=2,
+        window=lambda config: 2 * config.max_source_positions,
+        # The position table spans a window, whatever the hop of the feature extractor (which is not in the config).
+        frame_duration_s=lambda config: WINDOW_S / config.max_source_positions,
+        ffn_dim="encoder_ffn_dim",
+        is_padded=True,
+        prefixes=(r"^model\.encoder\.", r"^encoder\."),  # the second: of a Whisper without its head
+    ),
+    "wav2vec2": WAVEFORMS,
+    "hubert": WAVEFORMS,
+    "wavlm": WAVEFORMS,
+    "wav2vec2-bert": EncoderFamily(  # pairs of filter bank frames (W, length, 160)
+        time_axis=1,
+        window=lambda config: 1499,
+        frame_duration_s=lambda config: 2 * MEL_HOP_S,
+    ),
+    "parakeet_encoder": EncoderFamily(  # log-mel (W, length, num_mel_bins)
+        time_axis=1,
+        window=lambda config: 3000,
+        frame_duration_s=lambda config: MEL_HOP_S * config.subsampling_factor,
+        returns_mask=True,
+    ),
+}
+
+
+def window_of(config) -> tuple[int, int]:
+    """Return the longest input that an encoder takes at once (30 s), and the axis of the features that it lies on."""
+    family = ENCODER_FAMILIES[config.model_type]
+    return family.window(config), family.time_axis
+
+
+def frame_duration_s(config) -> float:
+    """Return how much audio one encoder frame stands for, in seconds."""
+    return ENCODER_FAMILIES[config.model_type].frame_duration_s(config)
+
+
+def steps_per_frame(config) -> int:
+    """Return how many steps on the features' time axis one encoder frame stands for."""
+    return round(window_of(config)[0] * frame_duration_s(config) / WINDOW_S)
+
+
+def frame_starts_s(config, num_frames: int, frames_per_window: int) -> torch.Tensor:
+    """Return where each encoder frame begins, in seconds from the start of its clip: (num_frames,).
+
+    Frames may leave a rest of a window uncovered (wav2vec 2.0 makes 1499 frames of 20 ms in 30 s), but the next window
+    begins in time.
+
+    Args:
+        frames_per_window (`int`): how many frames the encoder makes of a whole window.
+    """
+    frame = torch.arange(num_frames, dtype=torch.float64)
+    window = frame // frames_per_window
+    return window * WINDOW_S + (frame - window * frames_per_window) * frame_duration_s(config)

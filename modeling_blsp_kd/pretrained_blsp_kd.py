@@ -1,0 +1,260 @@
+"""`BlspKdPreTrainedModel`: joining, loading, saving and freezing a model of speech encoder, adapter, LLM, partial LoRA.
+
+Follows `PreTrainedModel` of transformers, which it tells that a checkpoint may lack its backbones, that its parts may
+differ in dtype, and that only the LLM is quantised. Leaves out: how that is done (`thin_checkpoints.py`,
+`stored_dtypes.py`, `plora_switching.py`, `backbones.py`), and what the model computes (`modeling_blsp_kd.py`).
+"""
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import GenerationConfig, PreTrainedModel
+
+from .backbones import for_language_model_only, load_audio_tower, load_language_model, without_folder
+from .checkpoint_files import check_folder, misfits
+from .configuration_blsp_kd import BlspKdConfig
+from .plora import ADAPTER_NAME, PartialLora
+from .plora_switching import load_as_stored, switch
+from .speech_encoder import TrueLengthWhisperEncoder
+from .stored_dtypes import dtypes_of_parts, without_part_dtypes_if_told
+from .thin_checkpoints import identify, is_thin, load_thin, trained_names
+from .versions import CACHE_NAMES
+
+
+class BlspKdPreTrainedModel(PreTrainedModel):
+    """The base of [`BlspKdForCausalLM`], which builds the four parts from the config; `plora` may be None."""
+
+    audio_tower: PreTrainedModel
+    adapter: nn.Module
+    language_model: PreTrainedModel
+    plora: PartialLora | None
+
+    config_class = BlspKdConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    input_modalities = ("audio", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["WhisperEncoderLayer"]
+    _skip_keys_device_placement = list(CACHE_NAMES)
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    # Only `BlspKdTrainer` counts the items of each loss part; a plain Trainer must take the means as they are.
+    accepts_loss_kwargs = False
+
+    @classmethod
+    def from_backbones(
+        cls,
+        speech_model,
+        text_model,
+        *,
+        audio_token_id: int,
+        dtype: torch.dtype | str = "auto",
+        speech_kwargs: dict | None = None,
+        text_kwargs: dict | None = None,
+        thin: bool = False,
+        **config_options,
+    ) -> "BlspKdPreTrainedModel":
+        """Give an LLM ears: join two pretrained backbones with a new adapter.
+
+        Args:
+            speech_model (`str` or `os.PathLike`): Hub id or folder of a speech model of one of the types
+                `SPEECH_ENCODERS`, or of its encoder alone.
+            text_model (`str` or `os.PathLike`): Hub id or folder of a causal LLM.
+            audio_token_id (`int`): `processor.audio_token_id` of [`BlspKdProcessor.from_backbones`].
+            dtype (`torch.dtype` or `str`): of the frozen weights; `"auto"`: the dtype that the LLM is stored in. What
+                will be trained is float32, as optimisers want it.
+            speech_kwargs, text_kwargs (`dict`, *optional*): for the two `from_pretrained` calls.
+            thin (`bool`): save only what was trained; checkpoints name both backbones and fetch them when loaded.
+            config_options: fields of [`BlspKdConfig`]: `adapter`, `plora`, `distillation`, `freeze_speech_encoder`,
+                `speech_padding`.
+
+        Returns:
+            [`BlspKdForCausalLM`] with the LLM's generation config.
+
+        Raises:
+            ValueError: an option or a backbone does not fit, or nothing that is trained would learn the token counts.
+        """
+        speech_kwargs, text_kwargs = dict(speech_kwargs or {}), dict(text_kwargs or {})
+        if thin:
+            config_options["backbones"] = {
+                "audio_tower": identify(speech_model, speech_kwargs),
+                "language_model": identify(text_model, text_kwargs),
+            }
+        language_model = load_language_model(text_model, dtype, **text_kwargs)
+        audio_tower = load_audio_tower(speech_model, dtype=language_model.dtype, **speech_kwargs)
+        config = cls.config_class(
+            speech_config=without_folder(audio_tower.config).to_dict(),
+            text_config=without_folder(language_model.config).to_dict(),
+            audio_token_id=audio_token_id,
+            **config_options,
+        )
+        reads_encoder = config.adapter.get("num_pre_layers") == 0 and config.adapter["frame_stride"] == 1
+        if reads_encoder and config.freeze_speech_encoder:
+            raise ValueError(
+                "With num_pre_layers=0 CIF reads its weights off the encoder, so while that is frozen nothing would "
+                "learn the token counts. Set freeze_speech_encoder=False, or have a pre-CIF layer or a frame_stride "
+                "above 1."
+            )
+        model = cls(config, audio_tower=audio_tower, language_model=language_model)
+        model.upcast_trained()
+        if language_model.can_generate():
+            model.generation_config = GenerationConfig.from_dict(language_model.generation_config.to_dict())
+        return model.eval()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """Load a checkpoint, full or thin; see `PreTrainedModel.from_pretrained` for all arguments.
+
+        Each part comes in the dtype that it was saved in, so that trained float32 weights beside a half-precision LLM
+        are not rounded; an explicit `dtype` is that of all. Quantisation is for the LLM: speech encoder, adapter and
+        partial LoRA keep their precision.
+
+        Of the config's fields that may be given here, `plora` also puts partial LoRA on a model without it (it changes
+        nothing until it is trained), or takes it off (`False`), leaving the LLM as it was.
+
+        Raises:
+            OSError: a file is missing or cannot be read.
+            ValueError: a file is broken, or weights do not fit the config, or lack what it asks for.
+        """
+        files = {name: kwargs[name] for name in ("subfolder", "variant") if name in kwargs}
+        check_folder(pretrained_model_name_or_path, **files)
+        kwargs, plora, is_switched = load_as_stored(cls.config_class, pretrained_model_name_or_path, kwargs)
+        is_full = not is_thin(cls.config_class, pretrained_model_name_or_path, **kwargs)
+        if is_full:
+            kwargs = without_part_dtypes_if_told(kwargs)
+            if kwargs.get("quantization_config") is not None:
+                kwargs["quantization_config"] = for_language_model_only(kwargs["quantization_config"])
+            result = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        else:
+            result = load_thin(cls, pretrained_model_name_or_path, *args, **kwargs)
+        model = result[0] if isinstance(result, tuple) else result
+        if is_switched:
+            names = switch(model, plora, pretrained_model_name_or_path)
+            if isinstance(result, tuple):
+                result[1]["unexpected_keys" if plora is None else "missing_keys"].update(names)
+        if is_full:
+            # transformers makes every loaded parameter trainable, so freezing has to be repeated.
+            model.freeze_backbones()
+            model.config.part_dtypes = None  # they are those of the file
+        model._skip_backbones_on_save()
+        distributed = getattr(model.config, "distributed_config", None)
+        if model.plora is not None and getattr(distributed, "tp_plan", None) is not None:
+            raise ValueError(
+                "Tensor parallelism does not know the layers that partial LoRA wraps. Use a device_map, FSDP or data "
+                "parallelism, or a model with plora off."
+            )
+        return result
+
+    @staticmethod
+    def _finalize_model_loading(model, load_config, loading_info):
+        # transformers would first allocate what does not fit, however large, and its error names no weight.
+        wrong = [(name, tuple(stored), tuple(own)) for name, stored, own in loading_info.mismatched_keys]
+        if wrong and not load_config.ignore_mismatched_sizes:
+            raise ValueError(misfits(load_config.pretrained_model_name_or_path, wrong))
+        loading_info = PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
+        # Partial LoRA without weights changes nothing. Callers who pass a state dict know what is in it.
+        missing = sorted(name for name in loading_info.missing_keys if f".{ADAPTER_NAME}." not in name)
+        if missing and load_config.pretrained_model_name_or_path is not None:
+            raise ValueError(
+                f"{load_config.pretrained_model_name_or_path} lacks weights that the config asks for, which would be "
+                f"random: {missing[:5]} ({len(missing)} in all). Load it with its own config; only plora may be "
+                "switched while loading. Another adapter or LLM is joined, and trained, by from_backbones."
+            )
+        return loading_info
+
+    def save_pretrained(self, save_directory, *args, full: bool = False, **kwargs):
+        """Save a checkpoint; see `PreTrainedModel.save_pretrained` for the other arguments.
+
+        Args:
+            full (`bool`): save the backbones too, though the model was built with `thin=True`.
+
+        Raises:
+            ValueError: the backbones cannot be saved, because only the LLM was quantised.
+        """
+        backbones = self.config.backbones
+        only_llm_quantised = hasattr(self.language_model, "hf_quantizer") and not hasattr(self, "hf_quantizer")
+        if only_llm_quantised and (full or backbones is None):
+            raise ValueError(
+                "The LLM alone was quantised when this model was built, so a full checkpoint of it could not be loaded "
+                "again. Build it with from_backbones(..., thin=True), or save a model of the original LLM and quantise "
+                "that when loading."
+            )
+        if full:
+            self.config.backbones = None
+        try:
+            self._skip_backbones_on_save()
+            if self.config.backbones is None:
+                saved = kwargs.get("state_dict")
+                self.config.part_dtypes = dtypes_of_parts(self.state_dict() if saved is None else saved)
+            super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            self.config.backbones, self.config.part_dtypes = backbones, None
+            self._skip_backbones_on_save()
+
+    def resize_token_embeddings(self, *args, **kwargs):
+        if self.config.backbones is not None:
+            raise ValueError(
+                "The vocabulary belongs to the LLM, which this model's thin checkpoints leave out, so new embeddings "
+                "would not be saved. Export a full checkpoint first: save_pretrained(folder, full=True). The audio "
+                "placeholder needs no embedding."
+            )
+        return super().resize_token_embeddings(*args, **kwargs)
+
+    def _skip_backbones_on_save(self):
+        is_full = self.config.backbones is None
+        # The Trainer reads it too: keys that it must not miss when it resumes.
+        self._keys_to_ignore_on_save = set() if is_full else set(self.state_dict()) - trained_names(self)
+
+    def initialize_weights(self):
+        super().initialize_weights()
+        # The LLM's own rule has just filled LoRA's B with noise instead of zeros. `init` leaves loaded weights alone.
+        if self.plora is not None:
+            self.plora.initialize()
+
+    def freeze_backbones(self):
+        """Freeze the LLM (never its partial LoRA) and, if the config says so, the speech encoder."""
+        self.language_model.requires_grad_(False)
+        self.audio_tower.requires_grad_(not self.config.freeze_speech_encoder)
+        if isinstance(self.audio_tower, TrueLengthWhisperEncoder):
+            # A table of sinusoids, which is never trained.
+            self.audio_tower.embed_positions.requires_grad_(False)
+        if self.plora is not None:
+            for parameter in self.plora.parameters:
+                parameter.requires_grad_(True)
+        self._skip_backbones_on_save()
+
+    def upcast_trained(self) -> "BlspKdPreTrainedModel":
+        """Make what is trained float32, as optimisers want it, and return the model."""
+        for parameter in self.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+        return self
+
+    def cast_frozen(self, dtype: torch.dtype | str) -> "BlspKdPreTrainedModel":
+        """Make what is frozen `dtype` ("auto": leave it), except a quantised LLM, and return the model."""
+        if dtype == "auto":
+            return self
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        is_quantised = hasattr(self, "hf_quantizer") or hasattr(self.language_model, "hf_quantizer")
+        for name, parameter in self.named_parameters():
+            if not (parameter.requires_grad or is_quantised and name.startswith("language_model.")):
+                parameter.data = parameter.data.to(dtype)
+        return self
+
+    def merge_and_unload(self, *args, **kwargs):
+        """Raise an error, always: partial LoRA applies at speech positions only."""
+        if self.plora is None:
+            raise ValueError("There is nothing to merge: this model was built with plora off.")
+        self.plora.layers[0].merge()
+
+    def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=checkpoint, **kwargs):
+        if self.plora is not None:
+            gradient_checkpointing_func = self.plora.checkpoint(gradient_checkpointing_func)
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
+
+    def set_attn_implementation(self, *args, **kwargs):
+        super().set_attn_implementation(*args, **kwargs)
+        self.adapter.set_attn_implementation(self.config._attn_implementation)
