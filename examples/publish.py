@@ -14,7 +14,6 @@ import json
 import shutil
 from pathlib import Path
 
-from answering import answer_rows
 from hub.card import TINY_WORLD, make_card
 from hub.facts import OWN_BACKBONES, OWN_LICENCE, describe_parts
 from hub.publication import complete_or_nothing
@@ -26,6 +25,7 @@ from huggingface_hub.utils import validate_repo_id
 from modeling_blsp_kd import BlspKdForCausalLM
 from processing import BlspKdPipeline, BlspKdProcessor
 from processing.audio_decoding import audio_info
+from processing.evaluation.answering import answer_rows
 from processing.manifests import read_manifest
 
 HUB_FILES = Path(__file__).parent / "hub"

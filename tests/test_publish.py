@@ -24,7 +24,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 import publish
 import train
-from answering import answer_rows
 from hub.card import make_card
 from hub.facts import count_parameters, describe_parts
 from hub.publication import complete_or_nothing
@@ -34,6 +33,7 @@ from hub.verify import compare, run_script
 from modeling_blsp_kd import BlspKdForCausalLM
 from modeling_blsp_kd.thin_checkpoints import trained_names
 from processing import BlspKdProcessor
+from processing.evaluation.answering import answer_rows
 
 ROOT = Path(__file__).parent.parent
 CODE_ROOTS = ("configuration_blsp_kd", "modeling_blsp_kd", "processing_blsp_kd", "pipeline_blsp_kd")
