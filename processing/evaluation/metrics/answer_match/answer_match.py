@@ -20,5 +20,5 @@ class AnswerMatch(evaluate.Metric):
             features=datasets.Features(strings),
         )
 
-    def _compute(self, predictions, references, per_row=False):
-        return match_answers(predictions, references, per_row)
+    def _compute(self, predictions, references, **kwargs):
+        return match_answers(predictions, references, **kwargs)

@@ -20,5 +20,5 @@ class TranscriptErrors(evaluate.Metric):
             features=datasets.Features(strings),
         )
 
-    def _compute(self, predictions, references, per_row=False):
-        return count_transcript_errors(predictions, references, per_row)
+    def _compute(self, predictions, references, **kwargs):
+        return count_transcript_errors(predictions, references, **kwargs)

@@ -20,5 +20,5 @@ class TranslationQuality(evaluate.Metric):
             features=datasets.Features(strings),
         )
 
-    def _compute(self, predictions, references, tokenize="13a", num_resamples=0, seed=0):
-        return score_translations(predictions, references, tokenize, num_resamples, seed)
+    def _compute(self, predictions, references, **kwargs):
+        return score_translations(predictions, references, **kwargs)
