@@ -9,25 +9,18 @@
 
 Without data it takes the tiny world's test sentences. A manifest has the fields of `examples/train.py`, and where known
 `id`, `translation`, `words` and `voice_group`. Data sets of the Hub are known by their columns (CoVoST-2, MuST-C,
-LibriSpeech, Common Voice, VoiceBench). Metrics are the `evaluate` modules in `examples/metrics`, whose descriptions say
-how texts are normalised.
+LibriSpeech, Common Voice, VoiceBench). `processing/evaluation/text_scores.py` says how texts are normalised.
 
 Leaves in the output folder: `results.json`, `results.md`, plots (with matplotlib), and `predictions/`, one JSON line
 per row. A rerun goes on there: after a stop, with a higher limit, with more systems.
 """
 
-import argparse
 import json
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 
-from evaluation.predictions import Predictions
-from evaluation.recognition import load_recognizer
-from evaluation.report import as_markdown, plot
-from evaluation.rows import open_rows
-from evaluation.scoring import Scorer
-from evaluation.systems import SYSTEMS, TASKS, Systems
 from tqdm import tqdm
 from training_input.frames import KeptFrames
 
@@ -35,14 +28,17 @@ from modeling_blsp_kd import BlspKdForCausalLM
 from modeling_blsp_kd.devices import fast_dtype
 from modeling_blsp_kd.thin_checkpoints import identify
 from processing import BlspKdProcessor
-from processing.audio_loading import load_audio
 from processing.chat_templates import read_options
-
-HEARING = ("speech", "cascade")
+from processing.evaluation.predictions import Predictions, predict_missing
+from processing.evaluation.recognition import load_recognizer
+from processing.evaluation.report import as_markdown, plot
+from processing.evaluation.rows import open_rows
+from processing.evaluation.scoring import Scorer
+from processing.evaluation.systems import SYSTEMS, TASKS, Systems, names_of
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder or Hub id of a BLSP-KD model")
     parser.add_argument("--output", required=True, help="folder for results and predictions")
     parser.add_argument("--systems", type=names_of(SYSTEMS), help="some of text,speech,blind,cascade (all but cascade)")
@@ -82,21 +78,9 @@ def main():
     evaluate(options)
 
 
-def names_of(known: tuple[str, ...]):
-    """Reads a list of names that are separated by commas, into the order in which they are known."""
-
-    def read(text: str) -> tuple[str, ...]:
-        given = text.split(",")
-        if not set(given) <= set(known):
-            raise argparse.ArgumentTypeError(f"expected some of {','.join(known)}, got {text!r}")
-        return tuple(name for name in known if name in given)
-
-    return read
-
-
 def evaluate(options):
     scorer = Scorer(options.tasks, options.num_resamples, bleu_tokenizer=options.bleu_tokenizer)
-    data, total, rows = open_rows(options)
+    data, total, rows = open_rows(options, tiny_world)
     output = Path(options.output)
     files = {
         system: Predictions(output / "predictions", system, settings_of(system, options, data))
@@ -107,7 +91,7 @@ def evaluate(options):
     ids = []
     with tqdm(total=total, unit="row", desc="predicting", mininterval=1) as progress:
         while batch := list(islice(rows, options.batch_size)):
-            predict_batch(systems, files, batch)
+            predict_missing(systems, files, batch)
             ids += [row["id"] for row in batch]
             progress.update(len(batch))
     if not ids:
@@ -128,6 +112,16 @@ def evaluate(options):
     (output / "results.md").write_text(as_markdown(results))
     plot(results, output)
     print("\n" + as_markdown(results))
+
+
+def tiny_world(options) -> tuple[str, list[dict]]:
+    """Return the name and the rows of what is evaluated on without other data."""
+    # Imported here: synthesis needs espeakng-loader, which other data does not.
+    from tiny_world.dataset import make_evaluation_rows
+
+    split = options.split or "test"
+    name = f"tiny world, {split}, {options.num_utterances} per kind of voice"
+    return name, make_evaluation_rows(split, options.num_utterances, options.cache_dir)
 
 
 def settings_of(system: str, options, data: str) -> dict:
@@ -153,35 +147,6 @@ def load_systems(options) -> Systems:
         translation_instruction=options.translation_instruction,
         max_new_tokens=options.max_new_tokens,
     )
-
-
-def predict_batch(systems: Systems, files: dict[str, Predictions], batch: list[dict]):
-    """Have each system predict what its file lacks.
-
-    Raises:
-        ValueError, TypeError, FileNotFoundError: a clip cannot be heard, or a row does not suit the model.
-    """
-    missing = {system: [row for row in batch if row["id"] not in file.by_id] for system, file in files.items()}
-    # Decoded once, for all that hear.
-    heard = {row["id"]: row for system in HEARING for row in missing.get(system, [])}
-    rate = systems.processor.feature_extractor.sampling_rate
-    for row in heard.values():
-        try:
-            row["audio"] = {"array": load_audio(row["audio"], rate), "sampling_rate": rate}
-        except (FileNotFoundError, TypeError, ValueError) as error:
-            raise type(error)(f"Row {row['id']}: {error}") from error
-    for system, rows in missing.items():
-        if not rows:
-            continue
-        try:
-            lines = systems.predict(system, rows)
-        except ValueError as error:
-            raise ValueError(f"{system}, rows {rows[0]['id']} to {rows[-1]['id']}: {error}") from error
-        files[system].append(lines)
-        if system == "text":
-            for row, line in zip(rows, lines):
-                # What alignment takes as the response, unless the data has one.
-                row.setdefault("response", line["predicted"].get("answers"))
 
 
 if __name__ == "__main__":

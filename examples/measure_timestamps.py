@@ -14,7 +14,6 @@ right. Reported are absolute errors of starts and ends, raw (CIF's firing places
 
 import argparse
 import json
-from difflib import SequenceMatcher
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +24,7 @@ from modeling_blsp_kd import BlspKdForCausalLM
 from modeling_blsp_kd.devices import fast_dtype
 from processing import BlspKdProcessor
 from processing.data_collator import continue_ids
+from processing.evaluation.word_times import errors_of
 from processing.manifests import read_manifest
 from processing.spoken_inputs import user_turn
 
@@ -155,17 +155,6 @@ def measure(model, processor, rows, options) -> tuple[np.ndarray, float]:
         for row, sequence, times in zip(batch, output.sequences, output.token_timestamps):
             errors += errors_of(row, processor.word_timestamps(sequence, times))
     return np.array(errors).reshape(-1, 2), len(errors) / sum(len(row["words"]) for row in rows)
-
-
-def errors_of(row: dict, words: list[dict]) -> list[tuple[float, float]]:
-    """How much too late the right ones of some words start and end, in seconds."""
-    said, heard = ([word["text"].strip() for word in side] for side in (row["words"], words))
-    errors = []
-    for match in SequenceMatcher(None, said, heard, autojunk=False).get_matching_blocks():
-        for index in range(match.size):
-            truth, (start, end) = row["words"][match.a + index], words[match.b + index]["timestamp"]
-            errors.append((start - truth["start"], end - truth["end"]))
-    return errors
 
 
 def summarise(errors: np.ndarray, share_right: float) -> dict:

@@ -32,7 +32,6 @@ import torch
 import transformers
 import yaml
 from accelerate.utils import broadcast_object_list
-from answering import accuracy, answer_rows
 from command_line import HelpFormatter
 from datasets import Dataset
 from huggingface_hub import ModelCard
@@ -53,6 +52,7 @@ from modeling_blsp_kd.training_arguments import check_training_arguments
 from processing import BlspKdDataCollator, BlspKdProcessor
 from processing.chat_templates import is_in_thought, read_options
 from processing.data_collator import split_prompt
+from processing.evaluation.answering import accuracy, answer_rows
 from processing.manifests import read_manifest
 from processing.publishing.card import make_card
 from processing.publishing.facts import describe_parts

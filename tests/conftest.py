@@ -2,6 +2,7 @@
 
 import os
 
+import evaluate  # noqa: F401  (before tests put examples/ on the path, whose evaluate.py has the same name)
 import numpy as np
 import pytest
 import torch

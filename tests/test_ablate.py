@@ -23,9 +23,9 @@ from ablation.matrix import BY_NAME, CLAIMS, CONFIGURATIONS, RECOGNIZER, TRAIN
 from ablation.plan import Plan, read_rows
 from ablation.train_global_lora import GlobalLoraForCausalLM, merge_lora
 from ablation.train_recognizer import CtcRecognizer, RecognizerOptions
-from evaluation.recognition import read_off
 
 from modeling_blsp_kd import BlspKdConfig
+from processing.evaluation.recognition import read_off
 
 
 @pytest.fixture

@@ -139,6 +139,7 @@ def where_documents_are_read(tmp_path, monkeypatch):
         "docs/chat_templates.md",
         "docs/checkpoints.md",
         "docs/demo.md",
+        "docs/evaluation.md",
         "docs/threads.md",
     ],
 )

@@ -28,18 +28,15 @@ from transformers import (
     WhisperTokenizer,
 )
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-
-from answering import answer_rows
-from evaluation.predictions import Predictions
-from evaluation.recognition import load_recognizer, transcribe
-from evaluation.report import as_markdown, plot
-from evaluation.rows import check_rows, hub_rows, manifest_rows, open_rows, schema_of
-from evaluation.scoring import Scorer
-from evaluation.systems import TASKS, Systems
-
 from modeling_blsp_kd.speech_encoder import TrueLengthWhisperEncoder
 from processing.audio_loading import load_audio
+from processing.evaluation.answering import answer_rows
+from processing.evaluation.predictions import Predictions
+from processing.evaluation.recognition import load_recognizer, transcribe
+from processing.evaluation.report import as_markdown, plot
+from processing.evaluation.rows import check_rows, hub_rows, manifest_rows, open_rows, schema_of
+from processing.evaluation.scoring import Scorer
+from processing.evaluation.systems import TASKS, Systems
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 TEXTS = ["the red cat", "ran to the river and back", "cat"]
@@ -162,6 +159,14 @@ def test_a_manifest_is_named_by_its_contents_and_voices_by_the_training(tmp_path
 def test_options_of_other_data_are_refused(given):
     with pytest.raises(ValueError, match="not both|there is none"):
         open_rows(options_of(**given))
+
+
+def test_without_data_there_is_what_the_caller_takes_then():
+    rows = [{"audio": "a.wav", "text": text} for text in TEXTS]
+    name, total, opened = open_rows(options_of(limit=2), lambda options: (f"own, {options.limit}", rows))
+    assert (name, total, [row["text"] for row in opened]) == ("own, 2", 2, TEXTS[:2])
+    with pytest.raises(ValueError, match="There is no data to evaluate on. Give --manifest or --dataset"):
+        open_rows(options_of())
 
 
 # -- predictions on disk ----------------------------------------------------------------------------------------------
@@ -416,7 +421,9 @@ def test_report_shows_what_there_is(scorer, tmp_path):
 # -- the command ------------------------------------------------------------------------------------------------------
 
 
-def load_script():
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)  # as for the command
     spec = importlib.util.spec_from_file_location("example_evaluate", EXAMPLES / "evaluate.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -442,10 +449,10 @@ def arguments(folder, output, *options):
     return [str(argument) for argument in (*given, "--max_new_tokens", 5, "--num_resamples", 50, *options)]
 
 
-def test_a_run_that_goes_on_gives_what_one_run_gives(folder, monkeypatch, capsys):
+def test_a_run_that_goes_on_gives_what_one_run_gives(folder, script, monkeypatch, capsys):
     def run(*given):
         monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments(folder, *given)])
-        load_script().main()
+        script.main()
 
     run("stopped", "--limit", 1, "--systems", "text,speech")
     first = (folder / "stopped" / "predictions" / "speech.jsonl").read_text()
@@ -470,7 +477,7 @@ def test_a_run_that_goes_on_gives_what_one_run_gives(folder, monkeypatch, capsys
     assert "expected some of text,speech,blind,cascade, got 'speech,telepathy'" in capsys.readouterr().err
 
 
-def test_kept_frames_stand_for_the_clips_of_a_later_run(folder, monkeypatch):
+def test_kept_frames_stand_for_the_clips_of_a_later_run(folder, script, monkeypatch):
     heard = []
     encode = TrueLengthWhisperEncoder.forward
 
@@ -482,29 +489,32 @@ def test_kept_frames_stand_for_the_clips_of_a_later_run(folder, monkeypatch):
     for output in ("encoded", "again"):
         given = ("--kept_frames", folder / "frames", "--systems", "text,speech", "--batch_size", 2)
         monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments(folder, output, *given)])
-        load_script().main()
+        script.main()
     assert sum(heard) == 3, "each clip once, for all tasks and both runs"
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments(folder, "without", "--systems", "text,speech")])
-    load_script().main()
+    script.main()
     results = [json.loads((folder / name / "results.json").read_text()) for name in ("encoded", "again", "without")]
     assert results[0]["systems"] == results[1]["systems"]
     for name, score in results[2]["systems"]["speech"]["alignment"].items():
         assert results[0]["systems"]["speech"]["alignment"][name]["value"] == pytest.approx(score["value"], rel=0.01)
 
 
-def test_a_clip_that_cannot_be_heard_is_named(folder, monkeypatch, tmp_path):
+def test_a_clip_that_cannot_be_heard_is_named(folder, script, monkeypatch, tmp_path):
     rows = [{"audio": str(folder / f"{index}.flac"), "text": text} for index, text in enumerate(TEXTS)]
     (tmp_path / "bad.flac").write_bytes(b"no sound")
     manifest = write_manifest(tmp_path / "rows.jsonl", [rows[0], {**rows[1], "id": "x7", "audio": "bad.flac"}])
     options = ("--manifest", manifest, "--allow_outside_paths", "--systems", "speech", "--batch_size", 1)
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments(folder, tmp_path / "output", *options)])
     with pytest.raises(ValueError, match=r"Row x7: .*bad\.flac cannot be decoded"):
-        load_script().main()
+        script.main()
     assert len((tmp_path / "output" / "predictions" / "speech.jsonl").read_text().splitlines()) == 1
 
 
 def test_the_command_leaves_tables_and_pictures(folder):
-    """The script's folder is on its path, so `import evaluate` in its metrics gave the script, not the package."""
+    """The script's folder is on its path, so `import evaluate` in its metrics gave the script, not the package.
+
+    What it runs must not need the package.
+    """
     command = [sys.executable, EXAMPLES / "evaluate.py", *arguments(folder, "command", "--systems", "text,blind")]
     finished = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert finished.returncode == 0, finished.stderr[-3000:]

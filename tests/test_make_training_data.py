@@ -109,8 +109,7 @@ def test_rows_are_what_training_reads_and_answers_are_those_that_training_would_
     script, asr, backbones, processor, capfd
 ):
     rows, rejects = make(script, asr / "asr.jsonl", asr / "train.jsonl", backbones[1], templates=["continue", "repeat"])
-    import answering
-
+    from processing.evaluation.answering import answer_rows
     from processing.manifests import DEFAULT_INSTRUCTION, read_manifest
 
     assert rejects == [] and len(rows) == 2 * len(TEXTS)
@@ -123,7 +122,7 @@ def test_rows_are_what_training_reads_and_answers_are_those_that_training_would_
     assert first["duration"] == pytest.approx(0.3) and len({row["seed"] for row in rows}) == len(rows)
     read = read_manifest(str(asr / "train.jsonl"))
     llm = AutoModelForCausalLM.from_pretrained(backbones[1])
-    assert [row["response"] for row in read] == answering.answer_rows(llm, processor, read, "text", max_new_tokens=6)
+    assert [row["response"] for row in read] == answer_rows(llm, processor, read, "text", max_new_tokens=6)
     batch = BlspKdDataCollator(processor)(read)
     assert batch["labels"].shape[0] == len(rows)
     assert "rows/s" in capfd.readouterr().err

@@ -7,6 +7,7 @@ import pytest
 import soundfile
 from conftest import clip
 
+from processing.evaluation.rows import manifest_rows
 from processing.manifests import manifest_lines, read_manifest, read_objects
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -86,13 +87,12 @@ def test_all_scripts_read_a_marked_manifest_and_refuse_utf_16(tmp_path, monkeypa
     import make_digit_manifest as digits
     import train
     from ablation import plan
-    from evaluation import rows as evaluate
     from human_speech import sentences
     from training_data import sources
 
     readers = {
         "train.py": lambda path: train.load_rows(train.DataOptions(train_manifest=str(path)), 0)[0],
-        "evaluate.py": evaluate.manifest_rows,
+        "evaluate.py": manifest_rows,
         "make_training_data.py": lambda path: [
             sources.ManifestSource(path).parse(line) for line in next(sources.ManifestSource(path).blocks(8))[1]
         ],

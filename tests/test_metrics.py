@@ -1,24 +1,23 @@
-"""The `evaluate` modules of examples/metrics: known values, normalisers, and what they count by row."""
+"""The `evaluate` modules of processing/evaluation: known values, normalisers, and what they count by row."""
 
+import runpy
 import sys
 from pathlib import Path
 
+import evaluate
 import numpy as np
 import pytest
 import sacrebleu
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+from processing.evaluation import text_scores
 
-# Not `import evaluate`: with examples/ on the path, that is the script.
-from evaluation.scoring import load_metric
-
-METRICS = Path(__file__).parent.parent / "examples" / "metrics"
+METRICS = Path(text_scores.__file__).parent / "metrics"
 TEXTS = ["the red cat ran to the river", "john sold two books", "it was not very good"]
 
 
 @pytest.fixture(scope="module")
 def metrics():
-    return {path.name: load_metric(path.name) for path in METRICS.iterdir() if path.is_dir()}
+    return {path.name: evaluate.load(str(path), keep_in_memory=True) for path in METRICS.iterdir()}
 
 
 def test_what_is_right_has_the_best_score(metrics):
@@ -100,3 +99,9 @@ def test_intervals_of_translations_are_scores_of_resampled_rows(metrics):
     low, high = scores["bleu_interval"]
     assert low < scores["bleu"] < high
     assert metrics["translation_quality"].compute(**options) == scores
+
+
+def test_without_the_extra_it_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "jiwer", None)
+    with pytest.raises(ImportError, match="need jiwer and sacrebleu .*with the extra 'metrics': pip install"):
+        runpy.run_path(text_scores.__file__)

@@ -291,6 +291,27 @@ TABLE = [
             "_preprocess_params",
         )
     ),
+    # -- evaluation ---------------------------------------------------------------------------------------------------
+    *(
+        Private("sacrebleu.metrics.base.Metric", name, of("processing/evaluation", "text_scores"), reason, takes)
+        for name, takes in (
+            ("_extract_corpus_statistics", ("hypotheses", "references")),
+            ("_compute_score_from_stats", ("stats",)),
+        )
+        for reason in ("its own bootstrap fails where some resamples score 0, and chrF has no public counts",)
+    ),
+    *(
+        Private(
+            "evaluate.Metric",
+            name,
+            tuple(
+                f"processing/evaluation/metrics/{metric}/{metric}.py"
+                for metric in ("answer_match", "transcript_errors", "translation_quality")
+            ),
+            "documented for metrics",
+        )
+        for name in ("_info", "_compute")
+    ),
 ]
 
 

@@ -123,7 +123,7 @@ def test_the_newest_set_is_admitted_and_nothing_beyond_is_unbounded():
         assert bound(requirement, "<") <= Version(f"{pin.major + 1}"), f"{requirement} admits an untested major version"
 
 
-@pytest.mark.parametrize("name", ["transformers", "peft", "accelerate"])
+@pytest.mark.parametrize("name", ["transformers", "peft", "accelerate", "sacrebleu"])
 def test_where_private_names_are_used_no_untested_minor_version_is_admitted(name):
     pin = pinned("constraints.txt")[name]
     for requirement in admitted():

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
-from evaluation.scoring import load_metric
+from processing.evaluation.text_scores import match_answers
 
 from .matrix import TRAIN, Configuration
 from .plan import Plan, read_rows
@@ -23,8 +23,6 @@ from .plan import Plan, read_rows
 EXAMPLES = Path(__file__).parent.parent
 ALIGNMENT = ("response_kl", "input_kl", "token_count_error", "token_count_accuracy")
 PACKAGES = ("torch", "transformers", "peft", "accelerate")
-# Metrics keep what they are given, and loading one changes the path of the whole process for a moment.
-SCORING = threading.Lock()
 
 
 def run(configuration: Configuration, seed: int, plan: Plan) -> dict:
@@ -150,9 +148,7 @@ def score(rows: list[dict], predictions: Path) -> dict:
     if missing:
         raise ValueError(f"{predictions} lacks {len(missing)} of {len(rows)} rows, the first is {missing[0]!r}.")
     given = [predicted[row["id"]] for row in rows]
-    with SCORING:
-        metric = load_metric("answer_match")
-        matches = metric.compute(predictions=given, references=[row["answer"] for row in rows], per_row=True)
+    matches = match_answers(given, [row["answer"] for row in rows], per_row=True)
     return {
         "exact_match": matches["exact_match"],
         "contained": matches["contained"],

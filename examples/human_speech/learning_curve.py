@@ -13,9 +13,9 @@ import json
 from pathlib import Path
 
 import numpy as np
-from evaluation.report import COLUMNS, shown
 from matplotlib.figure import Figure
 
+from processing.evaluation.report import COLUMNS, shown
 from processing.manifests import read_objects, seconds
 
 TASKS = ("transcripts", "alignment")

@@ -8,7 +8,9 @@ import random
 from collections import Counter
 from pathlib import Path
 
-from .speech import make_clips, word_times
+from processing.evaluation.rows import voice_group
+
+from .speech import HELD_OUT_VOICES, TRAIN_VOICES, make_clips, word_times
 from .world import KINDS, Sentence, questions, sentences
 
 
@@ -75,6 +77,27 @@ def make_rows(
             row["words"] = words
     rng.shuffle(rows)
     return rows
+
+
+def make_evaluation_rows(split: str, num_utterances: int, cache_dir: str | Path) -> list[dict]:
+    """Make the rows that `examples/evaluate.py` takes without other data: those that `examples/train.py` scores on.
+
+    Seen and held-out voices take turns, so that any first part has both. Questions for the Spanish of a sentence count
+    as translations, too.
+
+    Args:
+        split, cache_dir: as in [`make_rows`].
+        num_utterances: number of rows per kind of voice.
+    """
+    groups = []
+    for seed, voices in enumerate((TRAIN_VOICES, HELD_OUT_VOICES), start=1):
+        rows = make_rows(split, num_utterances, voices, seed, cache_dir, with_words=True)
+        for row in rows:
+            row["voice_group"] = voice_group(voices is TRAIN_VOICES)
+            if row["kind"] == "spanish":
+                row["translation"] = row["answer"]
+        groups.append(rows)
+    return [row for pair in zip(*groups) for row in pair]
 
 
 def _other_kinds(sentence: Sentence) -> list[str]:

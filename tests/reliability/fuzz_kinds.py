@@ -21,7 +21,6 @@ REPOSITORY = Path(__file__).parents[2]
 sys.path[:0] = [str(REPOSITORY / "tests"), str(REPOSITORY / "examples")]
 from audio_files import encode_by_ffmpeg  # noqa: E402
 from conftest import SAMPLING_RATE, SMALL_CFORMER, clip, make_tokenizer, speech_config, text_config  # noqa: E402
-from evaluation.rows import check_rows  # noqa: E402
 from spoken_cases import base64_of, encode, make_repository  # noqa: E402
 from training_data.sources import ManifestSource, check_audio  # noqa: E402
 
@@ -31,6 +30,7 @@ from processing import BlspKdProcessor  # noqa: E402
 from processing.audio_decoding import audio_info  # noqa: E402
 from processing.audio_loading import MAX_DURATION_S, load_audio  # noqa: E402
 from processing.chat_audio import read_block  # noqa: E402
+from processing.evaluation.rows import check_rows  # noqa: E402
 from processing.manifests import OutsideFolderError  # noqa: E402
 from processing.publishing.handler import EndpointHandler, read_inputs  # noqa: E402
 

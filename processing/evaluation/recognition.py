@@ -5,13 +5,14 @@ external language models.
 """
 
 import torch
-from answering import answer
 from transformers import PretrainedConfig, pipeline
 
 from modeling_blsp_kd import BlspKdConfig, BlspKdForCausalLM
 from processing import BlspKdProcessor
 from processing.audio_loading import load_audio
 from processing.spoken_inputs import user_turn
+
+from .answering import answer
 
 WHISPER_WINDOW_S = 30
 

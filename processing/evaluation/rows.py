@@ -1,4 +1,4 @@
-"""Rows to evaluate on: from a manifest, a data set of the Hub, or the tiny world, one at a time.
+"""Rows to evaluate on: from a manifest or a data set of the Hub, one at a time.
 
 A row has `id`, `audio` and `text` (what is said), and where known `instruction`, `answer` (gold), `translation` (gold),
 `response` (the LLM's own answer), `words` (when each was said), `kind`, `voice` and `voice_group`. Leaves out: decoding
@@ -6,7 +6,7 @@ by `datasets`, which would need torchcodec; clips stay bytes or paths until they
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -32,8 +32,21 @@ SCHEMAS = {
 FIELDS = ("instruction", "answer", "translation", "response", "words", "kind", "voice", "voice_group")
 
 
-def open_rows(options) -> tuple[str, int | None, Iterator[dict]]:
-    """The data's name (that changes when the data does), the number of its rows where known, and the rows."""
+def open_rows(options, default: Callable | None = None) -> tuple[str, int | None, Iterator[dict]]:
+    """Open the data that options name.
+
+    Args:
+        options: with `manifest`, `train_manifest`, `allow_outside_paths`, `dataset`, `config`, `split`, `streaming` and
+            `limit`, see `examples/evaluate.py`.
+        default: what to take if they name neither a manifest nor a data set: given the options, it returns a name and
+            a list of rows.
+
+    Returns:
+        the data's name (that changes when the data does), the number of its rows where known, and the rows.
+
+    Raises:
+        ValueError: options contradict each other, or name no data.
+    """
     if options.manifest and options.dataset:
         raise ValueError("Give --manifest or --dataset, not both.")
     if options.train_manifest and not options.manifest:
@@ -47,9 +60,10 @@ def open_rows(options) -> tuple[str, int | None, Iterator[dict]]:
     elif options.dataset:
         name = " ".join(filter(None, (options.dataset, options.config, options.split)))
         rows = hub_rows(options.dataset, options.config, options.split, options.streaming)
+    elif default is not None:
+        name, rows = default(options)
     else:
-        name = f"tiny world, {options.split or 'test'}, {options.num_utterances} per kind of voice"
-        rows = tiny_world_rows(options.split or "test", options.num_utterances, options.cache_dir)
+        raise ValueError("There is no data to evaluate on. Give --manifest or --dataset.")
     total = min(len(rows), options.limit or len(rows)) if isinstance(rows, list) else options.limit
     return name, total, check_rows(islice(rows, options.limit))
 
@@ -87,26 +101,6 @@ def manifest_rows(path: str, train_manifest: str | None = None, allow_outside_pa
 
 def voice_group(is_seen: bool) -> str:
     return "seen voices" if is_seen else "held out voices"
-
-
-def tiny_world_rows(split: str, num_utterances: int, cache_dir: str) -> list[dict]:
-    """Those that `examples/train.py` scores on; seen and held-out voices take turns, so that any first part has both.
-
-    Questions for the Spanish of a sentence count as translations, too.
-    """
-    # Imported here: synthesis needs espeakng-loader, which other data does not.
-    from tiny_world.dataset import make_rows
-    from tiny_world.speech import HELD_OUT_VOICES, TRAIN_VOICES
-
-    groups = []
-    for seed, voices in enumerate((TRAIN_VOICES, HELD_OUT_VOICES), start=1):
-        rows = make_rows(split, num_utterances, voices, seed, cache_dir, with_words=True)
-        for row in rows:
-            row["voice_group"] = voice_group(voices is TRAIN_VOICES)
-            if row["kind"] == "spanish":
-                row["translation"] = row["answer"]
-        groups.append(rows)
-    return [row for pair in zip(*groups) for row in pair]
 
 
 def hub_rows(name: str, config: str | None, split: str | None, streaming: bool) -> Iterator[dict]:

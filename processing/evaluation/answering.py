@@ -1,7 +1,7 @@
 """Answers from text and from speech, and how many of them are right.
 
 Both sides get the same instruction; the text side reads the gold transcript, which is the upper bound for the speech
-side. Leaves out: other metrics than exact match (see `evaluate.py`).
+side. Leaves out: other metrics than exact match (see `text_scores.py`).
 """
 
 from collections import defaultdict

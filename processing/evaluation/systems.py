@@ -9,21 +9,35 @@ All four get the same instruction. The LLM is the model's own, with partial LoRA
 out: scores, see `scoring.py`.
 """
 
+from argparse import ArgumentTypeError
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from answering import answer, answer_rows
-from measure_timestamps import errors_of
 
 from processing import BlspKdDataCollator
 from processing.spoken_inputs import user_turn
 
+from .answering import answer, answer_rows
 from .recognition import transcribe
+from .word_times import errors_of
 
 SYSTEMS = ("text", "speech", "blind", "cascade")
 TASKS = ("answers", "transcripts", "translation", "alignment")
 KEPT = ("id", "text", "instruction", "answer", "translation", "kind", "voice", "voice_group")
+
+
+def names_of(known: tuple[str, ...]) -> Callable[[str], tuple[str, ...]]:
+    """Return a reader, for argparse, of names that are separated by commas, into the order in which they are known."""
+
+    def read(text: str) -> tuple[str, ...]:
+        given = text.split(",")
+        if not set(given) <= set(known):
+            raise ArgumentTypeError(f"expected some of {','.join(known)}, got {text!r}")
+        return tuple(name for name in known if name in given)
+
+    return read
 
 
 @dataclass

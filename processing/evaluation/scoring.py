@@ -5,28 +5,14 @@ are made anew of each sample's rows. Where no row errs, or where there are few, 
 spread over seeds of training, which one model cannot tell.
 """
 
-import importlib
-import sys
 from collections import defaultdict
-from pathlib import Path
 
 import numpy as np
 
-EXAMPLES = Path(__file__).resolve().parents[1]
+from .text_scores import count_transcript_errors, match_answers, score_translations
+
 INTERVAL = (2.5, 97.5)
 ALIGNMENT = ("response_kl", "input_kl", "token_count_error", "token_count_accuracy")
-
-
-def load_metric(name: str):
-    """One of the `evaluate` modules in `examples/metrics`."""
-    # examples/evaluate.py hides the package of its name from the scripts beside it, and from the metrics.
-    path = sys.path[:]
-    sys.path[:] = [entry for entry in path if Path(entry or ".").resolve() != EXAMPLES]
-    try:
-        package = importlib.import_module("evaluate")
-    finally:
-        sys.path[:] = path
-    return package.load(str(EXAMPLES / "metrics" / name), keep_in_memory=True)
 
 
 class Scorer:
@@ -41,8 +27,6 @@ class Scorer:
 
     def __init__(self, tasks, num_resamples: int = 1000, seed: int = 0, bleu_tokenizer: str = "13a"):
         self.tasks, self.num_resamples, self.seed, self.bleu_tokenizer = tasks, num_resamples, seed, bleu_tokenizer
-        metrics = {"answers": "answer_match", "transcripts": "transcript_errors", "translation": "translation_quality"}
-        self.metrics = {task: load_metric(name) for task, name in metrics.items() if task in tasks}
 
     def __call__(self, predictions: dict[str, list[dict]]) -> dict[str, dict]:
         """Scores of the lines of each system (`Systems.predict`), of the same rows in the same order.
@@ -78,16 +62,11 @@ class Scorer:
 
         return self.bootstrap(statistic, len(numerators))
 
-    def _compute(self, task: str, lines: list[dict], gold: str, **options):
-        pairs = [(line["predicted"][task], line[gold]) for line in lines]
-        predictions, references = zip(*pairs)
-        return self.metrics[task].compute(predictions=list(predictions), references=list(references), **options)
-
     def _answers(self, lines) -> dict:
         lines = [line for line in lines if "answers" in line["predicted"]]
         if not lines:
             return {}
-        matches = self._compute("answers", lines, "answer", per_row=True)
+        matches = match_answers(*_pairs(lines, "answers", "answer"), per_row=True)
 
         def score(rows) -> dict:
             return {
@@ -109,7 +88,7 @@ class Scorer:
         lines = [line for line in lines if "transcripts" in line["predicted"]]
         if not lines:
             return {}
-        counts = self._compute("transcripts", lines, "text", per_row=True)
+        counts = count_transcript_errors(*_pairs(lines, "transcripts", "text"), per_row=True)
         return {
             "wer": self.ratio(counts["word_errors"], counts["words"]),
             "cer": self.ratio(counts["char_errors"], counts["chars"]),
@@ -120,7 +99,7 @@ class Scorer:
         if not lines:
             return {}
         options = {"tokenize": self.bleu_tokenizer, "num_resamples": self.num_resamples, "seed": self.seed}
-        made = self._compute("translation", lines, "translation", **options)
+        made = score_translations(*_pairs(lines, "translation", "translation"), **options)
         return {
             name: dict(zip(("value", "low", "high", "n"), (made[name], *made[f"{name}_interval"], len(lines))))
             for name in ("bleu", "chrf")
@@ -163,6 +142,11 @@ class Scorer:
         matches = {}
         for system, lines in predictions.items():
             lines = [line for line in lines if "answers" in line["predicted"]]
-            matches[system] = self._compute("answers", lines, "answer", per_row=True)["exact_match_rows"]
+            matches[system] = match_answers(*_pairs(lines, "answers", "answer"), per_row=True)["exact_match_rows"]
         for system in set(predictions) - {"text"}:
             scores[system]["answers"]["share_of_text"] = self.ratio(matches[system], matches["text"])
+
+
+def _pairs(lines: list[dict], task: str, gold: str) -> tuple[list[str], list[str]]:
+    """Return what was predicted for a task, and the texts to compare it with."""
+    return [line["predicted"][task] for line in lines], [line[gold] for line in lines]

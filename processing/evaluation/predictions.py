@@ -6,6 +6,12 @@ Leaves out: writing by several processes at once.
 import json
 from pathlib import Path
 
+from processing.audio_loading import load_audio
+
+from .systems import Systems
+
+HEARING = ("speech", "cascade")
+
 
 class Predictions:
     """The file of one system.
@@ -52,3 +58,37 @@ class Predictions:
         with self.path.open("a") as file:
             file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         self.by_id.update((line["id"], line) for line in lines)
+
+
+def predict_missing(systems: Systems, files: dict[str, Predictions], batch: list[dict]):
+    """Have each system predict what its file lacks.
+
+    Args:
+        files: by system.
+        batch: rows; those that are heard get their clip decoded, as `audio`, and those that `text` answers its answer,
+            as `response`.
+
+    Raises:
+        ValueError, TypeError, FileNotFoundError: a clip cannot be heard, or a row does not suit the model.
+    """
+    missing = {system: [row for row in batch if row["id"] not in file.by_id] for system, file in files.items()}
+    # Decoded once, for all that hear.
+    heard = {row["id"]: row for system in HEARING for row in missing.get(system, [])}
+    rate = systems.processor.feature_extractor.sampling_rate
+    for row in heard.values():
+        try:
+            row["audio"] = {"array": load_audio(row["audio"], rate), "sampling_rate": rate}
+        except (FileNotFoundError, TypeError, ValueError) as error:
+            raise type(error)(f"Row {row['id']}: {error}") from error
+    for system, rows in missing.items():
+        if not rows:
+            continue
+        try:
+            lines = systems.predict(system, rows)
+        except ValueError as error:
+            raise ValueError(f"{system}, rows {rows[0]['id']} to {rows[-1]['id']}: {error}") from error
+        files[system].append(lines)
+        if system == "text":
+            for row, line in zip(rows, lines):
+                # What alignment takes as the response, unless the data has one.
+                row.setdefault("response", line["predicted"].get("answers"))

@@ -1,1 +1,0 @@
-"""What `examples/evaluate.py` is made of: rows, systems, predictions on disk, scores, tables and plots."""

@@ -1,0 +1,111 @@
+"""Scores of texts against references: matching answers, errors of transcripts, quality of translations.
+
+Follows the exact match and the contained match of question answering benchmarks; jiwer, which counts the edits; and
+sacrebleu (https://aclanthology.org/W18-6319). The folder `metrics` has them as modules of the package `evaluate`.
+Leaves out: several references per row, normalisers of single languages, and judgement by another model.
+"""
+
+import numpy as np
+from transformers.models.whisper.english_normalizer import BasicTextNormalizer
+
+try:
+    import jiwer
+    from sacrebleu.metrics import BLEU, CHRF
+except ImportError as error:
+    raise ImportError(
+        f"Scores of texts need jiwer and sacrebleu ({error}). Install them with the extra 'metrics': "
+        "pip install -e '.[metrics]'."
+    ) from error
+
+
+def match_answers(predictions: list[str], references: list[str], per_row: bool = False) -> dict:
+    """Return the share of answers that equal the gold answer (exact_match), and that hold it as whole words
+    (contained). Both sides are normalised by transformers' BasicTextNormalizer: lower case, what stands in brackets
+    removed, punctuation and symbols to spaces, white space collapsed.
+
+    Args:
+        per_row: also return the matches of each row, as lists of 0 and 1.
+
+    Returns:
+        `exact_match` and `contained`: shares, 0 to 1; with `per_row` also `exact_match_rows` and `contained_rows`.
+
+    Raises:
+        ValueError: a reference has no word left when it is normalised.
+    """
+    exact, contained = [], []
+    for given, gold in _normalized(predictions, references):
+        exact.append(int(given == gold))
+        contained.append(int(f" {gold} " in f" {given} "))
+    results = {"exact_match": sum(exact) / len(exact), "contained": sum(contained) / len(contained)}
+    rows = {"exact_match_rows": exact, "contained_rows": contained}
+    return {**results, **rows} if per_row else results
+
+
+def count_transcript_errors(predictions: list[str], references: list[str], per_row: bool = False) -> dict:
+    """Return word and character error rates: substitutions, deletions and insertions over the words (characters) of all
+    references. Both sides are normalised by transformers' BasicTextNormalizer: lower case, what stands in brackets
+    removed, punctuation and symbols to spaces, white space collapsed. Characters count the spaces between words.
+
+    Args:
+        per_row: also return the edits and lengths of each row.
+
+    Returns:
+        `wer` and `cer`: rates, 0 is perfect, may pass 1; with `per_row` also `word_errors`, `words`, `char_errors` and
+        `chars`.
+
+    Raises:
+        ValueError: a reference has no word left when it is normalised.
+    """
+    rows = {"word_errors": [], "words": [], "char_errors": [], "chars": []}
+    for given, gold in _normalized(predictions, references):
+        for unit, made in (
+            ("word", jiwer.process_words(gold, given)),
+            ("char", jiwer.process_characters(gold, given)),
+        ):
+            rows[f"{unit}_errors"].append(made.substitutions + made.deletions + made.insertions)
+            rows[f"{unit}s"].append(made.hits + made.substitutions + made.deletions)
+    results = {
+        "wer": sum(rows["word_errors"]) / sum(rows["words"]),
+        "cer": sum(rows["char_errors"]) / sum(rows["chars"]),
+    }
+    return {**results, **rows} if per_row else results
+
+
+def _normalized(predictions, references):
+    normalize = BasicTextNormalizer()
+    for number, (prediction, reference) in enumerate(zip(predictions, references)):
+        given, gold = normalize(prediction).strip(), normalize(reference).strip()
+        if not gold:
+            raise ValueError(f"Reference {number} has no word left when it is normalised: {reference!r}.")
+        yield given, gold
+
+
+def score_translations(
+    predictions: list[str], references: list[str], tokenize: str = "13a", num_resamples: int = 0, seed: int = 0
+) -> dict:
+    """Return corpus BLEU and chrF2 of sacrebleu, 0 to 100. Texts are not normalised: case and punctuation count. BLEU
+    counts n-grams up to 4, or up to the length of the longest translation where all are shorter.
+
+    Args:
+        tokenize: BLEU's tokenizer, by sacrebleu's name ("zh" for Chinese, "ja-mecab" for Japanese, "char" for scripts
+            without spaces).
+        num_resamples: bootstrap samples (of rows) for the intervals; 0 for none.
+        seed: of the samples.
+
+    Returns:
+        `bleu` and `chrf`; with `num_resamples` also `bleu_interval` and `chrf_interval`: the 2.5th and 97.5th
+        percentile.
+    """
+    results = {}
+    # Without effective_order, BLEU is 0 where no translation has four words. It changes nothing else.
+    for name, metric in (("bleu", BLEU(tokenize=tokenize, effective_order=True)), ("chrf", CHRF())):
+        results[name] = metric.corpus_score(predictions, [references]).score
+        if num_resamples:
+            # The two steps of corpus_score. Its own n_bootstrap fails where some resamples score 0 and others do
+            # not (it mixes float and float32), and takes memory for rows times resamples.
+            counts = np.array(metric._extract_corpus_statistics(predictions, [references]))
+            rng = np.random.default_rng(seed)
+            drawn = (counts[rng.integers(len(counts), size=len(counts))] for _ in range(num_resamples))
+            scores = [metric._compute_score_from_stats(rows.sum(0).tolist()).score for rows in drawn]
+            results[f"{name}_interval"] = np.percentile(scores, [2.5, 97.5]).tolist()
+    return results
