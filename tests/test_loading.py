@@ -8,10 +8,12 @@ import logging
 import shutil
 import warnings
 
+import accelerate
 import pytest
 import torch
 import transformers
 from conftest import SMALL_CFORMER, make_model, speech_config, spoken_prompts
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig, Wav2Vec2Config, Wav2Vec2Model
 
@@ -93,6 +95,8 @@ DEVICE_MAPS = {
 @pytest.mark.parametrize("adapter", [SMALL_CFORMER, SUBSAMPLER])
 @pytest.mark.parametrize("name", DEVICE_MAPS)
 def test_devices_change_neither_logits_nor_tokens(name, adapter, inputs, tmp_path):
+    if name == "all on disk" and Version(accelerate.__version__) < Version("1.15"):
+        pytest.skip("accelerate before 1.15 refuses to offload a whole model to the disk")
     model = make_model(plora=True, adapter=adapter)
     model.save_pretrained(tmp_path / "model")
     given = copy.copy(DEVICE_MAPS[name])

@@ -101,7 +101,7 @@ def _origin(model, part: str, part_config, option: str, training: dict | None, g
     """Base model and licence of a backbone, from the checkpoint and from what the user says."""
     candidates = [
         (model.config.backbones or {}).get(part, {}).get("name_or_path"),
-        getattr(part_config, "_name_or_path", None),
+        part_config.name_or_path,
         (training or {}).get(option),
     ]
     # A folder of this machine tells others nothing.
