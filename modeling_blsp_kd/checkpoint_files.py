@@ -98,7 +98,7 @@ def _check_shards(index: Path, is_safetensors: bool):
 
 
 def misfits(name_or_path, weights: Iterable[tuple]) -> str:
-    """What to say of weights that do not fit their config: (name, what is stored, what the model has) of each."""
+    """Describe weights that do not fit their config, each given as (name, stored shape, shape in the model)."""
     listed = [f"{name} is {stored} instead of {own}" for name, stored, own in sorted(weights)]
     return (
         f"The weights of {name_or_path} do not fit its config: {'; '.join(listed[:5])} ({len(listed)} in all). Load "

@@ -37,7 +37,7 @@ def move_into_place(written: Path, final: Path):
 
 
 def defect(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, or None. One without a seal passes if the Trainer had finished it."""
+    """Return what is wrong with a checkpoint, or None. Without checksums it passes if the Trainer had finished it."""
     if not checkpoint.is_dir():
         return "it is no folder"
     if not (checkpoint / SEAL).exists():

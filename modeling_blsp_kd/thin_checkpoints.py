@@ -28,7 +28,7 @@ AUTO_OPTIONS = ("trust_remote_code", "code_revision", "adapter_kwargs", "tqdm_cl
 
 
 def is_thin(config_class, name_or_path, config=None, **kwargs) -> bool:
-    """Whether `from_pretrained` was asked for a thin checkpoint. Takes its arguments."""
+    """Return whether `from_pretrained`, with these arguments, was asked for a thin checkpoint."""
     if isinstance(config, PreTrainedConfig):
         return config.backbones is not None
     if name_or_path is None or kwargs.get("state_dict") is not None:
@@ -187,7 +187,7 @@ def _own_weights(name_or_path, hub: dict) -> dict[str, torch.Tensor]:
 
 
 def _part_of(device_map, part: str):
-    """What a device map says about one part of the model, with names as that part knows them."""
+    """Return the entries of a device map for one part of the model, under that part's own names."""
     if device_map is None or isinstance(device_map, str):
         return device_map
     if not isinstance(device_map, dict):

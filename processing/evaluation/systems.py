@@ -109,7 +109,7 @@ class Systems:
         return {"type": "audio", "audio": row["audio"]} if is_heard else {"type": "text", "text": row["text"]}
 
     def _instructions(self, row: dict) -> dict[str, str | None]:
-        """What to ask about a row, by task."""
+        """Return the questions about a row, by task."""
         instructions = {}
         if "answers" in self.tasks and "answer" in row:
             instructions["answers"] = row.get("instruction")

@@ -241,7 +241,7 @@ def _read_block(block, read_block, budget: "_Budget") -> dict:
 
 
 class _Budget:
-    """What is left of a request's bytes and seconds of audio."""
+    """The bytes and seconds of audio that a request may still use."""
 
     def __init__(self, audio_info):
         self.audio_info = audio_info
