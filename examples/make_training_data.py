@@ -29,7 +29,6 @@ from typing import NamedTuple
 
 import torch
 from accelerate import PartialState
-from command_line import HelpFormatter
 from tqdm import tqdm
 from training_data.engines import TransformersEngine, VllmEngine
 from training_data.normalisers import NORMALISERS
@@ -39,6 +38,7 @@ from training_data.unfinished import Unfinished
 from transformers import AutoConfig, HfArgumentParser
 
 from modeling_blsp_kd.devices import fast_dtype
+from modeling_blsp_kd.training.command_line import HelpFormatter
 from processing import BlspKdProcessor
 from processing.chat_templates import is_in_thought, read_options
 from processing.manifests import BadRow

@@ -32,7 +32,6 @@ import torch
 import transformers
 import yaml
 from accelerate.utils import broadcast_object_list
-from command_line import HelpFormatter
 from datasets import Dataset
 from huggingface_hub import ModelCard
 from training_input.batches import TrainingInputTrainer, data_seed
@@ -48,6 +47,7 @@ from transformers.training_args import OptimizerNames
 
 from modeling_blsp_kd import BlspKdForCausalLM, BlspKdTrainer
 from modeling_blsp_kd.devices import fast_dtype
+from modeling_blsp_kd.training.command_line import HelpFormatter
 from modeling_blsp_kd.training_arguments import check_training_arguments
 from processing import BlspKdDataCollator, BlspKdProcessor
 from processing.chat_templates import is_in_thought, read_options

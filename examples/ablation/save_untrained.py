@@ -6,9 +6,10 @@ Takes the options of `examples/train.py`. Leaves out: training.
 import json
 from pathlib import Path
 
-from command_line import HelpFormatter
 from train import Arguments, DataOptions, ModelOptions, build_model, build_processor
 from transformers import HfArgumentParser, set_seed
+
+from modeling_blsp_kd.training.command_line import HelpFormatter
 
 
 def main():

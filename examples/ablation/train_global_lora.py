@@ -13,12 +13,12 @@ import time
 from pathlib import Path
 
 import torch
-from command_line import HelpFormatter
 from train import REPORTED, Arguments, DataOptions, ModelOptions, make_dataset, make_trainer
 from transformers import HfArgumentParser, set_seed
 
 from modeling_blsp_kd import BlspKdForCausalLM
 from modeling_blsp_kd.plora import ADAPTER_NAME
+from modeling_blsp_kd.training.command_line import HelpFormatter
 
 
 class GlobalLoraForCausalLM(BlspKdForCausalLM):

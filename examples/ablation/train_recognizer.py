@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from command_line import HelpFormatter
 from torch import nn
 from tqdm import tqdm
 from train import Arguments, DataOptions, ModelOptions, make_trainer, optimizer_and_options
@@ -24,6 +23,7 @@ from training_input.batches import ReadsTrainingInput
 from transformers import HfArgumentParser, set_seed
 
 from modeling_blsp_kd.speech_encoder import encode_speech
+from modeling_blsp_kd.training.command_line import HelpFormatter
 from processing.evaluation.recognition import read_off
 
 # What a row says of which nothing was heard: manifests have no empty transcripts.
