@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoProcessor, TextIteratorStream
 from modeling_blsp_kd.devices import fast_dtype
 from processing.audio_loading import load_audio
 from processing.chat_templates import read_options
-from processing.hearing import Hearing, hear, plot_hearing
+from processing.demo import Hearing, hear, plot_hearing
 from processing.manifests import read_objects
 
 CLIPS = Path(__file__).parent / "tiny_world" / "clips"

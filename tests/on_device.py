@@ -23,7 +23,7 @@ from modeling_blsp_kd.cif import continuous_integrate_and_fire
 from modeling_blsp_kd.cif_streaming import flush_stream, stream_integrate_and_fire
 from modeling_blsp_kd.distillation import linear_kl
 from modeling_blsp_kd.speech_windows import tokens_per_window
-from processing.hearing import hear
+from processing.demo import hear
 from processing.pipeline_blsp_kd import BlspKdPipeline, BlspKdSpeechRecognitionPipeline
 
 NAME = os.environ.get("BLSP_KD_TEST_DEVICE", "standin")

@@ -9,8 +9,7 @@ import torch
 from conftest import SAMPLING_RATE, VOCAB_SIZE, clip, make_model, spoken_prompts
 
 from modeling_blsp_kd.adapters import AdapterOutput
-from processing import hearing as hearing_module
-from processing.hearing import Hearing, hear, plot_hearing
+from processing.demo import Hearing, hear, picture, plot_hearing
 
 pytestmark = pytest.mark.numerical
 
@@ -231,6 +230,6 @@ def test_description_says_what_the_picture_shows():
 
 
 def test_without_matplotlib_the_error_names_the_extra(monkeypatch):
-    monkeypatch.setattr(hearing_module, "is_matplotlib_available", lambda: False)
+    monkeypatch.setattr(picture, "is_matplotlib_available", lambda: False)
     with pytest.raises(ImportError, match=r"pip install -e '\.\[demo\]'"):
         plot_hearing(made_up_hearing(2))

@@ -11,8 +11,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
 from processing import BlspKdDataCollator, BlspKdProcessor
-from processing.data_collator import split_prompt
-from processing.hearing import continue_ids
+from processing.data_collator import continue_ids, split_prompt
 
 AUDIO = "<|audio|>"
 CORPUS = [
