@@ -157,8 +157,7 @@ def check_recipe(device, small: bool):
     recipe, estimate = read_recipe(RECIPE)
     config, clip_s, accumulation = model_config(recipe), estimate["clip_s"], recipe["gradient_accumulation_steps"]
     if small:
-        sys.path.insert(0, str(ROOT / "tests"))
-        from conftest import speech_config, text_config
+        from tests.helpers.models import speech_config, text_config
 
         config = BlspKdConfig(
             speech_config=speech_config().to_dict(),
@@ -223,8 +222,7 @@ def check_recipe(device, small: bool):
 
 def _small_model(device, dtype, **options):
     """A model and a prompt with audio, and one without."""
-    sys.path.insert(0, str(ROOT / "tests"))
-    from conftest import make_model
+    from tests.helpers.models import make_model
 
     model = make_model("qwen2", plora=True, text={"hidden_size": 64, "num_attention_heads": 4}, **options)
     inputs = {

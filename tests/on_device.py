@@ -14,7 +14,6 @@ from contextlib import nullcontext
 import pytest
 import torch
 from accelerate import PartialState
-from conftest import SAMPLING_RATE, clip, make_model, spoken_prompts
 from transformers import TrainingArguments
 
 from examples.training_data.engines import RowSampler
@@ -25,10 +24,12 @@ from modeling_blsp_kd.distillation import linear_kl
 from modeling_blsp_kd.speech_windows import tokens_per_window
 from processing.demo import hear
 from processing.pipeline_blsp_kd import BlspKdPipeline, BlspKdSpeechRecognitionPipeline
+from tests.helpers.models import make_model
+from tests.helpers.prompts import SAMPLING_RATE, clip, spoken_prompts
 
 NAME = os.environ.get("BLSP_KD_TEST_DEVICE", "standin")
 if NAME == "standin":
-    from stand_in_device import DEVICE, StandInDevice
+    from tests.helpers.stand_in_device import DEVICE, StandInDevice
 else:
     DEVICE = torch.device(NAME, 0)
 

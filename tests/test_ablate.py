@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_config, make_model, spoken_prompts, text_config
 from transformers import AutoConfig, HfArgumentParser
 from transformers.utils import ModelOutput
+
+from tests.helpers.models import make_config, make_model, text_config
+from tests.helpers.prompts import spoken_prompts
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 

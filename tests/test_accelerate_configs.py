@@ -9,7 +9,8 @@ import pytest
 from accelerate import FullyShardedDataParallelPlugin
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.commands.launch import launch_command_parser
-from conftest import make_model
+
+from tests.helpers.models import make_model
 
 CONFIGS = sorted((Path(__file__).parents[1] / "examples" / "accelerate").glob("*.yaml"))
 OF_ENGINE = {"FSDP": "fsdp_config", "DEEPSPEED": "deepspeed_config", "MULTI_GPU": None}

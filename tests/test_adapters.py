@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from conftest import make_model
 
 from modeling_blsp_kd.adapters import CFormer, Subsampler
 from modeling_blsp_kd.cif import continuous_integrate_and_fire
+from tests.helpers.models import make_model
 
 pytestmark = pytest.mark.numerical
 

@@ -19,12 +19,12 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import clip
 from huggingface_hub import RepoCard
 
 from modeling_blsp_kd import BlspKdForCausalLM
 from processing import BlspKdProcessor
 from processing.publishing.space import write_space
+from tests.helpers.prompts import clip
 
 gradio = pytest.importorskip("gradio", reason="the page needs the extra 'demo'")
 

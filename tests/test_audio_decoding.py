@@ -10,13 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from audio_files import encode, encode_by_ffmpeg, tone
-from conftest import SAMPLING_RATE
 from transformers.dynamic_module_utils import get_imports
 
 from processing import audio_decoding, c_stderr
 from processing.audio_decoding import audio_info, container_of
 from processing.audio_loading import load_audio
+from tests.helpers.audio_files import encode, encode_by_ffmpeg, tone
+from tests.helpers.prompts import SAMPLING_RATE
 
 # Container and codec as FFmpeg names them, the rate that the codec takes, and the name that we give the container.
 BY_FFMPEG = {

@@ -8,11 +8,12 @@ import jinja2
 import numpy as np
 import pytest
 import torch
-from audio_files import StandInDecoder, encode, encode_by_ffmpeg, tone
-from conftest import SAMPLING_RATE, make_model
 
 from processing import BlspKdDataCollator, BlspKdPipeline, audio_decoding
 from processing.audio_loading import load_audio
+from tests.helpers.audio_files import StandInDecoder, encode, encode_by_ffmpeg, tone
+from tests.helpers.models import make_model
+from tests.helpers.prompts import SAMPLING_RATE
 
 PAGE = Path(__file__).parents[1] / "docs" / "audio_inputs.md"
 

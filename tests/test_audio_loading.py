@@ -10,11 +10,11 @@ import pytest
 import soundfile
 import soxr
 import torch
-from audio_files import StandInDecoder, encode, encode_by_ffmpeg, tone
-from conftest import SAMPLING_RATE, clip
 
 from processing import audio_decoding
 from processing.audio_loading import knows_rate, load_audio
+from tests.helpers.audio_files import StandInDecoder, encode, encode_by_ffmpeg, tone
+from tests.helpers.prompts import SAMPLING_RATE, clip
 
 # How far each format may move a sample. Lossless ones: half a step of 16 bits.
 FORMATS = {

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks import __main__ as benchmark_command
-from benchmarks import report
-from benchmarks.__main__ import BENCHMARKS
+
+from tests.benchmarks import __main__ as benchmark_command
+from tests.benchmarks import report
+from tests.benchmarks.__main__ import BENCHMARKS
 
 REPOSITORY = Path(__file__).parents[1]
 

@@ -6,14 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from chat_families import FAMILIES
-from conftest import CHAT_TEMPLATE, clip, make_config, make_tokenizer
 
 from modeling_blsp_kd import BlspKdForCausalLM
 from processing import BlspKdDataCollator, BlspKdPipeline, BlspKdProcessor, BlspKdSpeechRecognitionPipeline
 from processing.chat_templates import is_in_thought, read_options
 from processing.data_collator import split_prompt
 from processing.spoken_inputs import user_turn
+from tests.helpers.chat_families import FAMILIES
+from tests.helpers.models import make_config
+from tests.helpers.prompts import CHAT_TEMPLATE, clip, make_tokenizer
 
 AUDIO = "<|audio|>"
 TOOLS = [{"type": "function", "function": {"name": "look", "description": "", "parameters": {}}}]

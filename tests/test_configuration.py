@@ -4,12 +4,12 @@ import copy
 import json
 
 import pytest
-from conftest import FAMILIES, make_config, speech_config, text_config
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, WhisperConfig
 
 from modeling_blsp_kd import BlspKdConfig, BlspKdForCausalLM
 from modeling_blsp_kd import configuration_blsp_kd as configuration
 from modeling_blsp_kd.configuration_blsp_kd import CUSTOM_PIPELINES
+from tests.helpers.models import FAMILIES, make_config, speech_config, text_config
 
 AUTHORS_CFORMER = {
     "type": "cformer",

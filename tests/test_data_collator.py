@@ -5,11 +5,12 @@ import copy
 import numpy as np
 import pytest
 import torch
-from conftest import CHAT_TEMPLATE, SAMPLING_RATE, make_model, make_tokenizer
 from transformers import SeamlessM4TFeatureExtractor, Wav2Vec2FeatureExtractor
 
 from processing import BlspKdDataCollator, BlspKdProcessor
 from processing.data_collator import split_prompt
+from tests.helpers.models import make_model
+from tests.helpers.prompts import CHAT_TEMPLATE, SAMPLING_RATE, make_tokenizer
 
 pytestmark = pytest.mark.numerical
 

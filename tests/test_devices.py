@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_model, spoken_prompts
 from transformers import AutoModelForCausalLM
 
 from modeling_blsp_kd import BlspKdConfig, BlspKdForCausalLM, devices
 from modeling_blsp_kd.devices import fast_dtype, float64_device
 from modeling_blsp_kd.stored_dtypes import part_of
 from tests.gpu_check import BUDGETS_S, PARTS
+from tests.helpers.models import make_model
+from tests.helpers.prompts import spoken_prompts
 
 TESTS = Path(__file__).parent
 
@@ -28,11 +29,7 @@ def test_a_device_without_float64_does_all_that_the_cpu_does():
     """On a Mac, where the Trainer and pipelines take MPS by themselves, any prompt with audio failed in CIF."""
     checks = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", TESTS / "on_device.py"],
-        env={
-            **os.environ,
-            "BLSP_KD_TEST_DEVICE": "standin",
-            "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]),
-        },
+        env={**os.environ, "BLSP_KD_TEST_DEVICE": "standin"},
         capture_output=True,
         text=True,
     )

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from conftest import FAMILIES, make_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling_blsp_kd import distillation
@@ -15,6 +14,7 @@ from modeling_blsp_kd.distillation import (
     quantity_loss,
 )
 from modeling_blsp_kd.distillation_step import OutputHead, check_output_head
+from tests.helpers.models import FAMILIES, make_model
 
 pytestmark = pytest.mark.numerical
 

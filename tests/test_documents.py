@@ -11,10 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import clip
 
 from modeling_blsp_kd import BlspKdForCausalLM
 from processing import BlspKdProcessor
+from tests.helpers.prompts import clip
 
 ROOT = Path(__file__).parent.parent
 TINY_WORLD = ROOT / "examples" / "tiny_world"

@@ -4,8 +4,9 @@ import json
 import shutil
 
 import pytest
-from reliability.equivalence import ENGINES, MAX_DIFFERENCE, SHORT, compare_case, run, table
 from safetensors.torch import load_file, save_file
+
+from tests.reliability.equivalence import ENGINES, MAX_DIFFERENCE, SHORT, compare_case, run, table
 
 CASE = "training"
 

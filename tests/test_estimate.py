@@ -4,11 +4,11 @@ import pytest
 import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from benchmarks.memory_estimate import ASSUME, compare, estimate, make_config
-from test_examples import EXAMPLES, load_example
 from transformers import HfArgumentParser
 
 from modeling_blsp_kd import BlspKdConfig
+from tests.benchmarks.memory_estimate import ASSUME, compare, estimate, make_config
+from tests.helpers.example_scripts import EXAMPLES, load_example
 
 TINY_WORLD = EXAMPLES / "tiny_world"
 RECIPES = sorted(path for path in (EXAMPLES / "recipes").glob("*.yaml") if "fsdp" not in path.name)

@@ -12,8 +12,6 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from audio_files import StandInDecoder
-from conftest import SAMPLING_RATE, VOCAB_SIZE, clip, make_model, speech_config
 from datasets import Dataset
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
@@ -37,6 +35,9 @@ from processing.evaluation.report import as_markdown, plot
 from processing.evaluation.rows import check_rows, hub_rows, manifest_rows, open_rows, schema_of
 from processing.evaluation.scoring import Scorer
 from processing.evaluation.systems import TASKS, Systems
+from tests.helpers.audio_files import StandInDecoder
+from tests.helpers.models import VOCAB_SIZE, make_model, speech_config
+from tests.helpers.prompts import SAMPLING_RATE, clip
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 TEXTS = ["the red cat", "ran to the river and back", "cat"]

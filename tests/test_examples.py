@@ -1,6 +1,5 @@
 """The scripts of examples/, in short forms."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -11,13 +10,15 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import CHAT_TEMPLATE, clip, make_tokenizer
 from safetensors.torch import load_file
-from test_hub_loading import ELSEWHERE, run_python
 from transformers import GenerationConfig, pipeline
 
+from processing.publishing.verify import ELSEWHERE
+from tests.helpers.example_scripts import EXAMPLES, load_example
+from tests.helpers.prompts import CHAT_TEMPLATE, clip, make_tokenizer
+from tests.helpers.shipping import run_python
+
 ROOT = Path(__file__).parent.parent
-EXAMPLES = ROOT / "examples"
 
 
 def run(*arguments, cwd=ROOT):
@@ -26,14 +27,6 @@ def run(*arguments, cwd=ROOT):
     )
     assert finished.returncode == 0, finished.stderr[-3000:]
     return finished.stdout
-
-
-def load_example(name, monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")

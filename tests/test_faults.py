@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_model
-from test_trainer import make_trainer
 from transformers import TrainerCallback
 
 from modeling_blsp_kd.checkpoints import ASIDE, SEAL, choose_checkpoint, defect
+from tests.helpers.models import make_model
+from tests.helpers.trainers import make_trainer
 
 SAVING = {
     "per_device_train_batch_size": 2,
@@ -350,8 +350,7 @@ def test_sigterm_saves_and_exits_and_the_resumed_run_is_the_uninterrupted_one(wo
 
 def test_two_processes_agree(tmp_path):
     """One of two processes gets SIGTERM, then one has a loss that is not finite: neither may be left waiting."""
-    tests = Path(__file__).parent
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
     run = subprocess.run([*command, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr[-3000:]
@@ -379,9 +378,8 @@ def test_wrong_options_are_named(tmp_path, processor, collator):
 
 def main(folder):
     """One of two processes; only the second has faults."""
-    from test_trainer import make_processor
-
     from processing import BlspKdDataCollator
+    from tests.helpers.prompts import make_processor
 
     processor = make_processor()
     collator, run = BlspKdDataCollator(processor), folder / "run"

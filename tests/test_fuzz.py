@@ -9,8 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
-from reliability import fuzz
-from reliability.fuzz_kinds import Kind, WrongResultError
+
+from tests.reliability import fuzz
+from tests.reliability.fuzz_kinds import Kind, WrongResultError
 
 REPOSITORY = Path(__file__).parent.parent
 

@@ -5,9 +5,11 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from conftest import FAMILIES, SAMPLING_RATE, VOCAB_SIZE, clip, make_model, spoken_prompts
-from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, StaticCache, TextStreamer
+from transformers import GenerationConfig, LogitsProcessor, StaticCache, TextStreamer
 from transformers.generation.streamers import BaseStreamer
+
+from tests.helpers.models import FAMILIES, VOCAB_SIZE, base_llm, make_model
+from tests.helpers.prompts import SAMPLING_RATE, clip, spoken_prompts
 
 pytestmark = pytest.mark.numerical
 
@@ -69,9 +71,7 @@ def test_batch_equals_single_for_mixed_lengths_and_without_audio(adapter, proces
 @pytest.mark.parametrize("family", FAMILIES)
 def test_text_only_prompts_give_the_base_llms_output(family):
     model = make_model(family, plora=True)
-    base = AutoModelForCausalLM.from_config(model.config.text_config).eval()
-    state = model.language_model.state_dict().items()
-    base.load_state_dict({name.replace(".base_layer", ""): value for name, value in state if "lora_" not in name})
+    base = base_llm(model)
     base.generation_config = model.generation_config
     torch.manual_seed(0)
     prompt = {"input_ids": torch.randint(3, 200, (2, 7)), "attention_mask": torch.ones(2, 7, dtype=torch.long)}

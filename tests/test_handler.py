@@ -16,9 +16,6 @@ import httpx
 import pytest
 import soundfile
 import uvicorn
-from audio_files import encode_by_ffmpeg
-from conftest import clip
-from spoken_cases import BAD_FILES, INSTRUCTION, base64_of, encode, make_repository
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, PlainTextResponse
@@ -26,6 +23,9 @@ from starlette.routing import Route
 from transformers import pipeline
 
 import processing.publishing.handler as handler_file
+from tests.helpers.audio_files import encode, encode_by_ffmpeg
+from tests.helpers.prompts import clip
+from tests.helpers.spoken_cases import BAD_FILES, INSTRUCTION, base64_of, make_repository
 
 ROOT = Path(__file__).parents[1]
 HANDLER = Path(handler_file.__file__)

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import SAMPLING_RATE, VOCAB_SIZE, clip, make_model, spoken_prompts
 
 from modeling_blsp_kd.adapters import AdapterOutput
 from processing.demo import Hearing, hear, picture, plot_hearing
+from tests.helpers.models import VOCAB_SIZE, make_model
+from tests.helpers.prompts import SAMPLING_RATE, clip, spoken_prompts
 
 pytestmark = pytest.mark.numerical
 

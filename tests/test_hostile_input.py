@@ -9,12 +9,13 @@ import shutil
 
 import pytest
 import torch
-from conftest import SAMPLING_RATE, clip, make_config, make_model
 from jinja2.exceptions import SecurityError
 from safetensors.torch import load_file, save_file
 
 from modeling_blsp_kd import BlspKdConfig, BlspKdForCausalLM
 from processing import BlspKdPipeline, BlspKdProcessor
+from tests.helpers.models import make_config, make_model
+from tests.helpers.prompts import SAMPLING_RATE, clip
 
 
 class Trap:

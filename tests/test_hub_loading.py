@@ -2,32 +2,22 @@
 
 import re
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import SAMPLING_RATE, clip, make_model
 
-import modeling_blsp_kd
-import processing
 from modeling_blsp_kd import BlspKdForCausalLM
 from processing import BlspKdProcessor
 from processing.publishing.elsewhere import MODEL_CLASSES, PACKAGES
-from processing.publishing.verify import COMMIT, ELSEWHERE, as_hub_cache, run_script
+from processing.publishing.verify import COMMIT, ELSEWHERE, as_hub_cache
+from tests.helpers.models import make_model
+from tests.helpers.prompts import SAMPLING_RATE, clip
+from tests.helpers.shipping import PACKAGE_FOLDERS, assert_tells_no_path, run_python, unshippable
 
-PACKAGE_FOLDERS = [Path(package.__file__).parent for package in (modeling_blsp_kd, processing)]
 REPO_ID = "org/small-blsp_kd.1"
 
-# What a file that travels alone must not say; transformers finds imports by regular expression, in docstrings too.
-UNSHIPPABLE = {
-    "imports the package by name": re.compile(r"^\s*(?:import|from)\s+(?:modeling_blsp_kd|processing)\b", re.M),
-    "imports from above": re.compile(r"^\s*from\s+\.\.", re.M),
-    "imports a module, not a thing in it": re.compile(r"^\s*from\s+\.\s+import\b", re.M),
-    "imports from a folder": re.compile(r"^\s*from\s+\.\w+\.\w+", re.M),
-    "imports late": re.compile(r"^[ \t]+from\s+\.\w*\s+import\b", re.M),
-}
 
 # Runs in a process of its own, that cannot import this package nor reach a network.
 CHILD = f"""
@@ -67,13 +57,6 @@ assert not set({PACKAGES!r}) & set(sys.modules)
 results["attempts"] = ATTEMPTS
 torch.save(results, results_path)
 """
-
-
-def run_python(code, *arguments, folder, **options):
-    """Run code in a fresh interpreter that sees none of this one's settings."""
-    script = folder / "child.py"
-    script.write_text(code)
-    return run_script(script, *arguments, folder=folder, timeout_s=120, **options)
 
 
 def load_elsewhere(source, audio_path, folder, hf_home=None):
@@ -178,10 +161,6 @@ def test_saving_elsewhere_ships_the_same_files(elsewhere, saved):
 # -- shipped code -----------------------------------------------------------------------------------------------------
 
 
-def unshippable(text) -> list[str]:
-    return [problem for problem, pattern in UNSHIPPABLE.items() if pattern.search(text)]
-
-
 def test_shipped_files_import_only_each_other_and_other_packages(saved):
     files = {path.stem: path.read_text() for path in saved.glob("*.py")}
     assert {"configuration_blsp_kd", "modeling_blsp_kd", "processing_blsp_kd"} <= set(files)
@@ -226,13 +205,6 @@ def test_shipped_files_are_the_packages_own(saved):
 
 
 # -- what a saved folder does not tell --------------------------------------------------------------------------------
-
-
-def assert_tells_no_path(folder, *paths):
-    for file in (path for path in folder.rglob("*") if path.is_file()):
-        contents = file.read_bytes()
-        for path in (*paths, Path(__file__).parents[1]):
-            assert str(path).encode() not in contents, f"{file.name} holds {path}"
 
 
 def test_a_saved_folder_tells_no_path_of_this_machine(backbones, processor, tmp_path):

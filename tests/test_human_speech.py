@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import SAMPLING_RATE, clip, make_model
+
+from tests.helpers.models import make_model
+from tests.helpers.prompts import SAMPLING_RATE, clip
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-from conftest import make_model
+from tests.helpers.models import make_model
 
 CHILD = """
 import sys

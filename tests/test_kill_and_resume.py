@@ -3,8 +3,9 @@
 import logging
 
 import pytest
-from reliability.kill_and_resume import KINDS, SHORT, run, table
-from test_examples import load_example
+
+from tests.helpers.example_scripts import load_example
+from tests.reliability.kill_and_resume import KINDS, SHORT, run, table
 
 
 def test_killed_trainings_end_as_the_one_that_nobody_killed(tmp_path):

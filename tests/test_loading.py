@@ -12,7 +12,6 @@ import accelerate
 import pytest
 import torch
 import transformers
-from conftest import SMALL_CFORMER, make_model, speech_config, spoken_prompts
 from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig, Wav2Vec2Config, Wav2Vec2Model
@@ -21,6 +20,8 @@ from modeling_blsp_kd import BlspKdForCausalLM
 from modeling_blsp_kd.backbones import load_audio_tower
 from modeling_blsp_kd.distillation_step import check_output_head
 from modeling_blsp_kd.speech_encoder import TrueLengthWhisperEncoder
+from tests.helpers.models import SMALL_CFORMER, make_model, speech_config
+from tests.helpers.prompts import spoken_prompts
 
 pytestmark = pytest.mark.numerical
 

@@ -22,12 +22,12 @@ import pyarrow.parquet
 import pytest
 import soundfile
 import torch
-from audio_files import encode_by_ffmpeg
-from conftest import CHAT_TEMPLATE, clip, make_tokenizer
 from filelock import FileLock
 from transformers import AutoModelForCausalLM
 
 from processing import BlspKdDataCollator, BlspKdProcessor
+from tests.helpers.audio_files import encode_by_ffmpeg
+from tests.helpers.prompts import CHAT_TEMPLATE, clip, make_tokenizer
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 THINKING_TEMPLATE = CHAT_TEMPLATE.replace(

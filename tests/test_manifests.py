@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import soundfile
-from conftest import clip
 
 from processing.evaluation.rows import manifest_rows
 from processing.manifests import manifest_lines, read_manifest, read_objects
+from tests.helpers.prompts import clip
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 ROW = {"audio": "a.wav", "text": "drei Äpfel", "duration": "3.2", "voice": 7, "answer": 3, "kind": None}

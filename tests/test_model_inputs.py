@@ -2,8 +2,10 @@
 
 import pytest
 import torch
-from conftest import make_model, spoken_prompts
 from transformers import Wav2Vec2Config, Wav2Vec2Model
+
+from tests.helpers.models import make_model
+from tests.helpers.prompts import spoken_prompts
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.bool]
 

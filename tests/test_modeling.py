@@ -4,10 +4,11 @@ import copy
 
 import pytest
 import torch
-from conftest import FAMILIES, SMALL_CFORMER, make_config, make_model, spoken_prompts
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMultimodalLM
 
 from modeling_blsp_kd import BlspKdConfig, BlspKdForCausalLM
+from tests.helpers.models import FAMILIES, SMALL_CFORMER, base_llm, make_config, make_model
+from tests.helpers.prompts import spoken_prompts
 
 pytestmark = pytest.mark.numerical
 
@@ -217,15 +218,7 @@ def test_text_only_logits_are_the_llms_bit_for_bit(family, collator, rows):
     mask = torch.ones_like(input_ids)
     mask[0, :4] = 0
     expected = model.language_model(input_ids=input_ids, attention_mask=mask).logits
-    plain = AutoModelForCausalLM.from_config(model.config.text_config).eval()
-    plain.load_state_dict(
-        {
-            name.replace(".base_layer", ""): value
-            for name, value in model.language_model.state_dict().items()
-            if "lora_" not in name
-        }
-    )
-    assert torch.equal(plain(input_ids=input_ids, attention_mask=mask).logits, expected)
+    assert torch.equal(base_llm(model)(input_ids=input_ids, attention_mask=mask).logits, expected)
     model(**collator(rows))  # a speech call in between must leave nothing behind
     assert torch.equal(model(input_ids=input_ids, attention_mask=mask).logits, expected)
 
@@ -339,8 +332,9 @@ def test_from_backbones_keeps_the_generation_config_when_saved(backbones, proces
 
 
 def test_from_backbones_takes_the_encoder_out_of_a_whole_whisper(backbones, processor, tmp_path):
-    from conftest import speech_config
     from transformers import WhisperForConditionalGeneration
+
+    from tests.helpers.models import speech_config
 
     whisper = WhisperForConditionalGeneration(speech_config())
     whisper.save_pretrained(tmp_path)

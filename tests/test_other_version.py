@@ -4,7 +4,8 @@ import sys
 
 import pytest
 import torch
-from reliability.other_version import compare, differences
+
+from tests.reliability.other_version import compare, differences
 
 
 @pytest.fixture(scope="module")

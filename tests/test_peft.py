@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from conftest import FAMILIES, make_model, spoken_prompts
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from test_plora import base_llm, logits_at, prompt
 
 from modeling_blsp_kd import BlspKdForCausalLM, plora
+from tests.helpers.models import FAMILIES, base_llm, make_model
+from tests.helpers.partial_lora import logits_at, prompt
+from tests.helpers.prompts import spoken_prompts
 
 pytestmark = [
     pytest.mark.numerical,

@@ -14,17 +14,6 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from audio_files import StandInDecoder
-from conftest import SAMPLING_RATE, clip
-from spoken_cases import (
-    BAD_FILES,
-    INSTRUCTION,
-    base64_of,
-    encode,
-    make_readable_model,
-    make_repository,
-)
-from test_hub_loading import PACKAGES, run_python, unshippable
 from transformers import LogitsProcessor, LogitsProcessorList, TextIteratorStreamer, pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.pt_utils import KeyDataset
@@ -34,6 +23,11 @@ from modeling_blsp_kd import BlspKdConfig
 from modeling_blsp_kd.configuration_blsp_kd import CUSTOM_PIPELINES
 from processing import BlspKdPipeline, BlspKdProcessor, BlspKdSpeechRecognitionPipeline, url_fetching
 from processing.pipeline_blsp_kd import _chunks
+from processing.publishing.elsewhere import PACKAGES
+from tests.helpers.audio_files import StandInDecoder, encode
+from tests.helpers.prompts import SAMPLING_RATE, clip
+from tests.helpers.shipping import run_python, unshippable
+from tests.helpers.spoken_cases import BAD_FILES, INSTRUCTION, base64_of, make_readable_model, make_repository
 
 TASKS = ("audio-text-to-text", "automatic-speech-recognition")
 SHORT = {"max_new_tokens": 5}

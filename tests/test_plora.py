@@ -4,38 +4,13 @@ import copy
 
 import pytest
 import torch
-from conftest import FAMILIES, make_config, make_model, text_config
 from transformers import AutoModelForCausalLM
 
 from modeling_blsp_kd import BlspKdForCausalLM
+from tests.helpers.models import FAMILIES, base_llm, make_config, make_model, text_config
+from tests.helpers.partial_lora import logits_at, prompt
 
 pytestmark = pytest.mark.numerical
-
-
-def prompt(model, seed=0, length=9):
-    generator = torch.Generator().manual_seed(seed)
-    width = model.config.get_text_config().hidden_size
-    embeds = torch.randn(2, length, width, generator=generator).to(model.dtype)
-    is_speech = torch.zeros(2, length, dtype=torch.bool)
-    is_speech[0, 3:6] = is_speech[1, 2:7] = True
-    return embeds, is_speech
-
-
-def logits_at(model, embeds, is_speech):
-    with model.plora.at(is_speech):
-        return model.language_model(inputs_embeds=embeds).logits
-
-
-def base_llm(model):
-    """The LLM without any LoRA layer, with the same weights."""
-    base = AutoModelForCausalLM.from_config(model.config.text_config).to(model.dtype)
-    state = {
-        key.replace(".base_layer", ""): value
-        for key, value in model.language_model.state_dict().items()
-        if "lora_" not in key
-    }
-    base.load_state_dict(state)
-    return base.eval()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -5,10 +5,11 @@ import logging
 import pytest
 import torch
 import transformers
-from conftest import SMALL_CFORMER, make_model, spoken_prompts, text_config
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from modeling_blsp_kd import BlspKdForCausalLM
+from tests.helpers.models import SMALL_CFORMER, make_model, text_config
+from tests.helpers.prompts import spoken_prompts
 
 pytestmark = pytest.mark.numerical
 

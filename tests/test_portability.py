@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from portability import __main__ as command
-from portability.cpu_kernels import look
-from portability.other_rounding import OtherRounding
+
+from tests.portability import __main__ as command
+from tests.portability.cpu_kernels import look
+from tests.portability.other_rounding import OtherRounding
 
 TESTS = Path(__file__).parent
 

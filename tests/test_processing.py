@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from audio_files import StandInDecoder, encode
-from conftest import CHAT_TEMPLATE, SAMPLING_RATE, VOCAB_SIZE, clip, make_tokenizer, spoken_prompts
 from tokenizers.processors import TemplateProcessing
 from transformers import Wav2Vec2FeatureExtractor, WhisperFeatureExtractor
 from transformers.utils import logging as transformers_logging
 
 from processing import BlspKdProcessor
+from tests.helpers.audio_files import StandInDecoder, encode
+from tests.helpers.models import VOCAB_SIZE
+from tests.helpers.prompts import CHAT_TEMPLATE, SAMPLING_RATE, clip, make_tokenizer, spoken_prompts
 
 pytestmark = pytest.mark.numerical
 

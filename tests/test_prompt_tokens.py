@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import clip, make_tokenizer
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
 from processing import BlspKdDataCollator, BlspKdProcessor
 from processing.data_collator import continue_ids, split_prompt
+from tests.helpers.prompts import clip, make_tokenizer
 
 AUDIO = "<|audio|>"
 CORPUS = [

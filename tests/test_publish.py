@@ -15,11 +15,7 @@ import huggingface_hub.constants
 import pytest
 import soundfile
 import torch
-from conftest import SAMPLING_RATE, clip, make_model
 from huggingface_hub import HfApi, ModelCard
-from stand_in_hub import REPO_ID, StandInHub
-from test_hub_loading import PACKAGE_FOLDERS, assert_tells_no_path
-from test_thin_checkpoints import build, hub  # noqa: F401 (a fixture)
 
 from modeling_blsp_kd import BlspKdForCausalLM
 from modeling_blsp_kd.thin_checkpoints import trained_names
@@ -29,6 +25,10 @@ from processing.publishing.facts import count_parameters
 from processing.publishing.publication import complete_or_nothing
 from processing.publishing.upload import UploadError, upload
 from processing.publishing.verify import compare, run_script
+from tests.helpers.models import make_model, make_thin_model
+from tests.helpers.prompts import SAMPLING_RATE, clip
+from tests.helpers.shipping import PACKAGE_FOLDERS, assert_tells_no_path
+from tests.helpers.stand_in_hub import REPO_ID, StandInHub
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "examples" / "publish.py"
@@ -176,7 +176,7 @@ def test_a_manifest_of_samples_comes_before_those_of_training(checkpoint, tmp_pa
 
 def test_a_thin_checkpoint_of_local_folders_is_refused_or_made_full(backbones, processor, tmp_path, monkeypatch):
     """It would ask everyone for folders of this machine."""
-    model = build(backbones)
+    model = make_thin_model(backbones)
     thin = save_checkpoint(tmp_path / "thin", model, processor, results=None)
     with pytest.raises(SystemExit, match="audio_tower and language_model came from a folder .* --full"):
         run_publish(monkeypatch, thin, tmp_path / "made")
@@ -189,8 +189,10 @@ def test_a_thin_checkpoint_of_local_folders_is_refused_or_made_full(backbones, p
     assert_tells_no_path(tmp_path / "made", tmp_path, backbones[0].parent)
 
 
-def test_a_thin_checkpoint_of_the_hub_is_published_thin_and_answers_elsewhere(hub, processor, tmp_path, monkeypatch):  # noqa: F811
-    thin = save_checkpoint(tmp_path / "thin", build(hub), processor)
+def test_a_thin_checkpoint_of_the_hub_is_published_thin_and_answers_elsewhere(
+    hub_backbones, processor, tmp_path, monkeypatch
+):
+    thin = save_checkpoint(tmp_path / "thin", make_thin_model(hub_backbones), processor)
     # Once with the real measurement: a process that has the base models from the Hub's cache.
     monkeypatch.setattr(sys, "argv", ["publish.py", str(thin), str(tmp_path / "made")])
     publish.main()
@@ -211,7 +213,7 @@ def test_parameters_are_counted_by_part(backbones):
         make_model(plora=True),
         make_model(plora=False, freeze_speech_encoder=False),
         make_model(text={"tie_word_embeddings": True}),
-        build(backbones),
+        make_thin_model(backbones),
     ):
         counts = count_parameters(model)
         assert sum(part["parameters"] for part in counts.values()) == model.num_parameters()

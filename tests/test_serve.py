@@ -18,9 +18,13 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import SAMPLING_RATE, clip, make_model
-from test_hub_loading import PACKAGES, REPO_ID, as_hub_cache
 from transformers.utils.import_utils import is_serve_available
+
+from processing.publishing.elsewhere import PACKAGES
+from processing.publishing.verify import as_hub_cache
+from tests.helpers.models import make_model
+from tests.helpers.prompts import SAMPLING_RATE, clip
+from tests.test_hub_loading import REPO_ID
 
 if is_serve_available():
     import openai

@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from reliability.soak import MAX_GROWTH_BYTES, Request, ask, memory_facts, verdict
-from spoken_cases import make_repository
+
+from tests.helpers.spoken_cases import make_repository
+from tests.reliability.soak import MAX_GROWTH_BYTES, Request, ask, memory_facts, verdict
 
 REPOSITORY = Path(__file__).parent.parent
 MIB = 2**20

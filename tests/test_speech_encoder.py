@@ -3,30 +3,24 @@
 import numpy as np
 import pytest
 import torch
-from conftest import SAMPLING_RATE, SMALL_CFORMER, clip, make_config, make_model, speech_config, text_config
 from transformers import (
     AutoModel,
-    HubertConfig,
     ParakeetCTCConfig,
-    ParakeetEncoderConfig,
-    ParakeetFeatureExtractor,
     ParakeetForCTC,
-    SeamlessM4TFeatureExtractor,
-    Wav2Vec2BertConfig,
     Wav2Vec2BertModel,
-    Wav2Vec2Config,
-    Wav2Vec2FeatureExtractor,
     Wav2Vec2ForCTC,
     Wav2Vec2Model,
-    WavLMConfig,
     WhisperFeatureExtractor,
 )
 from transformers.models.whisper.modeling_whisper import WhisperEncoder, sinusoids
 
-from modeling_blsp_kd import BlspKdConfig, BlspKdForCausalLM
+from modeling_blsp_kd import BlspKdForCausalLM
 from modeling_blsp_kd.encoder_families import window_of
 from modeling_blsp_kd.speech_encoder import TrueLengthWhisperEncoder, encode_speech
 from processing import BlspKdDataCollator, BlspKdProcessor
+from tests.helpers.encoders import ENCODERS, config_of, encoder_config, extractor_of, model_of, processor_of
+from tests.helpers.models import SMALL_CFORMER, make_config, make_model, speech_config
+from tests.helpers.prompts import SAMPLING_RATE, clip
 
 pytestmark = pytest.mark.numerical
 
@@ -197,76 +191,6 @@ def test_other_speech_paddings_are_errors():
 
 
 # -- other encoders ---------------------------------------------------------------------------------------------------
-
-WAVEFORM_OPTIONS = {
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-    "conv_dim": [8] * 7,
-    "num_conv_pos_embeddings": 16,
-    "num_conv_pos_embedding_groups": 4,
-    "vocab_size": 10,
-    "initializer_range": 0.2,
-}
-ENCODERS = {
-    **{
-        f"{config_class.model_type}-{norm}": (config_class, {**WAVEFORM_OPTIONS, "feat_extract_norm": norm})
-        for config_class in (Wav2Vec2Config, HubertConfig, WavLMConfig)
-        for norm in ("group", "layer")
-    },
-    "wav2vec2-bert": (
-        Wav2Vec2BertConfig,
-        {
-            "hidden_size": 16,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "intermediate_size": 32,
-            "vocab_size": 10,
-            "conv_depthwise_kernel_size": 5,
-            "feature_projection_input_dim": 160,
-        },
-    ),
-    "parakeet": (
-        ParakeetEncoderConfig,
-        {
-            "hidden_size": 16,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "intermediate_size": 32,
-            "subsampling_conv_channels": 4,
-        },
-    ),
-}
-
-
-def encoder_config(name):
-    config_class, options = ENCODERS[name]
-    return config_class(**options)
-
-
-def config_of(name, **options):
-    text = text_config(max_position_embeddings=4096)
-    return BlspKdConfig(
-        speech_config=encoder_config(name), text_config=text, adapter=SMALL_CFORMER, audio_token_id=300, **options
-    )
-
-
-def model_of(name, **options):
-    torch.manual_seed(0)
-    return BlspKdForCausalLM(config_of(name, plora=True, **options)).eval()
-
-
-def extractor_of(name):
-    if name == "wav2vec2-bert":
-        return SeamlessM4TFeatureExtractor(feature_size=80, num_mel_bins=80, stride=2)
-    if name == "parakeet":
-        return ParakeetFeatureExtractor()
-    return Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=name.endswith("layer"))
-
-
-def processor_of(name, processor):
-    return BlspKdProcessor(extractor_of(name), processor.tokenizer, chat_template=processor.chat_template)
 
 
 def features_of(name, length, seed=0):

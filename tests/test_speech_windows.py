@@ -3,8 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from conftest import SAMPLING_RATE, clip, make_model
-from test_cif import literal_tokens
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,6 +16,9 @@ from modeling_blsp_kd.speech_windows import (
     split_into_windows,
     tokens_per_window,
 )
+from tests.helpers.literal_cif import literal_tokens
+from tests.helpers.models import make_model
+from tests.helpers.prompts import SAMPLING_RATE, clip
 
 pytestmark = pytest.mark.numerical
 

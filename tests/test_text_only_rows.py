@@ -5,7 +5,8 @@ Leaves out: what the collator makes of spoken rows (`test_data_collator.py`).
 
 import pytest
 import torch
-from conftest import make_model
+
+from tests.helpers.models import make_model
 
 pytestmark = pytest.mark.numerical
 

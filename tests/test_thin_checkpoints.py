@@ -3,39 +3,27 @@
 import copy
 import shutil
 
-import huggingface_hub.constants
 import pytest
 import torch
 import transformers
-from conftest import SMALL_CFORMER, speech_config, spoken_prompts, text_config
 from safetensors.torch import load_file, save_file
-from test_hub_loading import COMMIT, as_hub_cache
-from test_trainer import make_trainer
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
     ParakeetEncoder,
     ParakeetEncoderConfig,
-    WhisperForConditionalGeneration,
 )
 
 from modeling_blsp_kd import BlspKdConfig, BlspKdForCausalLM
+from processing.publishing.verify import COMMIT
+from tests.helpers.models import SMALL_CFORMER, make_thin_model, text_config
+from tests.helpers.prompts import spoken_prompts
+from tests.helpers.trainers import make_trainer
 
 pytestmark = pytest.mark.numerical
 
 TEXT = torch.arange(3, 12)[None]
 OTHER_COMMIT = COMMIT[::-1]
-
-
-def build(backbones, seed=1, **options) -> BlspKdForCausalLM:
-    """A thin model with partial LoRA that is not zero, as after training."""
-    options = {"audio_token_id": 300, "adapter": SMALL_CFORMER, "plora": True, "thin": True, **options}
-    torch.manual_seed(seed)
-    model = BlspKdForCausalLM.from_backbones(*backbones, **options)
-    if model.plora is not None:
-        for parameter in model.plora.parameters:
-            parameter.data.normal_(std=0.3)
-    return model
 
 
 def saved_names(folder) -> set[str]:
@@ -61,7 +49,7 @@ def inputs(processor):
 @pytest.fixture(scope="module")
 def model(backbones):
     """Shared: no test changes it."""
-    return build(backbones)
+    return make_thin_model(backbones)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +70,7 @@ def own_backbones(backbones, tmp_path):
 
 @pytest.mark.parametrize("options", [{}, {"plora": False}, {"adapter": {"type": "subsampler", "bottleneck_dim": 8}}])
 def test_it_holds_the_adapter_and_partial_lora(options, backbones, tmp_path):
-    model = build(backbones, **options)
+    model = make_thin_model(backbones, **options)
     model.save_pretrained(tmp_path)
     expected = {name for name in model.state_dict() if name.startswith("adapter.") or "lora_" in name}
     assert saved_names(tmp_path) == expected
@@ -102,7 +90,7 @@ def test_it_holds_a_trained_encoder_with_its_statistics(backbones, inputs, tmp_p
         subsampling_conv_channels=8,
     )
     ParakeetEncoder(encoder_config).save_pretrained(tmp_path / "encoder")
-    model = build((tmp_path / "encoder", backbones[1]), freeze_speech_encoder=False)
+    model = make_thin_model((tmp_path / "encoder", backbones[1]), freeze_speech_encoder=False)
     for name, buffer in model.audio_tower.named_buffers():
         if "batch" in name or "running" in name:
             buffer += 3
@@ -122,7 +110,7 @@ def test_it_holds_a_trained_encoder_with_its_statistics(backbones, inputs, tmp_p
     "part", ["language_model.model.layers.0.mlp.up_proj.base_layer.weight", "audio_tower.layers.0.fc1.bias"]
 )
 def test_what_its_user_unfroze_survives_saving_twice(part, backbones, model, inputs, tmp_path):
-    changed = build(backbones)
+    changed = make_thin_model(backbones)
     changed.get_parameter(part).requires_grad_(True).data += 1
     changed.save_pretrained(tmp_path / "first")
     expected = logits(changed, inputs)
@@ -140,7 +128,7 @@ def test_tied_embeddings_stay_tied(unfreeze, backbones, inputs, tmp_path):
     """Unfrozen ones came back in the input embeddings alone."""
     torch.manual_seed(2)
     AutoModelForCausalLM.from_config(text_config(tie_word_embeddings=True)).save_pretrained(tmp_path / "llm")
-    model = build((backbones[0], tmp_path / "llm"))
+    model = make_thin_model((backbones[0], tmp_path / "llm"))
     if unfreeze:
         model.get_input_embeddings().weight.requires_grad_(True).data += 0.1
     model.save_pretrained(tmp_path / "thin")
@@ -151,7 +139,7 @@ def test_tied_embeddings_stay_tied(unfreeze, backbones, inputs, tmp_path):
 
 def test_a_resized_vocabulary_is_refused(backbones, tmp_path):
     """It was saved without complaint, and could not be loaded: its new embeddings are no longer the backbone's."""
-    model = build(backbones)
+    model = make_thin_model(backbones)
     with pytest.raises(ValueError, match="vocabulary"):
         model.resize_token_embeddings(320, mean_resizing=False)
         model.save_pretrained(tmp_path)
@@ -173,7 +161,7 @@ def test_it_loads_as_what_was_saved(auto_class, thin, model, inputs):
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
 def test_dtype_auto_keeps_the_dtypes_of_training(stored, own_backbones, inputs, tmp_path):
     AutoModelForCausalLM.from_pretrained(own_backbones[1], dtype=stored).save_pretrained(own_backbones[1])
-    model = build(own_backbones, dtype=torch.bfloat16)
+    model = make_thin_model(own_backbones, dtype=torch.bfloat16)
     dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
     assert {dtype for name, dtype in dtypes.items() if "lora_" in name or name.startswith("adapter.")} == {
         torch.float32
@@ -189,7 +177,7 @@ def test_dtype_auto_keeps_the_dtypes_of_training(stored, own_backbones, inputs, 
 @pytest.mark.parametrize("dtype", [torch.float32, "bfloat16"])
 def test_an_explicit_dtype_is_that_of_all(dtype, own_backbones, inputs, tmp_path):
     AutoModelForCausalLM.from_pretrained(own_backbones[1], dtype=torch.float16).save_pretrained(own_backbones[1])
-    build(own_backbones).save_pretrained(tmp_path / "thin")
+    make_thin_model(own_backbones).save_pretrained(tmp_path / "thin")
     loaded = BlspKdForCausalLM.from_pretrained(tmp_path / "thin", dtype=dtype)
     expected = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     assert {parameter.dtype for parameter in loaded.parameters()} == {expected}
@@ -288,7 +276,7 @@ def test_attention_implementation_of_each_part(given, expected, thin, model, inp
 
 
 def test_the_generation_config_is_kept(backbones, tmp_path):
-    model = build(backbones)
+    model = make_thin_model(backbones)
     assert model.generation_config.top_k == 11
     model.save_pretrained(tmp_path / "thin")
     assert BlspKdForCausalLM.from_pretrained(tmp_path / "thin").generation_config.top_k == 11
@@ -304,7 +292,7 @@ def test_the_generation_config_is_kept(backbones, tmp_path):
 
 
 def test_saving_does_not_change_the_config(backbones, tmp_path, monkeypatch):
-    model = build(backbones)
+    model = make_thin_model(backbones)
     before = copy.deepcopy(model.config.to_dict())
     of_transformers = {"architectures", "dtype"}  # which its own save_pretrained writes
     for full in (True, False):
@@ -318,7 +306,7 @@ def test_saving_does_not_change_the_config(backbones, tmp_path, monkeypatch):
 
 
 def test_a_full_checkpoint_of_it_needs_no_backbones(own_backbones, inputs, tmp_path):
-    model = build(own_backbones)
+    model = make_thin_model(own_backbones)
     model.save_pretrained(tmp_path / "thin")
     loaded = BlspKdForCausalLM.from_pretrained(tmp_path / "thin")
     loaded.save_pretrained(tmp_path / "full", full=True)
@@ -338,7 +326,7 @@ def test_a_full_checkpoint_of_it_needs_no_backbones(own_backbones, inputs, tmp_p
 
 @pytest.mark.parametrize("index, part", [(0, "audio_tower"), (1, "language_model")])
 def test_a_missing_backbone_is_named(index, part, own_backbones, tmp_path):
-    build(own_backbones).save_pretrained(tmp_path / "thin")
+    make_thin_model(own_backbones).save_pretrained(tmp_path / "thin")
     own_backbones[index].rename(tmp_path / "elsewhere")
     with pytest.raises(OSError, match=f"The {part} of this thin .*{own_backbones[index]} .*there is no such folder"):
         BlspKdForCausalLM.from_pretrained(tmp_path / "thin")
@@ -348,7 +336,7 @@ def test_a_missing_backbone_is_named(index, part, own_backbones, tmp_path):
 
 @pytest.mark.parametrize("index, part", [(0, "audio_tower"), (1, "language_model")])
 def test_a_changed_backbone_is_named(index, part, own_backbones, tmp_path):
-    build(own_backbones).save_pretrained(tmp_path / "thin")
+    make_thin_model(own_backbones).save_pretrained(tmp_path / "thin")
     file = own_backbones[index] / "model.safetensors"
     weights = load_file(file)
     next(iter(weights.values())).view(-1)[0] += 1e-3
@@ -357,21 +345,9 @@ def test_a_changed_backbone_is_named(index, part, own_backbones, tmp_path):
         BlspKdForCausalLM.from_pretrained(tmp_path / "thin")
 
 
-@pytest.fixture
-def hub(backbones, tmp_path, monkeypatch):
-    """The backbones in a Hub cache, as after a download, and no network."""
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    torch.manual_seed(4)
-    WhisperForConditionalGeneration(speech_config()).save_pretrained(tmp_path / "whisper")
-    as_hub_cache(tmp_path / "whisper", tmp_path / "home", "org/ears")
-    as_hub_cache(backbones[1], tmp_path / "home", "org/llm")
-    return "org/ears", "org/llm"
-
-
-def test_hub_backbones_are_named_by_commit(hub, inputs, tmp_path):
+def test_hub_backbones_are_named_by_commit(hub_backbones, inputs, tmp_path):
     """Later commits do not change it, for it asks for the one that it was trained on."""
-    model = build(hub)
+    model = make_thin_model(hub_backbones)
     assert model.config.backbones == {
         "audio_tower": {"name_or_path": "org/ears", "revision": COMMIT},
         "language_model": {"name_or_path": "org/llm", "revision": COMMIT},
@@ -386,14 +362,14 @@ def test_hub_backbones_are_named_by_commit(hub, inputs, tmp_path):
     save_file(weights, newer, metadata={"format": "pt"})
     loaded = BlspKdForCausalLM.from_pretrained(tmp_path / "thin")
     assert torch.equal(logits(loaded, inputs), logits(model, inputs))
-    assert build(hub).config.backbones["language_model"]["revision"] == OTHER_COMMIT
-    pinned = build(hub, text_kwargs={"revision": COMMIT})
+    assert make_thin_model(hub_backbones).config.backbones["language_model"]["revision"] == OTHER_COMMIT
+    pinned = make_thin_model(hub_backbones, text_kwargs={"revision": COMMIT})
     assert pinned.config.backbones == model.config.backbones
 
 
 @pytest.mark.parametrize("name, part", [("ears", "audio_tower"), ("llm", "language_model")])
-def test_a_missing_commit_is_named(name, part, hub, tmp_path):
-    build(hub).save_pretrained(tmp_path / "thin")
+def test_a_missing_commit_is_named(name, part, hub_backbones, tmp_path):
+    make_thin_model(hub_backbones).save_pretrained(tmp_path / "thin")
     repository = tmp_path / "home" / "hub" / f"models--org--{name}"
     (repository / "snapshots" / COMMIT).rename(repository / "snapshots" / OTHER_COMMIT)
     (repository / "refs" / "main").write_text(OTHER_COMMIT)
@@ -443,9 +419,9 @@ def test_a_quantised_llm_comes_back_bit_for_bit(backbones, wide_llm, inputs, tmp
     four_bit = BitsAndBytesConfig(load_in_4bit=True)
     before = copy.deepcopy(four_bit.to_dict())
     wide = (backbones[0], wide_llm)
-    trained = build(wide, text_kwargs={"quantization_config": four_bit})
+    trained = make_thin_model(wide, text_kwargs={"quantization_config": four_bit})
     trained.save_pretrained(tmp_path / "trained")
-    build(wide).save_pretrained(tmp_path / "plain")
+    make_thin_model(wide).save_pretrained(tmp_path / "plain")
     assert saved_names(tmp_path / "trained") == saved_names(tmp_path / "plain")
     expected = logits(trained, inputs)
     loaded = BlspKdForCausalLM.from_pretrained(tmp_path / "trained")
@@ -471,7 +447,7 @@ def test_a_quantised_llm_comes_back_bit_for_bit(backbones, wide_llm, inputs, tmp
 def test_a_full_checkpoint_of_a_model_with_a_quantised_llm_is_refused(backbones, wide_llm, tmp_path):
     pytest.importorskip("bitsandbytes")
     four_bit = BitsAndBytesConfig(load_in_4bit=True)
-    model = build((backbones[0], wide_llm), thin=False, text_kwargs={"quantization_config": four_bit})
+    model = make_thin_model((backbones[0], wide_llm), thin=False, text_kwargs={"quantization_config": four_bit})
     with pytest.raises(ValueError, match="The LLM alone was quantised .*thin=True"):
         model.save_pretrained(tmp_path)
 
@@ -494,10 +470,10 @@ def test_resuming_gives_the_uninterrupted_loss_curve(
         return {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
 
     checkpoint = tmp_path / "checkpoint-3"
-    model = build(backbones, freeze_speech_encoder=freeze_speech_encoder)
+    model = make_thin_model(backbones, freeze_speech_encoder=freeze_speech_encoder)
     whole = losses(model)
     assert list(whole) == list(range(1, 7)) and len(set(whole.values())) == 6
-    fresh = build(backbones, seed=9, freeze_speech_encoder=freeze_speech_encoder)
+    fresh = make_thin_model(backbones, seed=9, freeze_speech_encoder=freeze_speech_encoder)
     for resumed in (fresh, BlspKdForCausalLM.from_pretrained(checkpoint)):
         # The Trainer keeps the log of the first steps too.
         curve = losses(resumed, resume_from_checkpoint=str(checkpoint))

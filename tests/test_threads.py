@@ -8,12 +8,13 @@ from itertools import zip_longest
 from types import SimpleNamespace
 
 import pytest
-import reliability.threads
 import torch
-from conftest import clip, make_model, spoken_prompts
 
 from modeling_blsp_kd import plora_calls
 from processing.pipeline_blsp_kd import BlspKdPipeline
+from tests.helpers.models import make_model
+from tests.helpers.prompts import clip, spoken_prompts
+from tests.reliability import threads
 
 
 def prompt(seed=0, length=9):
@@ -258,23 +259,23 @@ def test_features_are_the_same_in_threads(processor):
 
 @pytest.fixture(scope="module")
 def asked_pipe():
-    return reliability.threads.build_pipeline(None)
+    return threads.build_pipeline(None)
 
 
 def test_a_short_run_of_many_threads_finds_nothing(asked_pipe):
     """The short form of `python -m tests.reliability.threads`."""
-    result = reliability.threads.run(asked_pipe, num_threads=8, num_requests=6)
+    result = threads.run(asked_pipe, num_threads=8, num_requests=6)
     assert result["wrong"] == [] and result["left"] == 0
     assert result["requests"] == 48 and result["distinct_answers"] > 30
-    assert "48 requests from 8 threads" in reliability.threads.report(result)
+    assert "48 requests from 8 threads" in threads.report(result)
 
 
 def test_a_mask_that_threads_share_would_be_found(asked_pipe, monkeypatch):
     # Without what starts threads of its own, and so would fail alone.
-    asked = reliability.threads.kinds(asked_pipe)
+    asked = threads.kinds(asked_pipe)
     asked = {kind: asked[kind] for kind in ("answer", "logits of speech", "logits of text")}
-    monkeypatch.setattr(reliability.threads, "kinds", lambda pipe: asked)
+    monkeypatch.setattr(threads, "kinds", lambda pipe: asked)
     monkeypatch.setattr(plora_calls, "_here", SimpleNamespace(call=None))
-    result = reliability.threads.run(asked_pipe, num_threads=8, num_requests=12)
+    result = threads.run(asked_pipe, num_threads=8, num_requests=12)
     assert {wrong["outcome"] for wrong in result["wrong"]} - {"same"}
     assert sum(num_wrong for _, num_wrong in result["kinds"].values()) == len(result["wrong"]) > 0

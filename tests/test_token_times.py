@@ -9,9 +9,6 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import SAMPLING_RATE, clip, make_config, make_model, spoken_prompts
-from test_examples import load_example
-from test_speech_encoder import ENCODERS, model_of, processor_of
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast, TextStreamer
 
@@ -19,6 +16,10 @@ from modeling_blsp_kd.encoder_families import frame_starts_s
 from modeling_blsp_kd.loudness import find_silence, loudness
 from modeling_blsp_kd.token_times import align, text_token_times, token_times
 from processing import BlspKdProcessor
+from tests.helpers.encoders import ENCODERS, model_of, processor_of
+from tests.helpers.example_scripts import load_example
+from tests.helpers.models import make_config, make_model
+from tests.helpers.prompts import SAMPLING_RATE, clip, spoken_prompts
 
 pytestmark = pytest.mark.numerical
 

@@ -12,16 +12,17 @@ import pytest
 import soundfile
 import torch
 import transformers.utils.hub
-from conftest import clip, make_model
 from huggingface_hub import HfApi, ModelCard
-from stand_in_hub import REPO_ID, StandInHub
-from test_trainer import make_trainer
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
 from modeling_blsp_kd import BlspKdConfig, BlspKdTrainer
 from processing import BlspKdProcessor
 from processing.publishing.facts import describe_parts
+from tests.helpers.models import make_model
+from tests.helpers.prompts import clip
+from tests.helpers.stand_in_hub import REPO_ID, StandInHub
+from tests.helpers.trainers import make_trainer
 
 ROOT = Path(__file__).parent.parent
 

@@ -7,58 +7,14 @@ import json
 
 import pytest
 import torch
-from conftest import clip, make_model
-from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoProcessor, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoProcessor
 
-from modeling_blsp_kd import BlspKdTrainer
 from modeling_blsp_kd.trainer import _first_rows
+from tests.helpers.models import make_model
+from tests.helpers.prompts import clip
+from tests.helpers.trainers import NUM_ROWS, make_trainer
 
 pytestmark = pytest.mark.numerical
-
-NUM_ROWS = 16
-
-
-def many_rows():
-    words = "the red cat ran to the river and repeat the words".split()
-    return [
-        {
-            "audio": {"array": clip(0.4 + 0.1 * (index % 7), seed=index).tolist(), "sampling_rate": 16_000},
-            "text": " ".join(words[: 1 + index % 5]),
-            "instruction": "repeat the words",
-            "response": " ".join(words[index % 3 : 2 + index % 8]) or "cat",
-        }
-        for index in range(NUM_ROWS)
-    ]
-
-
-def make_trainer(folder, processor, collator, model=None, **overrides):
-    options = {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": NUM_ROWS,
-        "max_steps": 1,
-        "learning_rate": 1e-2,
-        "optim": "sgd",
-        "max_grad_norm": 0.0,
-        "lr_scheduler_type": "constant",
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "remove_unused_columns": False,
-        "disable_tqdm": True,
-        "seed": 0,
-    }
-    model = make_model(plora={"lora_dropout": 0.0}, distillation={"response_ce": 0.5}) if model is None else model
-    dataset = Dataset.from_list(many_rows())
-    return BlspKdTrainer(
-        model=model,
-        args=TrainingArguments(**{**options, **overrides}),
-        train_dataset=dataset,
-        eval_dataset=dataset,
-        data_collator=collator,
-        processing_class=processor,
-    )
 
 
 def weights_and_log(trainer):
@@ -155,20 +111,6 @@ def test_resuming_gives_the_uninterrupted_run(tmp_path, processor, collator):
         assert torch.equal(resumed.model.state_dict()[name], value), name
     losses = [[entry["loss"] for entry in trainer.state.log_history if "loss" in entry] for trainer in (whole, resumed)]
     assert losses[0] == losses[1] and len(losses[0]) == 4
-
-
-def make_processor():
-    """The fixture's, for processes that pytest did not start (`reliability/equivalence_worker.py`)."""
-    from conftest import make_tokenizer
-    from transformers import WhisperFeatureExtractor
-
-    from processing import BlspKdProcessor
-    from processing.chat_templates import FLATTEN_CONTENT
-
-    tokenizer = make_tokenizer()
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|audio|>"]})
-    template = FLATTEN_CONTENT.replace("AUDIO_TOKEN", "<|audio|>") + tokenizer.chat_template
-    return BlspKdProcessor(WhisperFeatureExtractor(), tokenizer, chat_template=template)
 
 
 @pytest.mark.parametrize("has_processor", [True, False])

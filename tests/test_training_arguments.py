@@ -13,13 +13,13 @@ import pytest
 import torch
 from accelerate import FullyShardedDataParallelPlugin, ParallelismConfig
 from accelerate.state import AcceleratorState
-from conftest import make_model
 from datasets import Dataset
-from test_trainer import NUM_ROWS, make_trainer, many_rows
 from transformers import AutoModelForCausalLM, EarlyStoppingCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_blsp_kd import BlspKdTrainer
+from tests.helpers.models import make_model
+from tests.helpers.trainers import NUM_ROWS, make_trainer, many_rows
 
 ROOT = Path(__file__).parent.parent
 TABLE = re.findall(

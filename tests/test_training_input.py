@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from audio_files import encode, encode_by_ffmpeg
-from conftest import clip, make_model
 from transformers import TrainingArguments
 
 from processing import BlspKdDataCollator, BlspKdProcessor
+from tests.helpers.audio_files import encode, encode_by_ffmpeg
+from tests.helpers.models import make_model
+from tests.helpers.prompts import clip
 
 # As when its scripts run, but last: `evaluate` is also a package.
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
@@ -151,7 +152,7 @@ def test_workers_change_nothing(streaming, manifests, tmp_path, processor):
 def test_two_processes_share_the_rows_and_resume(manifests, tmp_path, processor):
     """Every process drew its own order from the second epoch on, so rows were lost and doubled."""
     processor.save_pretrained(tmp_path / "processor")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
     run = subprocess.run(
         [*command, manifests[0], str(tmp_path)], env=environment, capture_output=True, text=True, timeout=300

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_model, spoken_prompts
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 from transformers import Trainer, TrainingArguments
 
 from modeling_blsp_kd.versions import CACHE_NAME, CACHE_NAMES
+from tests.helpers.models import make_model
+from tests.helpers.prompts import spoken_prompts
 
 pytestmark = pytest.mark.numerical
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import soundfile
-from conftest import SAMPLING_RATE, clip
+
+from tests.helpers.prompts import SAMPLING_RATE, clip
 
 from . import sdist
 

@@ -8,9 +8,9 @@ Shapes: B prompts with one clip each, L prompt length.
 from dataclasses import dataclass
 
 import torch
-from conftest import speech_config, text_config
 
 from modeling_blsp_kd import BlspKdConfig, BlspKdForCausalLM
+from tests.helpers.models import speech_config, text_config
 
 # Inside the vocabulary, after all ids that the tests cut the vocabulary down to or write themselves.
 AUDIO_TOKEN_ID = 60

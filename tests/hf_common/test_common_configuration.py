@@ -9,8 +9,8 @@ from itertools import product
 import pytest
 from transformers_tests.test_configuration_common import ConfigTester
 
-from hf_common.small_models import REPEATED, ModelTester
 from modeling_blsp_kd import BlspKdConfig
+from tests.hf_common.small_models import REPEATED, ModelTester
 
 pytestmark = pytest.mark.hf_common
 

@@ -14,8 +14,9 @@ from transformers_tests import test_modeling_common
 from transformers_tests.generation.test_utils import GenerationTesterMixin
 from transformers_tests.test_modeling_common import ModelTesterMixin
 
-from hf_common.plugin import skip
-from hf_common.small_models import (
+from modeling_blsp_kd import BlspKdConfig, BlspKdForCausalLM
+from tests.hf_common.plugin import skip
+from tests.hf_common.small_models import (
     GROWING,
     ONE_TO_ONE,
     REPEATED,
@@ -24,7 +25,6 @@ from hf_common.small_models import (
     TEXT_ONLY,
     ModelTester,
 )
-from modeling_blsp_kd import BlspKdConfig, BlspKdForCausalLM
 
 pytestmark = pytest.mark.hf_common
 

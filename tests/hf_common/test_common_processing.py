@@ -8,14 +8,14 @@ from itertools import chain
 from unittest.mock import patch
 
 import pytest
-from conftest import CHAT_TEMPLATE, make_tokenizer
 from transformers import WhisperFeatureExtractor
 from transformers_tests.test_processing_common import ProcessorTesterMixin
 
-from hf_common.plugin import skip
 from processing import BlspKdProcessor
 from processing.chat_templates import FLATTEN_CONTENT, PLAIN_TEMPLATE
 from processing.processing_blsp_kd import AUDIO_TOKEN
+from tests.helpers.prompts import CHAT_TEMPLATE, make_tokenizer
+from tests.hf_common.plugin import skip
 
 pytestmark = pytest.mark.hf_common
 

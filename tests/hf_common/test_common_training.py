@@ -12,9 +12,9 @@ from transformers_tests import test_tensor_parallel_mixin
 from transformers_tests.test_tensor_parallel_mixin import TensorParallelTesterMixin
 from transformers_tests.test_training_mixin import TrainingTesterMixin
 
-from hf_common.plugin import skip
-from hf_common.small_models import TEXT_ONLY, ModelTester
 from modeling_blsp_kd import BlspKdForCausalLM
+from tests.hf_common.plugin import skip
+from tests.hf_common.small_models import TEXT_ONLY, ModelTester
 
 pytestmark = pytest.mark.hf_common
 

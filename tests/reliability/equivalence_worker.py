@@ -13,18 +13,18 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+from transformers import PrinterCallback, TrainingArguments
+
+from modeling_blsp_kd import BlspKdForCausalLM, BlspKdTrainer
+from processing import BlspKdDataCollator
+from tests.helpers.models import make_model
+from tests.helpers.prompts import make_processor, spoken_prompts
+from tests.helpers.trainers import many_rows
+
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "examples")]
-import torch  # noqa: E402
-from accelerate.state import PartialState  # noqa: E402
-from accelerate.utils import DistributedType  # noqa: E402
-from conftest import make_model, spoken_prompts  # noqa: E402
-from test_trainer import make_processor, many_rows  # noqa: E402
-from transformers import PrinterCallback, TrainingArguments  # noqa: E402
-
-from modeling_blsp_kd import BlspKdForCausalLM, BlspKdTrainer  # noqa: E402
-from processing import BlspKdDataCollator  # noqa: E402
-
 GLOBAL_BATCH = 4  # rows of one forward, over all processes
 
 

@@ -5,7 +5,6 @@ A case is a function of a random generator alone. Leaves out: running cases and 
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,24 +14,22 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, WhisperFeatureExtractor
 
+from examples.training_data.sources import ManifestSource, check_audio
+from modeling_blsp_kd import BlspKdConfig, BlspKdForCausalLM
+from modeling_blsp_kd.speech_encoder import TrueLengthWhisperEncoder
+from processing import BlspKdProcessor
+from processing.audio_decoding import audio_info
+from processing.audio_loading import MAX_DURATION_S, load_audio
+from processing.chat_audio import read_block
+from processing.evaluation.rows import check_rows
+from processing.manifests import OutsideFolderError
+from processing.publishing.handler import EndpointHandler, read_inputs
+from tests.helpers.audio_files import encode, encode_by_ffmpeg
+from tests.helpers.models import SMALL_CFORMER, speech_config, text_config
+from tests.helpers.prompts import SAMPLING_RATE, clip, make_tokenizer
+from tests.helpers.spoken_cases import base64_of, make_repository
+
 from .mutations import MUTATIONS, lie, mutate_bytes, mutate_json, nasty_value
-
-REPOSITORY = Path(__file__).parents[2]
-sys.path[:0] = [str(REPOSITORY / "tests"), str(REPOSITORY / "examples")]
-from audio_files import encode_by_ffmpeg  # noqa: E402
-from conftest import SAMPLING_RATE, SMALL_CFORMER, clip, make_tokenizer, speech_config, text_config  # noqa: E402
-from spoken_cases import base64_of, encode, make_repository  # noqa: E402
-from training_data.sources import ManifestSource, check_audio  # noqa: E402
-
-from modeling_blsp_kd import BlspKdConfig, BlspKdForCausalLM  # noqa: E402
-from modeling_blsp_kd.speech_encoder import TrueLengthWhisperEncoder  # noqa: E402
-from processing import BlspKdProcessor  # noqa: E402
-from processing.audio_decoding import audio_info  # noqa: E402
-from processing.audio_loading import MAX_DURATION_S, load_audio  # noqa: E402
-from processing.chat_audio import read_block  # noqa: E402
-from processing.evaluation.rows import check_rows  # noqa: E402
-from processing.manifests import OutsideFolderError  # noqa: E402
-from processing.publishing.handler import EndpointHandler, read_inputs  # noqa: E402
 
 AUDIO = {
     "wav": ("WAV", ("PCM_16", "PCM_24", "PCM_U8", "FLOAT", "DOUBLE", "ULAW", "IMA_ADPCM", "MS_ADPCM", "GSM610")),

@@ -1,6 +1,6 @@
 """Does a model that one version of the libraries saved answer the same under another?
 
-    python tests/reliability/other_version.py OTHER_PYTHON
+    python -m tests.reliability.other_version OTHER_PYTHON
 
 OTHER_PYTHON is the interpreter of an environment with this project and other versions of its libraries. Small models
 are saved here and there; then both environments answer from what each of them saved, in processes that have nothing but
@@ -13,8 +13,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-TESTS = Path(__file__).parent.parent
-ELSEWHERE = TESTS.parent / "processing" / "publishing" / "elsewhere.py"
+ROOT = Path(__file__).parents[2]
+ELSEWHERE = ROOT / "processing" / "publishing" / "elsewhere.py"
 GREEDY = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
 # Between versions of transformers, masks and order of operations may differ, but not what is computed.
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
@@ -24,12 +24,13 @@ def save(folder: Path):
     """Save a full model, a full one with partial LoRA, and a thin one beside its backbones; and a clip to ask of."""
     import soundfile
     import torch
-    from conftest import SAMPLING_RATE, clip, make_model, make_tokenizer, speech_config, text_config
     from transformers import AutoModelForCausalLM, WhisperFeatureExtractor
 
     from modeling_blsp_kd import BlspKdForCausalLM
     from modeling_blsp_kd.speech_encoder import TrueLengthWhisperEncoder
     from processing import BlspKdProcessor
+    from tests.helpers.models import make_model, speech_config, text_config
+    from tests.helpers.prompts import SAMPLING_RATE, clip, make_tokenizer
 
     backbones = [folder / "speech", folder / "text"]
     torch.manual_seed(1)
@@ -119,7 +120,8 @@ def run(python, command: str, *arguments, home: Path):
     """
     environment = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
     environment |= {"HOME": str(home), "HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    line = [str(python), str(Path(__file__).resolve()), command, *map(str, arguments)]
+    environment["PYTHONPATH"] = str(ROOT)
+    line = [str(python), "-m", "tests.reliability.other_version", command, *map(str, arguments)]
     done = subprocess.run(line, cwd=home, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(line)} failed:\n{done.stderr[-3000:]}")
@@ -146,7 +148,6 @@ def compare(pythons: list, folder: Path) -> list[str]:
 
 def main():
     if sys.argv[1] in ("save", "answer"):
-        sys.path.insert(0, str(TESTS))
         return {"save": save, "answer": answer}[sys.argv[1]](*map(Path, sys.argv[2:]))
     with tempfile.TemporaryDirectory() as folder:
         found = compare([sys.executable, sys.argv[1]], Path(folder))

@@ -30,15 +30,13 @@ import soundfile
 import soxr
 import torch
 
-REPOSITORY = Path(__file__).parents[2]
-sys.path[:0] = [str(REPOSITORY / "tests")]
-from conftest import SAMPLING_RATE, clip  # noqa: E402
-from spoken_cases import BAD_FILES, base64_of, encode  # noqa: E402
-
-from modeling_blsp_kd import BlspKdForCausalLM  # noqa: E402
-from processing import BlspKdProcessor  # noqa: E402
-from processing.pipeline_blsp_kd import BlspKdPipeline  # noqa: E402
-from processing.publishing.handler import EndpointHandler  # noqa: E402
+from modeling_blsp_kd import BlspKdForCausalLM
+from processing import BlspKdProcessor
+from processing.pipeline_blsp_kd import BlspKdPipeline
+from processing.publishing.handler import EndpointHandler
+from tests.helpers.audio_files import encode
+from tests.helpers.prompts import SAMPLING_RATE, clip
+from tests.helpers.spoken_cases import BAD_FILES, base64_of
 
 # How much the memory may grow from the end of the warm-up to the end, by a straight line through what was measured.
 MAX_GROWTH_BYTES = 64 * 2**20

@@ -26,14 +26,11 @@ from pathlib import Path
 import torch
 from transformers import WhisperFeatureExtractor
 
-REPOSITORY = Path(__file__).parents[2]
-sys.path[:0] = [str(REPOSITORY / "tests")]
-from conftest import clip, make_tokenizer, spoken_prompts  # noqa: E402
-from spoken_cases import make_readable_model  # noqa: E402
-
-from modeling_blsp_kd import BlspKdForCausalLM, plora_calls  # noqa: E402
-from processing import BlspKdProcessor  # noqa: E402
-from processing.pipeline_blsp_kd import BlspKdPipeline  # noqa: E402
+from modeling_blsp_kd import BlspKdForCausalLM, plora_calls
+from processing import BlspKdProcessor
+from processing.pipeline_blsp_kd import BlspKdPipeline
+from tests.helpers.prompts import clip, make_tokenizer, spoken_prompts
+from tests.helpers.spoken_cases import make_readable_model
 
 NUM_THREADS, NUM_REQUESTS, NUM_CLIPS = 64, 16, 8
 SHORT = {"threads": 8, "requests": 4}

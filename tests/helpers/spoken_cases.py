@@ -1,13 +1,14 @@
 """What the tests of the pipelines and of the endpoint handler share: a repository folder, and clips good and bad."""
 
 import base64
-import io
 import struct
 from pathlib import Path
 
 import numpy as np
-import soundfile
-from conftest import SAMPLING_RATE, clip, make_model
+
+from .audio_files import encode
+from .models import make_model
+from .prompts import SAMPLING_RATE, clip
 
 INSTRUCTION = "repeat the words"
 # The smallest first box of an MP4 file, and of a Matroska one.
@@ -31,12 +32,6 @@ def make_repository(folder: Path, processor) -> Path:
     make_readable_model(processor).save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
-
-
-def encode(waveform, rate=SAMPLING_RATE, format="WAV", subtype="FLOAT") -> bytes:
-    buffer = io.BytesIO()
-    soundfile.write(buffer, waveform, rate, format=format, subtype=subtype)
-    return buffer.getvalue()
 
 
 def base64_of(contents: bytes) -> str:

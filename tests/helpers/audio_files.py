@@ -7,7 +7,8 @@ import av
 import numpy as np
 import soundfile
 import torch
-from conftest import SAMPLING_RATE
+
+from .prompts import SAMPLING_RATE
 
 
 def tone(frequency_hz=440.0, duration_s=1.0, rate=SAMPLING_RATE):
