@@ -22,7 +22,6 @@ from itertools import islice
 from pathlib import Path
 
 from tqdm import tqdm
-from training_input.frames import KeptFrames
 
 from modeling_blsp_kd import BlspKdForCausalLM
 from modeling_blsp_kd.devices import fast_dtype
@@ -35,6 +34,7 @@ from processing.evaluation.report import as_markdown, plot
 from processing.evaluation.rows import open_rows
 from processing.evaluation.scoring import Scorer
 from processing.evaluation.systems import SYSTEMS, TASKS, Systems, names_of
+from processing.training_rows.kept_frames import KeptFrames
 
 
 def main():

@@ -30,9 +30,9 @@ from human_speech.digits import draw_question, draw_string, kinds_of
 from human_speech.synthetic import SYNTHESIZERS, synthesize_recordings
 from tiny_world.world import DIGITS, digit_sentence, questions
 from tqdm import tqdm
-from training_input.augmentation import Augmentation
 
 from processing.manifests import read_objects
+from processing.training_rows.augmentation import Augmentation
 
 LOUDNESS = 0.5  # of each digit's loudest sample
 

@@ -30,16 +30,9 @@ from pathlib import Path
 
 import torch
 import transformers
-import yaml
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from huggingface_hub import ModelCard
-from training_input.batches import TrainingInputTrainer, data_seed
-from training_input.clips import check_clips, duration_s
-from training_input.data import SKIPPED_FILE, training_data, training_sources
-from training_input.frames import KeptFrames
-from training_input.mixtures import read_sources
-from training_input.options import DataOptions
 from transformers import AutoConfig, HfArgumentParser, TrainingArguments, set_seed
 from transformers.integrations import unset_hf_deepspeed_config
 from transformers.trainer_pt_utils import get_parameter_names
@@ -47,8 +40,9 @@ from transformers.training_args import OptimizerNames
 
 from modeling_blsp_kd import BlspKdForCausalLM, BlspKdTrainer
 from modeling_blsp_kd.devices import fast_dtype
-from modeling_blsp_kd.training.command_line import HelpFormatter
-from modeling_blsp_kd.training_arguments import check_training_arguments
+from modeling_blsp_kd.training.batch_order import data_seed
+from modeling_blsp_kd.training.command_line import HelpFormatter, unfold_recipe
+from modeling_blsp_kd.training.supported_arguments import check_training_arguments
 from processing import BlspKdDataCollator, BlspKdProcessor
 from processing.chat_templates import is_in_thought, read_options
 from processing.data_collator import split_prompt
@@ -57,6 +51,11 @@ from processing.manifests import read_manifest
 from processing.publishing.card import make_card
 from processing.publishing.facts import describe_parts
 from processing.spoken_inputs import user_turn
+from processing.training_rows.clips import check_clips, duration_s
+from processing.training_rows.kept_frames import KeptFrames
+from processing.training_rows.loading import SKIPPED_FILE, training_data, training_sources
+from processing.training_rows.mixtures import read_sources
+from processing.training_rows.options import DataOptions
 
 TINY_TEXT_MODEL = str(Path(__file__).parent / "tiny_world" / "llm")
 TINY_SPEECH_MODEL = str(Path(__file__).parent / "tiny_world" / "speech_encoder")
@@ -267,21 +266,6 @@ def where_to_resume(args: Arguments) -> str | bool:
     return False
 
 
-def unfold_recipe(arguments: list[str]) -> list[str]:
-    """A command line whose first argument may be a recipe, with the recipe's options in its place."""
-    if not arguments or not arguments[0].endswith((".yaml", ".yml")):
-        return arguments
-    recipe = yaml.safe_load(Path(arguments[0]).read_text())
-    recipe.pop("estimate", None)  # what `estimate.py` assumes about machines and data
-
-    def words(value) -> list[str]:
-        if isinstance(value, list):
-            return [word for item in value for word in words(item)]
-        return [value if isinstance(value, str) else json.dumps(value)]
-
-    return [*(part for name, value in recipe.items() for part in (f"--{name}", *words(value))), *arguments[1:]]
-
-
 def make_trainer(
     model_options: ModelOptions, data_options: DataOptions, args: Arguments, model_class=BlspKdForCausalLM
 ):
@@ -328,7 +312,7 @@ def make_trainer(
             )
     with args.main_process_first(desc="looking at the clips"):
         train_dataset = training_data(train_rows, data_options, args, processor)
-    trainer = TrainingInputTrainer(
+    trainer = BlspKdTrainer(
         model=model,
         args=args,
         train_dataset=train_dataset,

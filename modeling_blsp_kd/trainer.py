@@ -13,16 +13,22 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import DistributedType, broadcast_object_list
-from transformers import ProcessorMixin, Trainer, TrainingArguments
+from transformers import ProcessorMixin, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
-from .checkpoints import ASIDE, choose_checkpoint, move_into_place, remove_old
 from .distillation_step import ItemCounts, check_output_head
-from .termination import TerminationNotice
-from .training_arguments import best_metric_is_greater, check_fsdp, check_training_arguments, evaluation_metrics
-from .training_card import card_of_training
+from .training.atomic_checkpoints import ASIDE, choose_checkpoint, move_into_place, remove_old
+from .training.batch_order import ExactOrder
+from .training.card import card_of_training
+from .training.sigterm import TerminationNotice
+from .training.supported_arguments import (
+    best_metric_is_greater,
+    check_fsdp,
+    check_training_arguments,
+    evaluation_metrics,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -30,7 +36,7 @@ logger = logging.get_logger(__name__)
 MAX_SKIPPED_IN_A_ROW = 10
 
 
-class BlspKdTrainer(Trainer):
+class BlspKdTrainer(ExactOrder):
     """Trains a [`BlspKdForCausalLM`] on batches of [`BlspKdDataCollator`].
 
     Training and evaluation log the same parts under the same names (with the prefix `eval_` in evaluation):
@@ -44,10 +50,12 @@ class BlspKdTrainer(Trainer):
     rows are never removed (`remove_unused_columns`), since the collator knows which it reads, and a step whose loss is
     not finite is never hidden (`logging_nan_inf_filter`).
 
-    A checkpoint is there only when it is complete (`checkpoints.py`), and is verified before it is resumed from. It
-    holds the sums since the last log too, so that the logged means of a resumed run are those of an uninterrupted one.
-    On SIGTERM the step (with several processes: the next one at the latest) and its evaluation are finished, a
-    checkpoint is saved, and `train` raises `SystemExit(143)`.
+    Rows are neither lost nor doubled by a resume or by several processes ([`ExactOrder`]).
+
+    A checkpoint is there only when it is complete (`training/atomic_checkpoints.py`), and is verified before it is
+    resumed from. It holds the sums since the last log too, so that the logged means of a resumed run are those of an
+    uninterrupted one. On SIGTERM the step (with several processes: the next one at the latest) and its evaluation are
+    finished, a checkpoint is saved, and `train` raises `SystemExit(143)`.
 
     Args:
         non_finite_loss (`str`): what becomes of a step whose loss or gradient is NaN or infinite. "stop": an error that
@@ -55,7 +63,7 @@ class BlspKdTrainer(Trainer):
             row; means are over the other steps, and `non_finite_steps` counts. With fp16, whose scaler finds its scale
             by overflowing, steps are skipped in any case.
         make_card (callable, *optional*): returns the [`ModelCard`] that `push_to_hub` uploads; omitted, one of what
-            the Trainer knows (`training_card.py`).
+            the Trainer knows (`training/card.py`).
 
     Raises:
         ValueError: an argument cannot do what it says; the message has the reason.

@@ -16,7 +16,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from modeling_blsp_kd.checkpoints import ASIDE, SEAL, choose_checkpoint, defect
+from modeling_blsp_kd.training.atomic_checkpoints import ASIDE, SEAL, choose_checkpoint, defect
 from tests.helpers.models import make_model
 from tests.helpers.trainers import make_trainer
 

@@ -33,9 +33,10 @@ from human_speech.digits import (
 )
 from human_speech.error_analysis import as_markdown, describe, read_rows
 from tiny_world.build_llm import build_model
-from training_input.augmentation import Augmentation
-from training_input.frames import KeptFrames
 from transformers import AutoTokenizer
+
+from processing.training_rows.augmentation import Augmentation
+from processing.training_rows.kept_frames import KeptFrames
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,16 @@ TABLE = [
     # -- training -----------------------------------------------------------------------------------------------------
     Private(
         TRAINER,
+        "_get_train_sampler",
+        of("modeling_blsp_kd/training", "batch_order"),
+        "the same order in every process and after a resume",
+        ("train_dataset",),
+    ),
+    Private(
+        TRAINER, "_train_batch_size", of("modeling_blsp_kd/training", "batch_order"), "auto_find_batch_size lowers it"
+    ),
+    Private(
+        TRAINER,
         "_get_num_items_in_batch",
         of("modeling_blsp_kd", "trainer"),
         "each loss part has its own count, and Trainer counts labels alone",

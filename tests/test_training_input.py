@@ -13,22 +13,18 @@ import soundfile
 import torch
 from transformers import TrainingArguments
 
+from modeling_blsp_kd import BlspKdTrainer
 from processing import BlspKdDataCollator, BlspKdProcessor
+from processing.manifests import DEFAULT_INSTRUCTION, read_manifest
+from processing.training_rows.augmentation import Augmentation
+from processing.training_rows.clips import BadClipError, ClipFeatures, SkippedClips, duration_s, lengths
+from processing.training_rows.data_sets import RowsInMemory, StreamedBatches, StreamedRows
+from processing.training_rows.loading import training_data
+from processing.training_rows.mixtures import Source, read_mixture, read_sources, stream_sources
+from processing.training_rows.options import DataOptions
 from tests.helpers.audio_files import encode, encode_by_ffmpeg
 from tests.helpers.models import make_model
 from tests.helpers.prompts import clip
-
-# As when its scripts run, but last: `evaluate` is also a package.
-sys.path.append(str(Path(__file__).parents[1] / "examples"))
-
-from training_input.augmentation import Augmentation
-from training_input.batches import RowsInMemory, StreamedBatches, StreamedRows, TrainingInputTrainer
-from training_input.clips import BadClipError, ClipFeatures, SkippedClips, duration_s, lengths
-from training_input.data import training_data
-from training_input.mixtures import Source, read_mixture, read_sources, stream_sources
-from training_input.options import DataOptions
-
-from processing.manifests import DEFAULT_INSTRUCTION, read_manifest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 WORDS = "the red cat ran to the river and repeat the words".split()
@@ -71,7 +67,7 @@ class RecordedCollator(BlspKdDataCollator):
         return {**super().__call__(rows), "rows": numbers(rows)}
 
 
-class RecordedTrainer(TrainingInputTrainer):
+class RecordedTrainer(BlspKdTrainer):
     """Notes batches instead of training on them."""
 
     def training_step(self, model, inputs, num_items_in_batch=None):

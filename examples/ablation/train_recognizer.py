@@ -19,10 +19,10 @@ import torch
 from torch import nn
 from tqdm import tqdm
 from train import Arguments, DataOptions, ModelOptions, make_trainer, optimizer_and_options
-from training_input.batches import ReadsTrainingInput
 from transformers import HfArgumentParser, set_seed
 
 from modeling_blsp_kd.speech_encoder import encode_speech
+from modeling_blsp_kd.training.batch_order import ExactOrder
 from modeling_blsp_kd.training.command_line import HelpFormatter
 from processing.evaluation.recognition import read_off
 
@@ -75,7 +75,7 @@ class CtcRecognizer(nn.Module):
         return [path[path != self.blank].tolist() for path in merged]
 
 
-class CtcTrainer(ReadsTrainingInput):
+class CtcTrainer(ExactOrder):
     """Batches as in a distillation, the recogniser's own loss."""
 
 

@@ -1,4 +1,4 @@
-"""What trains a BLSP-KD model beyond `BlspKdTrainer`, and what a training costs.
+"""What `BlspKdTrainer` and `examples/train.py` are made of, and what a training costs.
 
-A published model ships none of it. `examples/train.py` and `examples/estimate.py` are the commands.
+Published models ship none of it. Leaves out: training rows (`processing/training_rows`) and losses (`distillation.py`).
 """

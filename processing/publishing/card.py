@@ -11,7 +11,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from modeling_blsp_kd.training_card import TASK, card_metadata
+from modeling_blsp_kd.training.card import TASK, card_metadata
 
 # Its front matter gives the order of the metadata.
 TEMPLATE = Path(__file__).with_name("card_template.md")

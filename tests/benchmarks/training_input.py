@@ -5,7 +5,6 @@ shows: clip by clip, padded to 30 s as is the default, or on the true length. Le
 its data (`training_profile.py`).
 """
 
-import sys
 import tempfile
 from pathlib import Path
 
@@ -15,13 +14,10 @@ from datasets import Audio, Dataset
 from transformers import WhisperFeatureExtractor
 
 from processing import BlspKdProcessor
+from processing.training_rows.augmentation import Augmentation
+from processing.training_rows.clips import ClipFeatures
 
 from .measure import OURS, Case
-
-sys.path.append(str(Path(__file__).parents[2] / "examples"))
-
-from training_input.augmentation import Augmentation
-from training_input.clips import ClipFeatures
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 RATE = 16_000

@@ -6,7 +6,7 @@ docs/training_arguments.md lists every argument. Arguments that transformers its
 from transformers import TrainingArguments
 from transformers.debug_utils import DebugOption
 
-from .distillation_step import LOSS_PARTS
+from ..distillation_step import LOSS_PARTS
 
 # For all other metrics of an evaluation, lower is better.
 GREATER_IS_BETTER = ("token_count_accuracy",)

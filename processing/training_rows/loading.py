@@ -6,9 +6,11 @@ Leaves out: the tiny world's rows and missing responses, which are made before (
 import logging
 from pathlib import Path
 
+from modeling_blsp_kd.training.batch_order import data_seed
+
 from .augmentation import Augmentation
-from .batches import RowsInMemory, StreamedRows, data_seed
 from .clips import BadClipError, ClipFeatures, SkippedClips, audio_name, lengths
+from .data_sets import RowsInMemory, StreamedRows
 from .mixtures import Source, read_mixture, stream_sources
 from .options import DataOptions
 

@@ -1,0 +1,122 @@
+"""Which rows make which batch: the same again after a resume and in every process.
+
+The Trainer resumes by skipping batches of the sampler, which workers do not read. So the order must follow from seed
+and epoch alone. `BlspKdTrainer` has it; another Trainer gets it from [`ExactOrder`].
+"""
+
+import torch
+from torch.utils.data import DataLoader, Sampler
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_pt_utils import get_length_grouped_indices
+
+
+def data_seed(args) -> int:
+    """Return the seed of the order of rows of `TrainingArguments`."""
+    return args.seed if args.data_seed is None else args.data_seed
+
+
+class LengthGroupedOrder(Sampler):
+    """transformers' order by length, but the same in every process and after a resume.
+
+    `LengthGroupedSampler` draws from the global generator. That is as `set_seed` left it in the first epoch, and stays
+    in use there. Later, dropout has moved it, differently in each process and after a resume: rows would be lost and
+    doubled. So later epochs have a generator of their own.
+    """
+
+    def __init__(self, lengths: list[float], batch_size: int, seed: int):
+        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+
+    def __len__(self):
+        return len(self.lengths)
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(self.seed + self.epoch) if self.epoch else None
+        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
+
+
+class RandomOrder(Sampler):
+    """Any order, the same in every process and after a resume."""
+
+    def __init__(self, num_rows: int, seed: int):
+        self.num_rows, self.seed, self.epoch = num_rows, seed, 0
+
+    def __len__(self):
+        return self.num_rows
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return iter(torch.randperm(self.num_rows, generator=generator).tolist())
+
+
+class ExactOrder(Trainer):
+    """A Trainer that neither loses nor doubles rows after a resume, and with several processes.
+
+    Orders are "random", "sequential" and "group_by_length". Lengths are the column `length_column_name` of a
+    `datasets.Dataset`, the attribute `lengths` of another data set, or that field of each of its rows.
+
+    A data set without numbered rows may make its own batches, in a method `batch_sampler(batch_size)`. The method
+    `set_epoch` of a data set, if it has one, is called before each epoch, also after a resume.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.order = None
+        self.add_callback(_TellEpoch(self))
+
+    def get_train_dataloader(self):
+        if not hasattr(self.train_dataset, "batch_sampler"):
+            return super().get_train_dataloader()
+        loader = DataLoader(
+            self.train_dataset,
+            batch_sampler=self.train_dataset.batch_sampler(self._train_batch_size),
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            multiprocessing_context=self.args.dataloader_multiprocessing_context,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+        )
+        return self.accelerator.prepare(loader)
+
+    def _get_train_sampler(self, train_dataset=None):
+        dataset, args = self.train_dataset if train_dataset is None else train_dataset, self.args
+        self.order = None
+        if hasattr(dataset, "__len__") and args.train_sampling_strategy == "group_by_length":
+            batch_size = args.train_batch_size * args.gradient_accumulation_steps
+            self.order = LengthGroupedOrder(row_lengths(dataset, args.length_column_name), batch_size, data_seed(args))
+        elif hasattr(dataset, "__len__") and args.train_sampling_strategy == "random":
+            self.order = RandomOrder(len(dataset), data_seed(args))
+        return super()._get_train_sampler(train_dataset) if self.order is None else self.order
+
+
+def row_lengths(dataset, column: str) -> list[float]:
+    """Return the length of each row of a data set, see [`ExactOrder`].
+
+    Raises:
+        ValueError: the rows have no such field.
+    """
+    if hasattr(dataset, "lengths"):
+        return dataset.lengths
+    if hasattr(dataset, "column_names"):
+        return list(dataset[column])
+    try:
+        return [row[column] for row in dataset]
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"train_sampling_strategy='group_by_length' needs the field {column!r} in every row of train_dataset, for "
+            "example seconds of audio."
+        ) from error
+
+
+class _TellEpoch(TrainerCallback):
+    """Tells order and rows the epoch. The Trainer's own `set_epoch` does not reach the sampler of a resumed run of
+    several processes (transformers 5.23, accelerate 1.15)."""
+
+    def __init__(self, trainer: ExactOrder):
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        dataset = self.trainer.train_dataset
+        if hasattr(dataset, "set_epoch"):
+            dataset.set_epoch(int(state.epoch))
+        if self.trainer.order is not None:
+            self.trainer.order.epoch = int(state.epoch)
