@@ -12,7 +12,7 @@ from modeling_blsp_kd.speech_encoder import TrueLengthWhisperEncoder
 from processing import BlspKdDataCollator, BlspKdProcessor
 from processing.publishing.verify import as_hub_cache
 from tests.helpers.models import speech_config, text_config
-from tests.helpers.prompts import SAMPLING_RATE, clip, make_tokenizer
+from tests.helpers.prompts import CHAT_TEMPLATE, SAMPLING_RATE, clip, make_tokenizer
 from tests.portability.other_rounding import OtherRounding
 
 # `python -m tests.portability` asks for more, of tests that fork no processes: those would hang with more than one.
@@ -102,3 +102,24 @@ def rows() -> list[dict]:
 @pytest.fixture(scope="session")
 def collator(processor) -> BlspKdDataCollator:
     return BlspKdDataCollator(processor)
+
+
+@pytest.fixture
+def text_prompt():
+    ids = torch.randint(3, 200, (2, 7), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.fixture
+def other_processor(tmp_path, backbones):
+    """Makes the processor of another LLM, by way of its folder."""
+
+    def make(template=CHAT_TEMPLATE, tokenizer=None, **kwargs):
+        tokenizer = tokenizer or make_tokenizer()
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(tmp_path / "llm")
+        return BlspKdProcessor.from_backbones(backbones[0], tmp_path / "llm", **kwargs)
+
+    return make

@@ -73,6 +73,6 @@ def test_what_fails_is_named_and_a_setting_without_effect_is_skipped(tmp_path, m
 
 
 def test_files_with_tolerances_have_numerical_tests():
-    files = {path.name: path.read_text() for path in TESTS.glob("test_*.py")}
+    files = {path.name: path.read_text() for path in TESTS.rglob("test_*.py")}
     unmarked = [name for name, text in files.items() if "assert_close(" in text and command.MARK not in text]
     assert unmarked == [], "mark them, so that they meet the rounding of other CPUs, too"

@@ -98,7 +98,7 @@ def run_tests(environment: dict[str, str], log: Path, pytest_arguments) -> dict:
     report = log.with_suffix(".xml")
     report.unlink(missing_ok=True)
     # Other files take time to import, and more packages.
-    chosen = pytest_arguments or sorted(str(path) for path in TESTS.glob("test_*.py") if MARK in path.read_text())
+    chosen = pytest_arguments or sorted(str(path) for path in TESTS.rglob("test_*.py") if MARK in path.read_text())
     command = [sys.executable, "-m", "pytest", "-m", "numerical", f"--junitxml={report}", *chosen]
     started = time.monotonic()
     with log.open("w") as file:
