@@ -1,7 +1,8 @@
 """Decode an audio file into mono blocks.
 
 libsndfile decodes wav, flac, ogg/opus and mp3. FFmpeg decodes the formats of phones and browsers: m4a, mp4, webm, aac,
-amr. It comes with PyAV, which is optional: `pip install av`. `audio_loading.py` resamples and checks the samples.
+amr. It comes with PyAV, which is optional: `pip install av`. `audio_containers.py` recognises the format of a file, and
+`audio_loading.py` resamples and checks the samples.
 """
 
 import io
@@ -13,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import soundfile
 
+from .audio_containers import MAGIC_BYTES, Container, container_of
 from .c_stderr import silenced_c_stderr
 
 try:
@@ -30,50 +32,8 @@ BLOCK_FRAMES = 65_536
 MISSING_S = 0.25
 
 
-class Container(NamedTuple):
-    """A file format, known by the bytes that its files hold at `offset`."""
-
-    magic: bytes
-    offset: int
-    name: str
-    demuxer: str | None  # FFmpeg's name for it; None if FFmpeg never decodes it
-    is_of_libsndfile: bool = False  # then FFmpeg decodes only the codecs that libsndfile lacks
-
-
-CONTAINERS = (
-    Container(b"RIFF", 0, "wav", "wav", is_of_libsndfile=True),
-    Container(b"RF64", 0, "wav", None, is_of_libsndfile=True),
-    Container(b"fLaC", 0, "flac", None, is_of_libsndfile=True),
-    Container(b"OggS", 0, "ogg", "ogg", is_of_libsndfile=True),
-    Container(b"FORM", 0, "aiff", "aiff", is_of_libsndfile=True),
-    Container(b".snd", 0, "au", None, is_of_libsndfile=True),
-    Container(b"caff", 0, "caf", "caf", is_of_libsndfile=True),
-    Container(b"ID3", 0, "mp3", None, is_of_libsndfile=True),
-    Container(b"ftyp", 4, "mp4", "mov"),  # and m4a, 3gp
-    Container(b"\x1aE\xdf\xa3", 0, "webm", "matroska"),
-    Container(b"#!AMR", 0, "amr", "amr"),
-    Container(b"\x30\x26\xb2\x75\x8e\x66\xcf\x11", 0, "wma", "asf"),
-)
-AAC = Container(b"\xff", 0, "aac", "aac")
-MP3 = Container(b"\xff", 0, "mp3", None, is_of_libsndfile=True)
-MAGIC_BYTES = 12
 OF_FFMPEG = {".m4a", ".mp4", ".mov", ".3gp", ".webm", ".mka", ".mkv", ".aac", ".amr", ".wma"}
 SUFFIXES = {f".{name.lower()}" for name in soundfile.available_formats()} | {".opus"} | (OF_FFMPEG if av else set())
-
-
-def container_of(beginning: bytes) -> Container | None:
-    """Return the container that the first `MAGIC_BYTES` bytes of a file identify, or None."""
-    for container in CONTAINERS:
-        if beginning.startswith(container.magic, container.offset):
-            return container
-    # A frame of MPEG audio begins with eleven set bits, its version and its layer. The layer of AAC is 0.
-    if len(beginning) > 3 and beginning[0] == 0xFF and beginning[1] & 0xE0 == 0xE0:
-        if beginning[1] & 0xF6 == 0xF0:
-            return AAC
-        # Some values of version, layer, bit rate and sampling rate are reserved.
-        is_header = beginning[1] & 0x18 != 0x08 and beginning[1] & 0x06 and beginning[2] >> 4 != 15
-        return MP3 if is_header and beginning[2] & 0x0C != 0x0C else None
-    return None
 
 
 class TooLongError(ValueError):
@@ -120,7 +80,7 @@ def decoded(audio, max_duration_s: float):
         yield name, file.blocks(), file.rate
 
 
-def too_long(name, duration_s, max_duration_s) -> TooLongError:
+def too_long(name: str, duration_s: float, max_duration_s: float) -> TooLongError:
     return TooLongError(
         f"{name} lasts {duration_s:.2f} s, but a clip may last at most {max_duration_s:g} s. Split it into shorter "
         "clips."

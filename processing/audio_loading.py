@@ -10,7 +10,8 @@ import os
 import numpy as np
 import soxr
 
-from .audio_decoding import MAGIC_BYTES, MAX_CHANNELS, container_of, decoded, full_scale, too_long
+from .audio_containers import MAGIC_BYTES, container_of
+from .audio_decoding import MAX_CHANNELS, decoded, full_scale, too_long
 
 # Below about three steps of 16-bit audio there is no speech, only a muted microphone.
 SILENCE_PEAK = 1e-4

@@ -7,7 +7,7 @@ import inspect
 import json
 import re
 
-from transformers import ProcessorMixin
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -67,7 +67,27 @@ THOUGHT_MARKS = (
 ARGUMENTS_OF_A_CALL = set(inspect.signature(ProcessorMixin.apply_chat_template).parameters)
 
 
-def content_prefix(template: str, tokenizer, audio_token: str, options: dict) -> str:
+def with_audio_blocks(
+    tokenizer: PreTrainedTokenizerBase, audio_token: str, chat_template_kwargs: dict | None
+) -> tuple[str | dict[str, str], str, dict]:
+    """Extend the chat template of an LLM's tokenizer, or its several named ones, to audio blocks.
+
+    Returns:
+        the extended template or templates, the LLM's own default template, and a copy of the options.
+
+    Raises:
+        TypeError, ValueError: see [`check_options`] and [`content_prefix`].
+    """
+    own = tokenizer.chat_template or PLAIN_TEMPLATE
+    options = check_options(chat_template_kwargs, own)
+    if not isinstance(own, dict):
+        return content_prefix(own, tokenizer, audio_token, options) + own, own, options
+    default = own.get("default", next(iter(own.values())))
+    prefix = content_prefix(default, tokenizer, audio_token, options)
+    return {name: prefix + each for name, each in own.items()}, default, options
+
+
+def content_prefix(template: str, tokenizer: PreTrainedTokenizerBase, audio_token: str, options: dict) -> str:
     """Return the prefix that makes an LLM's chat template accept blocks of text and audio.
 
     Templates that expect strings receive strings, and those that expect lists of parts receive lists. The function
@@ -160,7 +180,7 @@ def is_in_thought(text: str) -> bool:
     return any(text.rfind(start) > text.rfind(end) for start, end in THOUGHT_MARKS)
 
 
-def warn_of_thoughts(template: str, processor):
+def warn_of_thoughts(template: str, processor: ProcessorMixin):
     """Warn if answers may land inside a thought.
 
     Args:

@@ -13,7 +13,8 @@ import pytest
 from transformers.dynamic_module_utils import get_imports
 
 from processing import audio_decoding, c_stderr
-from processing.audio_decoding import audio_info, container_of
+from processing.audio_containers import container_of
+from processing.audio_decoding import audio_info
 from processing.audio_loading import load_audio
 from tests.helpers.audio_files import encode, encode_by_ffmpeg, tone
 from tests.helpers.prompts import SAMPLING_RATE

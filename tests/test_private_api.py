@@ -268,48 +268,23 @@ TABLE = [
         ("tokenizer_init_kwargs",),
     ),
     *(
-        Private(PROCESSOR, name, of("processing", "processing_blsp_kd"), reason, takes)
-        for name, reason, takes in (
-            ("_prepare_processor_kwargs", "a template writes special tokens itself", ()),
-            ("_resolve_audio_loading_params", "a missing sampling rate is warned of", ("processor_kwargs",)),
-            ("_normalize_conversations", "chats from outside are checked before they are read", ("conversation",)),
-            ("_multimodal_inputs_from_conversations", "our loader takes more kinds of audio", ("conversations",)),
+        Private(PIPELINE, name, files, "documented for pipelines")
+        for name, files in (
+            ("_forward", of("processing", "pipeline_blsp_kd", "spoken_pipeline")),
+            ("_sanitize_parameters", of("processing", "pipeline_blsp_kd", "spoken_pipeline")),
         )
     ),
     *(
-        Private(PIPELINE, name, of("processing", "pipeline_blsp_kd"), "documented for pipelines")
-        for name in ("_forward", "_sanitize_parameters")
-    ),
-    *(
-        Private(PIPELINE, name, of("processing", "pipeline_blsp_kd"), "a pipeline declares what it loads by it")
+        Private(PIPELINE, name, of("processing", "spoken_pipeline"), "documented for pipelines: what it loads")
         for name in (
-            "_default_generation_config",
             "_load_feature_extractor",
             "_load_image_processor",
             "_load_processor",
             "_load_tokenizer",
             "_load_video_processor",
-            "_pipeline_calls_generate",
-        )
-    ),
-    *(
-        Private(PIPELINE, name, of("processing", "pipeline_blsp_kd"), "streams take the options of plain calls")
-        for name in (
-            "_forward_params",
-            "_get_set_generation_params",
-            "_prepare_generate_kwargs",
-            "_preprocess_params",
         )
     ),
     # -- evaluation ---------------------------------------------------------------------------------------------------
-    *(
-        Private("sacrebleu.metrics.base.Metric", name, of("processing/evaluation", "text_scores"), reason, takes)
-        for name, takes in (
-            ("_extract_corpus_statistics", ("hypotheses", "references")),
-            ("_compute_score_from_stats", ("stats",)),
-        )
-        for reason in ("its own bootstrap fails where some resamples score 0, and chrF has no public counts",)
-    ),
     *(
         Private(
             "evaluate.Metric",

@@ -16,7 +16,7 @@ from datasets import Audio, load_dataset
 from processing.audio_decoding import audio_info
 from processing.audio_loading import load_audio
 from processing.manifests import BadRow, OutsideFolderError, audio_path, manifest_lines, parse_line
-from processing.processing_blsp_kd import ANALYSIS_WINDOW_S
+from processing.speech_features import ANALYSIS_WINDOW_S
 
 SAMPLING_RATE = 16_000
 IDENTITY_BYTES = 16 * 2**20

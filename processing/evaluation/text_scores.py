@@ -5,12 +5,15 @@ sacrebleu (https://aclanthology.org/W18-6319). The folder `metrics` has them as 
 Leaves out: several references per row, normalisers of single languages, and judgement by another model.
 """
 
+from functools import partial
+
 import numpy as np
 from transformers.models.whisper.english_normalizer import BasicTextNormalizer
 
 try:
     import jiwer
     from sacrebleu.metrics import BLEU, CHRF
+    from sacrebleu.metrics.helpers import extract_all_char_ngrams
 except ImportError as error:
     raise ImportError(
         f"Scores of texts need jiwer and sacrebleu ({error}). Install them with the extra 'metrics': "
@@ -96,16 +99,51 @@ def score_translations(
         `bleu` and `chrf`; with `num_resamples` also `bleu_interval` and `chrf_interval`: the 2.5th and 97.5th
         percentile.
     """
-    results = {}
     # Without effective_order, BLEU is 0 where no translation has four words. It changes nothing else.
-    for name, metric in (("bleu", BLEU(tokenize=tokenize, effective_order=True)), ("chrf", CHRF())):
-        results[name] = metric.corpus_score(predictions, [references]).score
-        if num_resamples:
-            # The two steps of corpus_score. Its own n_bootstrap fails where some resamples score 0 and others do
-            # not (it mixes float and float32), and takes memory for rows times resamples.
-            counts = np.array(metric._extract_corpus_statistics(predictions, [references]))
+    bleu = BLEU(tokenize=tokenize, effective_order=True)
+    results = {
+        "bleu": bleu.corpus_score(predictions, [references]).score,
+        "chrf": CHRF().corpus_score(predictions, [references]).score,
+    }
+    if num_resamples:
+        # sacrebleu's own n_bootstrap fails where some resamples score 0 and others do not (it mixes float and float32),
+        # and takes memory for rows times resamples.
+        for name, counts_of, score_of in (("bleu", partial(_bleu_counts, bleu), _bleu), ("chrf", _chrf_counts, _chrf)):
+            counts = np.array([counts_of(given, gold) for given, gold in zip(predictions, references)])
             rng = np.random.default_rng(seed)
             drawn = (counts[rng.integers(len(counts), size=len(counts))] for _ in range(num_resamples))
-            scores = [metric._compute_score_from_stats(rows.sum(0).tolist()).score for rows in drawn]
-            results[f"{name}_interval"] = np.percentile(scores, [2.5, 97.5]).tolist()
+            results[f"{name}_interval"] = np.percentile([score_of(rows.sum(0)) for rows in drawn], [2.5, 97.5]).tolist()
     return results
+
+
+def _bleu_counts(bleu: "BLEU", given: str, gold: str) -> list[int]:
+    """Return the two lengths of one row, and its matches and totals of each order of n-grams."""
+    score = bleu.sentence_score(given, [gold])
+    return [score.sys_len, score.ref_len, *score.counts, *score.totals]
+
+
+def _bleu(counts: np.ndarray) -> float:
+    """Compute BLEU of summed counts, with the options of `score_translations`."""
+    translation_length, reference_length, *of_orders = counts.tolist()
+    matches, totals = of_orders[: len(of_orders) // 2], of_orders[len(of_orders) // 2 :]
+    return BLEU.compute_bleu(
+        matches, totals, translation_length, reference_length, smooth_method="exp", effective_order=True
+    ).score
+
+
+def _chrf_counts(given: str, gold: str) -> list[tuple[int, int, int]]:
+    """Return, for each order of character n-grams, the number in the translation, in the reference, and in both.
+
+    sacrebleu has no public way to them. As there, an order that the reference lacks counts no n-grams.
+    """
+    orders = zip(*(extract_all_char_ngrams(text, CHRF.CHAR_ORDER) for text in (given, gold)))
+    return [(made.total() if wanted else 0, wanted.total(), (made & wanted).total()) for made, wanted in orders]
+
+
+def _chrf(counts: np.ndarray) -> float:
+    """Compute chrF of summed counts (num_orders, 3): F-beta of precision and recall, each a mean over the orders."""
+    made, wanted, both = counts[(counts[:, 0] > 0) & (counts[:, 1] > 0)].T
+    if not both.any():
+        return 0.0
+    precision, recall = (both / made).mean(), (both / wanted).mean()
+    return float(100 * (1 + CHRF.BETA**2) * precision * recall / (CHRF.BETA**2 * precision + recall))

@@ -1,32 +1,26 @@
 """A model card from facts: `card_template.md`, with its metadata and its marked blocks filled in.
 
-Follows the Hub's card metadata (huggingface_hub's `ModelCardData`). Prose outside the blocks is the same for every
-model; a fact that is None is called "not measured", "not stated" or "not recorded". Leaves out: finding the facts
-(`facts.py`, `verify.py`).
+Prose outside the blocks is the same for every model. A fact that is None is called "not measured", "not stated" or "not
+recorded". `metadata.py` makes the front matter; `facts.py` and `verify.py` find the facts.
 """
 
 import re
 import textwrap
 from pathlib import Path
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import ModelCard
 
-from modeling_blsp_kd.training.card import TASK, card_metadata
+from .metadata import VOICES, is_hub_id, metadata_of
 
 # Its front matter gives the order of the metadata.
 TEMPLATE = Path(__file__).with_name("card_template.md")
 TINY_WORLD = "tiny world"
 SIZES = {"float32": 4, "bfloat16": 2}  # bytes of a number
 BLOCK = re.compile(r"<!-- (?P<name>[\w ]+) -->\n.*?\n?<!-- /(?P=name) -->", re.DOTALL)
-VOICES = {
-    "seen_voices": "voices heard in training",
-    "held_out_voices": "voices not heard in training",
-    "unnamed_voices": "voices that the data does not name",
-}
 
 
 def make_card(facts: dict, template: str | None = None) -> ModelCard:
-    """The card of a model.
+    """Return the card of a model.
 
     Args:
         facts: `name` (repository id or folder name), `parts` (of [`describe_parts`]), `thin` (bool), `memory` (dict of
@@ -53,65 +47,12 @@ def make_card(facts: dict, template: str | None = None) -> ModelCard:
     if sorted(found) != sorted(blocks):
         raise ValueError(f"The template must have each block of {sorted(blocks)} once, but has {sorted(found)}.")
     card = ModelCard(BLOCK.sub(lambda match: _block(match["name"], blocks[match["name"]]), template))
-    card.data = _metadata(facts)
+    card.data = metadata_of(facts)
     return card
 
 
 def _block(name: str, text: str) -> str:
     return f"<!-- {name} -->\n{text}\n<!-- /{name} -->"
-
-
-def _metadata(facts: dict) -> ModelCardData:
-    base_models = [part["base_model"] for part in facts["parts"] if _is_hub_id(part["base_model"])]
-    eval_results = _eval_results(facts["results"])
-    return card_metadata(
-        base_models,
-        license=facts["licence"],
-        language=facts["languages"] or None,
-        datasets=facts["datasets"] or None,
-        metrics=sorted({result.metric_type for result in eval_results}) or None,
-        widget=[
-            {"src": sample["audio"], "example_title": _title(sample), "output": {"text": sample["output"]}}
-            for sample in facts["samples"]
-        ]
-        or None,
-        model_name=facts["name"],
-        eval_results=eval_results or None,
-    )
-
-
-def _is_hub_id(name: str | None) -> bool:
-    return bool(name) and name.count("/") < 2
-
-
-def _title(sample: dict) -> str:
-    return sample["instruction"] or sample["audio"]
-
-
-def _eval_results(results: dict) -> list[EvalResult]:
-    evaluation = (results.get("training") or {}).get("evaluation")
-    if evaluation is None:
-        return []  # an entry must name its data
-    source = evaluation["source"]
-    common = {"task_type": TASK, "dataset_type": source.replace(" ", "-"), "dataset_name": source}
-    speech = results.get("speech_accuracy", {})
-    measured = [
-        EvalResult(
-            **common,
-            dataset_config=voices,
-            metric_type="exact_match",
-            metric_name=f"exact match of answers, {described}",
-            metric_value=round(speech[voices], 4),
-        )
-        for voices, described in VOICES.items()
-        if voices in speech
-    ]
-    if "token_count_accuracy" in results:
-        value = round(results["token_count_accuracy"], 4)
-        measured.append(
-            EvalResult(**common, metric_type="accuracy", metric_name="number of speech tokens", metric_value=value)
-        )
-    return measured
 
 
 def _model(facts: dict) -> str:
@@ -155,7 +96,7 @@ def _training(facts: dict) -> str:
 
 
 def _before(training: dict) -> list[str]:
-    """Paragraphs on the stages before the last."""
+    """Return paragraphs on the stages before the last."""
     before, model = training.get("before", []), _link(training.get("started_from")) or "a model"
     if before is None:
         return [_paragraph(f"Trained further from {model}; what that was trained on is not recorded. After that:"), ""]
@@ -245,7 +186,7 @@ def _licence(facts: dict) -> str:
 def _link(name: str | None) -> str | None:
     if name is None:
         return None
-    return f"[{name}](https://huggingface.co/{name})" if _is_hub_id(name) else f"`{name}`"
+    return f"[{name}](https://huggingface.co/{name})" if is_hub_id(name) else f"`{name}`"
 
 
 def _paragraph(text: str) -> str:
@@ -253,7 +194,7 @@ def _paragraph(text: str) -> str:
 
 
 def _cell(text: str) -> str:
-    """Text that stays in its cell of a Markdown table."""
+    """Return text that stays in its cell of a Markdown table."""
     return " ".join(text.split()).replace("|", "\\|")
 
 

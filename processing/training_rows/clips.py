@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from processing.audio_decoding import audio_info
 from processing.audio_loading import load_audio
-from processing.processing_blsp_kd import ANALYSIS_WINDOW_S
+from processing.speech_features import ANALYSIS_WINDOW_S
 
 from .augmentation import Augmentation
 

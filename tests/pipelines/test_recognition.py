@@ -9,7 +9,7 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from processing import BlspKdProcessor, BlspKdSpeechRecognitionPipeline
-from processing.pipeline_blsp_kd import _chunks
+from processing.recording_chunks import chunks_of
 from tests.helpers.prompts import SAMPLING_RATE, clip
 from tests.helpers.spoken_cases import INSTRUCTION
 from tests.pipelines.cases import CONTENTS, SHORT, WAVEFORM, chat, clips_of_all_durations, direct, saying
@@ -82,7 +82,7 @@ def test_timestamps_of_a_batch_are_those_of_one(recognizes, expected):
 @pytest.mark.parametrize("length, left, right", [(100, 0, 0), (100, 20, 10), (100, 49, 50), (7, 3, 3)])
 @pytest.mark.parametrize("shortest", [1, 5])
 def test_chunks_cover_a_recording_once(num_samples, length, left, right, shortest):
-    chunks = _chunks(num_samples, length, left, right, shortest)
+    chunks = chunks_of(num_samples, length, left, right, shortest)
     assert chunks[0][0] == 0 and chunks[-1][1] == num_samples
     assert chunks[0][2] == -np.inf and chunks[-1][3] == np.inf
     for start, stop, keep_from, keep_to in chunks:
