@@ -1,8 +1,12 @@
 """The ablation: that the matrix compares what it says, that no run is lost or repeated, and what verdicts mean."""
 
+import hashlib
+import importlib.util
 import json
+import os
 import re
 import runpy
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -18,14 +22,14 @@ from tests.helpers.prompts import spoken_prompts
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
-import ablate
 import train
-from ablation import analysis, report, runs
-from ablation.matrix import BY_NAME, CLAIMS, CONFIGURATIONS, RECOGNIZER, TRAIN
-from ablation.plan import Plan, read_rows
-from ablation.train_global_lora import GlobalLoraForCausalLM, merge_lora
-from ablation.train_recognizer import CtcRecognizer, RecognizerOptions
 
+from examples.experiments.ablation import __main__ as ablate
+from examples.experiments.ablation import analysis, report, runs
+from examples.experiments.ablation.matrix import BY_NAME, CLAIMS, CONFIGURATIONS, RECOGNIZER, TRAIN
+from examples.experiments.ablation.plan import Plan, read_rows
+from examples.experiments.ablation.train_global_lora import GlobalLoraForCausalLM, merge_lora
+from examples.experiments.ablation.train_recognizer import CtcRecognizer, RecognizerOptions
 from modeling_blsp_kd import BlspKdConfig
 from processing.evaluation.recognition import read_off
 
@@ -59,7 +63,11 @@ def test_names_and_titles_are_unique_and_claims_name_what_is_there():
 @pytest.mark.parametrize("name", BY_NAME)
 def test_scripts_take_the_options_and_a_config_can_be_built(name, plan, tmp_path):
     script, *arguments = runs.train_command(BY_NAME[name], 1, plan, tmp_path / "model")
-    assert Path(script).exists()
+    if script == "-m":
+        module, *arguments = arguments
+        assert importlib.util.find_spec(module) is not None
+    else:
+        assert Path(script).exists()
     own = (RecognizerOptions,) if BY_NAME[name].script == RECOGNIZER else ()
     parser = HfArgumentParser((*own, train.ModelOptions, train.DataOptions, train.Arguments))
     *_, model_options, data_options, args = parser.parse_args_into_dataclasses(arguments)
@@ -429,11 +437,14 @@ def test_end_to_end(tmp_path, monkeypatch, capsys):
     scripts = []
 
     def call(command, log, threads):
-        scripts.append(Path(command[0]).name)
+        run, (name, *arguments) = runpy.run_path, command
+        if name == "-m":
+            run, (name, *arguments) = runpy.run_module, arguments
+        scripts.append(Path(name).stem if run is runpy.run_path else name.rpartition(".")[2])
         with monkeypatch.context() as patch:
             patch.setenv("OMP_NUM_THREADS", str(threads))
-            patch.setattr(sys, "argv", [*command])
-            runpy.run_path(command[0], run_name="__main__")
+            patch.setattr(sys, "argv", [name, *arguments])
+            run(name, run_name="__main__")
 
     monkeypatch.setattr(runs, "_call", call)
     names = "untrained,subsampler_kl,global_lora,cascade_cformer,cascade_ctc"
@@ -444,7 +455,7 @@ def test_end_to_end(tmp_path, monkeypatch, capsys):
     ]
     monkeypatch.setattr(sys, "argv", [str(argument) for argument in arguments])
     ablate.main()
-    assert scripts.count("evaluate.py") == 5 and scripts.count("train_recognizer.py") == 2
+    assert scripts.count("evaluate") == 5 and scripts.count("train_recognizer") == 2
     table = capsys.readouterr().out
     assert "evaluated on 16 rows of the tiny world's final sentences" in table
     told = json.loads((tmp_path / "results" / "summary.json").read_text())
@@ -459,13 +470,13 @@ def test_end_to_end(tmp_path, monkeypatch, capsys):
     assert result["machine"]["torch"] == torch.__version__ and len(result["systems"]["text"]["matched_rows"]) == 16
     assert str(tmp_path) not in json.dumps(result)
     ablate.main()
-    assert scripts.count("evaluate.py") == 5, "a second call runs nothing"
+    assert scripts.count("evaluate") == 5, "a second call runs nothing"
 
 
 def test_figures_of_the_results_page_stand_in_the_tables_that_it_names():
-    examples = Path(train.__file__).parent
-    page = (examples / "RESULTS.md").read_text().split("Settings were chosen")[0]
-    tables = "".join((examples / name).read_text() for name in re.findall(r"\]\(([^)]+\.md)\)", page))
+    experiments = Path(ablate.__file__).parents[1]
+    page = (experiments / "RESULTS.md").read_text().split("Settings were chosen")[0]
+    tables = "".join((experiments / name).read_text() for name in re.findall(r"\]\(([^)]+\.md)\)", page))
     figures = re.findall(r"(?<![\d.])[-+]?\d\.\d{3}(?: \[[^]]+\])?|\d+\.\d %", page)
     assert len(figures) > 20
     spellings = (" %", "%", " [")  # the last is an interval's, in a column of per cent
@@ -476,6 +487,27 @@ def test_figures_of_the_results_page_stand_in_the_tables_that_it_names():
     assert all(figure.replace(" [", " | [") in tables for figure in missing), missing
     for claim in CLAIMS:
         assert f"| {claim.text} |" in page
+
+
+def test_published_results_are_those_of_the_matrix_as_it_stands():
+    """A result is found by its fingerprint: a script or an option of another name would have all runs repeated."""
+    paths = sorted(ablate.RESULTS.glob("*-seed*.json"))
+    assert len(paths) > 30
+    for path in paths:
+        settings = json.loads(path.read_text())["settings"]
+        configuration = BY_NAME[settings["name"]]
+        assert (settings["script"], settings["options"]) == (configuration.script, configuration.options)
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+        assert path.stem.endswith(f"-{digest[:12]}")
+
+
+def test_the_script_runs_from_any_folder(tmp_path):
+    script = Path(ablate.__file__).parents[2] / "ablate.py"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    finished = subprocess.run(
+        [sys.executable, script, "--only", "decoder"], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert finished.returncode == 2 and "ablate.py: error: --only names no configuration" in finished.stderr
 
 
 def test_unknown_configurations_are_named(monkeypatch, capsys):

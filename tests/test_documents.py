@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import functools
+import importlib
 import io
 import re
 import shutil
@@ -20,6 +21,10 @@ ROOT = Path(__file__).parent.parent
 TINY_WORLD = ROOT / "examples" / "tiny_world"
 PAGES = ("README.md", "model_card.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))))
 SCRIPTS = tuple(f"examples/{path.name}" for path in sorted((ROOT / "examples").glob("*.py")))
+EXPERIMENT_PAGES = tuple(
+    str(path.relative_to(ROOT)) for path in (ROOT / "examples" / "experiments").glob("**/README.md")
+)
+MODULE = re.compile(r"python -m ((?:tests|examples)[.\w]*\w)([^\n`]*)")
 SPOKEN_CLIP = "outputs/tiny_world_speech/42c1e598c8a08f39bad3.flac"
 
 
@@ -97,11 +102,28 @@ def test_a_cpu_build_of_torch_is_the_pinned_version():
     assert f"pip install {pinned} --index-url https://download.pytorch.org/whl/cpu" in blocks("README.md", "bash")[0]
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [*PAGES, *EXPERIMENT_PAGES])
 def test_modules_that_pages_run_exist(page):
-    for name in re.findall(r"python -m (tests[.\w]*\w)", (ROOT / page).read_text()):
+    for name, _ in MODULE.findall((ROOT / page).read_text()):
         path = ROOT / name.replace(".", "/")
         assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), f"{page} runs {name}"
+
+
+@pytest.mark.parametrize("page", [*PAGES, *EXPERIMENT_PAGES])
+def test_pages_name_only_options_of_experiments_that_exist(page, monkeypatch, capsys):
+    text = (ROOT / page).read_text().replace("\\\n", " ")
+    for name, arguments in MODULE.findall(text):
+        if name.startswith("examples.experiments."):
+            known = set(re.findall(r"--\w+", _help_of_module(name, monkeypatch, capsys)))
+            unknown = set(re.findall(r"(?<=\s)--\w+", arguments)) - known
+            assert not unknown, f"{page} passes {unknown} to {name}, which does not know them"
+
+
+def _help_of_module(name, monkeypatch, capsys) -> str:
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with pytest.raises(SystemExit):
+        importlib.import_module(name).main()
+    return capsys.readouterr().out
 
 
 @pytest.mark.parametrize("page", PAGES)

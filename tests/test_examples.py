@@ -274,7 +274,7 @@ def test_digit_manifest_joins_recordings_and_holds_one_speaker_out(tmp_path):
     (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     output = tmp_path / "digits"
     printed = run(
-        EXAMPLES / "make_digit_manifest.py",
+        *("-m", "examples.experiments.make_digit_manifest"),
         *("--recordings", tmp_path / "metadata.jsonl", "--output", output, "--num_train", "12", "--num_test", "8"),
     )
     assert "1 recordings of other texts" in printed and "held out: cas" in printed

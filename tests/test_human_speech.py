@@ -17,11 +17,13 @@ from tests.helpers.prompts import SAMPLING_RATE, clip
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 
-import make_digit_manifest
 import train
-from human_speech import build_sentence_llm, error_analysis, frame_probe, learning_curve, sentences
-from human_speech.build_digit_llm import build_tokenizer, draw_dialogues, held_out_prompts
-from human_speech.digits import (
+from transformers import AutoTokenizer
+
+from examples.experiments import make_digit_manifest
+from examples.experiments.human_speech import build_sentence_llm, error_analysis, frame_probe, learning_curve, sentences
+from examples.experiments.human_speech.build_digit_llm import build_tokenizer, draw_dialogues, held_out_prompts
+from examples.experiments.human_speech.digits import (
     DIGITS,
     KINDS,
     MAX_SUMMED,
@@ -31,10 +33,8 @@ from human_speech.digits import (
     number_in_words,
     split_of,
 )
-from human_speech.error_analysis import as_markdown, describe, read_rows
-from tiny_world.build_llm import build_model
-from transformers import AutoTokenizer
-
+from examples.experiments.human_speech.error_analysis import as_markdown, describe, read_rows
+from examples.tiny_world.build_llm import build_model
 from processing.training_rows.augmentation import Augmentation
 from processing.training_rows.kept_frames import KeptFrames
 

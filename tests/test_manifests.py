@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 import soundfile
 
+from examples.experiments import make_digit_manifest as digits
+from examples.experiments.ablation import plan
+from examples.experiments.human_speech import sentences
 from processing.evaluation.rows import manifest_rows
 from processing.manifests import manifest_lines, read_manifest, read_objects
 from tests.helpers.prompts import clip
@@ -84,10 +87,7 @@ def test_all_scripts_read_a_marked_manifest_and_refuse_utf_16(tmp_path, monkeypa
     marked.write_text(content, encoding="utf-8-sig")
     other.write_text(content, encoding="utf-16")
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    import make_digit_manifest as digits
     import train
-    from ablation import plan
-    from human_speech import sentences
     from training_data import sources
 
     readers = {

@@ -12,12 +12,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast, TextStreamer
 
+from examples.experiments import measure_timestamps
 from modeling_blsp_kd.encoder_families import frame_starts_s
 from modeling_blsp_kd.loudness import find_silence, loudness
 from modeling_blsp_kd.token_times import align, text_token_times, token_times
 from processing import BlspKdProcessor
 from tests.helpers.encoders import ENCODERS, model_of, processor_of
-from tests.helpers.example_scripts import load_example
 from tests.helpers.models import make_config, make_model
 from tests.helpers.prompts import SAMPLING_RATE, clip, spoken_prompts
 
@@ -445,10 +445,9 @@ def test_the_delay_that_made_the_times_is_found_and_measured_as_exact(processor,
         "--max_new_tokens": 9,
         "--results": tmp_path / "results.json",
     }
-    script = load_example("measure_timestamps", monkeypatch)
     arguments = [str(argument) for pair in arguments.items() for argument in pair]
     monkeypatch.setattr(sys, "argv", ["measure_timestamps.py", *arguments, "--save"])
-    script.main()
+    measure_timestamps.main()
 
     assert json.loads((tmp_path / "model" / "config.json").read_text())["timestamps"]["delay_s"] == 0.16
     results = json.loads((tmp_path / "results.json").read_text())
@@ -459,24 +458,22 @@ def test_the_delay_that_made_the_times_is_found_and_measured_as_exact(processor,
     assert "delay 0.16 s, fitted on 3 training clips" in capsys.readouterr().out
 
 
-def test_errors_are_those_of_words_that_are_right(monkeypatch):
-    script = load_example("measure_timestamps", monkeypatch)
+def test_errors_are_those_of_words_that_are_right():
     words = [{"text": text, "start": float(place), "end": place + 0.5} for place, text in enumerate("a b c d".split())]
     heard = [{"text": text, "timestamp": (start, start + 1)} for text, start in ((" a", 0.1), (" c", 2.2), (" d", 2.9))]
-    errors = np.array(script.errors_of({"words": words}, heard))
+    errors = np.array(measure_timestamps.errors_of({"words": words}, heard))
     assert errors == pytest.approx(np.array([[0.1, 0.6], [0.2, 0.7], [-0.1, 0.4]]))
-    summary = script.summarise(errors, 0.75)
+    summary = measure_timestamps.summarise(errors, 0.75)
     assert summary["start"] == pytest.approx({"median": 100, "percentile_90": 180, "bias": 100})
-    assert script.summarise(np.empty((0, 2)), 0.0)["both"]["median"] is None
+    assert measure_timestamps.summarise(np.empty((0, 2)), 0.0)["both"]["median"] is None
 
 
-def test_a_manifest_without_words_is_named(tmp_path, monkeypatch):
-    script = load_example("measure_timestamps", monkeypatch)
+def test_a_manifest_without_words_is_named(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"audio": "a.wav", "text": "a"}\n')
     manifest = str(tmp_path / "a.jsonl")
     options = argparse.Namespace(train_manifest=manifest, eval_manifest=manifest, allow_outside_paths=False)
     with pytest.raises(ValueError, match="no 'words' with their 'text', 'start' and 'end'"):
-        script.load_rows(options)
+        measure_timestamps.load_rows(options)
     options.eval_manifest = None
     with pytest.raises(ValueError, match="Give both --train_manifest and --eval_manifest"):
-        script.load_rows(options)
+        measure_timestamps.load_rows(options)

@@ -1,6 +1,6 @@
 """Errors of word times, against the times at which the words were said.
 
-Leaves out: statistics of the errors, which `scoring.py` and `examples/measure_timestamps.py` make.
+Leaves out: statistics of the errors, see `scoring.py` and `examples/experiments/measure_timestamps.py`.
 """
 
 from difflib import SequenceMatcher

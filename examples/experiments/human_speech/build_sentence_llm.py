@@ -2,17 +2,16 @@
 
 Knows the words of the training sentences in the pieces of a small vocabulary. Leaves out: speech.
 
-    cd examples && python -m human_speech.build_sentence_llm --manifest ../outputs/sentences/train.jsonl \\
-        --held_out_manifest ../outputs/sentences/validation.jsonl --output_dir ../outputs/sentence_llm
+    python -m examples.experiments.human_speech.build_sentence_llm --manifest outputs/sentences/train.jsonl \\
+        --held_out_manifest outputs/sentences/validation.jsonl --output_dir outputs/sentence_llm
 """
 
 import random
 from pathlib import Path
 
-from tiny_world.build_llm import train_tokenizer
-
 from processing.manifests import read_objects
 
+from ...tiny_world.build_llm import train_tokenizer
 from .llm import build_llm, llm_parser
 from .sentences import INSTRUCTIONS
 

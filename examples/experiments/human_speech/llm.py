@@ -9,8 +9,9 @@ import json
 from pathlib import Path
 
 import torch
-from tiny_world.build_llm import batches, build_model, print_scores, score, train
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ...tiny_world.build_llm import batches, build_model, print_scores, score, train
 
 
 def llm_parser(description: str, num_steps: int) -> argparse.ArgumentParser:

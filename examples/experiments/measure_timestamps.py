@@ -1,12 +1,13 @@
 """Measure how exactly a model tells when words were said, and fit the delay of its CIF.
 
-    python examples/measure_timestamps.py --model outputs/default --save
+    python -m examples.experiments.measure_timestamps --model outputs/default --save
 
 The tiny world's sentences are spoken once more, since espeak-ng tells when it says each word. Other clips come from
 JSONL manifests whose rows have, beside `audio` and `text` (and, if known, `voice`), their `words`:
 `[{"text": "the", "start": 0.12, "end": 0.25}, ...]`, in seconds:
 
-    python examples/measure_timestamps.py --model DIR --train_manifest train.jsonl --eval_manifest test.jsonl
+    python -m examples.experiments.measure_timestamps --model DIR --train_manifest train.jsonl \\
+        --eval_manifest test.jsonl
 
 The delay is fitted on training clips and measured on others, on the words of the model's own transcription that are
 right. Reported are absolute errors of starts and ends, raw (CIF's firing places) and corrected, in milliseconds.
@@ -88,7 +89,7 @@ def load_rows(options) -> tuple[list[dict], dict[str, list[dict]]]:
         eval_rows = {voices: rows for voices, rows in groups.items() if rows}
     else:
         # Imported here: synthesis needs espeakng-loader, which a manifest does not.
-        from tiny_world.speech import HELD_OUT_VOICES, TRAIN_VOICES
+        from ..tiny_world.speech import HELD_OUT_VOICES, TRAIN_VOICES
 
         train_rows = say("train", options.num_clips, TRAIN_VOICES, 20, options.cache_dir)
         eval_rows = {
@@ -103,8 +104,8 @@ def load_rows(options) -> tuple[list[dict], dict[str, list[dict]]]:
 
 def say(split: str, num_clips: int, voices, seed: int, cache_dir: str) -> list[dict]:
     """Sentences of the tiny world with the times of their words."""
-    from tiny_world.speech import make_clips, word_times
-    from tiny_world.world import sentences
+    from ..tiny_world.speech import make_clips, word_times
+    from ..tiny_world.world import sentences
 
     texts = [sentence.text for sentence in sentences(split, num_clips, seed)]
     speakers = [voices[index % len(voices)] for index in range(num_clips)]

@@ -1,7 +1,7 @@
 """Can a digit be told from a frozen encoder's frames, whoever says it? Classifiers, each speaker held out in turn.
 
-    cd examples && python -m human_speech.frame_probe --recordings RECORDINGS/metadata.jsonl \\
-        --speech_model WHISPER_TINY_EN --synthesizers espeak-ng flite --output human_speech/results
+    python -m examples.experiments.human_speech.frame_probe --recordings RECORDINGS/metadata.jsonl \\
+        --speech_model WHISPER_TINY_EN --synthesizers espeak-ng flite --output outputs/frame_probe
 
 Tells what the frames hold from what an adapter makes of them. Each speaker's recordings are classified by four probes:
 trained on the other speakers; on these and synthetic voices; on these after each voice's mean was taken off its frames,
@@ -19,8 +19,6 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import torch
-from make_digit_manifest import read_recordings
-from tiny_world.world import DIGITS
 from torch import nn
 from tqdm import tqdm
 from transformers import WhisperFeatureExtractor
@@ -28,6 +26,8 @@ from transformers import WhisperFeatureExtractor
 from modeling_blsp_kd.backbones import load_audio_tower
 from processing.audio_loading import load_audio
 
+from ...tiny_world.world import DIGITS
+from ..make_digit_manifest import read_recordings
 from .synthetic import SYNTHESIZERS, synthesize_recordings
 
 SAMPLING_RATE = 16_000

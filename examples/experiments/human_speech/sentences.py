@@ -1,6 +1,7 @@
 """Manifests of read sentences: speakers held out, and training sets of several sizes, each within the next.
 
-    cd examples && python -m human_speech.sentences --recordings RECORDINGS/metadata.jsonl --output ../outputs/sentences
+    python -m examples.experiments.human_speech.sentences --recordings RECORDINGS/metadata.jsonl \\
+        --output outputs/sentences
 
 `metadata.jsonl` has one object per recording with `file_name` (relative to it), `text`, `speaker` and `seconds`, as
 LibriSpeech does after a small conversion. Recordings of a single word, and those longer than `--longest_s`, are left

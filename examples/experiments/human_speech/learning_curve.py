@@ -1,7 +1,7 @@
 """What more training data gives: from evaluations of models that were trained on sets of several sizes.
 
-    cd examples && python -m human_speech.learning_curve --output human_speech/results \\
-        --evaluations ../outputs/sentences_5_evaluation ../outputs/sentences_10_evaluation
+    python -m examples.experiments.human_speech.learning_curve --output outputs/learning_curve \\
+        --evaluations outputs/sentences_5_evaluation outputs/sentences_10_evaluation
 
 The evaluations (of several seeds, too) are of `evaluate.py --train_manifest`, over the same rows, with the systems text
 and speech and the tasks transcripts and alignment. The training manifests hold a `duration` of each row. Leaves in the

@@ -3,16 +3,16 @@
 Has one token per word: what somebody says has as many tokens as digits. Leaves out: speech, and dialogues of several
 turns.
 
-    cd examples && python -m human_speech.build_digit_llm --output_dir ../outputs/digit_llm_1
-    cd examples && python -m human_speech.build_digit_llm --output_dir ../outputs/digit_llm --seed 1 \\
-        --start_from ../outputs/digit_llm_1
+    python -m examples.experiments.human_speech.build_digit_llm --output_dir outputs/digit_llm_1
+    python -m examples.experiments.human_speech.build_digit_llm --output_dir outputs/digit_llm --seed 1 \\
+        --start_from outputs/digit_llm_1
 """
 
 import random
 
-from tiny_world.build_llm import SPECIAL_TOKENS, for_chats
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from ...tiny_world.build_llm import SPECIAL_TOKENS, for_chats
 from .digits import DIGITS, INSTRUCTIONS, KINDS, SPLITS, draw_question, draw_string, kinds_of, number_in_words
 from .llm import build_llm, llm_parser
 

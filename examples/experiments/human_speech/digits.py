@@ -1,13 +1,13 @@
 """The text of digit strings: what somebody says, and questions that each have exactly one answer.
 
 Strings, unlike sentences, follow no grammar: a misheard digit cannot be guessed from its neighbours. Leaves out: speech
-(`make_digit_manifest.py`).
+(`../make_digit_manifest.py`).
 """
 
 import hashlib
 import random
 
-from tiny_world.world import DIGITS, Question
+from ...tiny_world.world import DIGITS, Question
 
 MAX_DIGITS = 6
 MAX_SUMMED = 4

@@ -21,7 +21,8 @@ class Configuration:
         name: of folders and files.
         title: in tables.
         options: of the script, beside those that all configurations share.
-        script: below `examples/`; takes the options of `train.py`, and leaves a model in `--output_dir`.
+        script: `train.py` itself, or a file of `examples/experiments` that takes its options; leaves a model in
+            `--output_dir`. Fingerprints of results include this name.
         systems: of `evaluate.py`, the one that the configuration stands for first. "cascade" is the LLM on the
             transcripts that the script leaves.
         has_seeds: False where nothing is drawn, so that one run (of seed 0) is all.

@@ -1,6 +1,6 @@
 """Manifests of spoken digit strings from recordings of single digits, one speaker held out.
 
-    python examples/make_digit_manifest.py --recordings RECORDINGS/metadata.jsonl --output outputs/digits
+    python -m examples.experiments.make_digit_manifest --recordings RECORDINGS/metadata.jsonl --output outputs/digits
     accelerate launch examples/train.py --train_manifest outputs/digits/train.jsonl \\
         --eval_manifest outputs/digits/test.jsonl --output_dir outputs/digits_model
 
@@ -26,13 +26,14 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
-from human_speech.digits import draw_question, draw_string, kinds_of
-from human_speech.synthetic import SYNTHESIZERS, synthesize_recordings
-from tiny_world.world import DIGITS, digit_sentence, questions
 from tqdm import tqdm
 
 from processing.manifests import read_objects
 from processing.training_rows.augmentation import Augmentation
+
+from ..tiny_world.world import DIGITS, digit_sentence, questions
+from .human_speech.digits import draw_question, draw_string, kinds_of
+from .human_speech.synthetic import SYNTHESIZERS, synthesize_recordings
 
 LOUDNESS = 0.5  # of each digit's loudest sample
 

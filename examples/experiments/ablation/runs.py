@@ -20,7 +20,8 @@ from processing.evaluation.text_scores import match_answers
 from .matrix import TRAIN, Configuration
 from .plan import Plan, read_rows
 
-EXAMPLES = Path(__file__).parent.parent
+EXAMPLES = Path(__file__).parents[2]
+EXPERIMENTS = "examples.experiments"
 ALIGNMENT = ("response_kl", "input_kl", "token_count_error", "token_count_accuracy")
 PACKAGES = ("torch", "transformers", "peft", "accelerate")
 
@@ -97,6 +98,7 @@ def _value(measured):
 
 
 def train_command(configuration: Configuration, seed: int, plan: Plan, model: Path) -> list[str]:
+    """Return the arguments for Python that train `configuration` and leave `model`."""
     options = {
         "max_steps": plan.steps,
         "num_utterances": plan.num_utterances,
@@ -107,11 +109,13 @@ def train_command(configuration: Configuration, seed: int, plan: Plan, model: Pa
         "output_dir": model,
     }
     if configuration.script == TRAIN:
+        script = [str(EXAMPLES / TRAIN)]
         options["num_eval_utterances"] = 0  # `evaluate.py` does it
     else:
+        script = ["-m", f"{EXPERIMENTS}.{configuration.script.removesuffix('.py').replace('/', '.')}"]
         options["eval_manifest"] = plan.rows_manifest
     given = [part for name, value in options.items() for part in (f"--{name}", str(value))]
-    return [str(EXAMPLES / configuration.script), *given, *plan.train_options]
+    return [*script, *given, *plan.train_options]
 
 
 def evaluate_command(model: Path, manifest: Path, systems, tasks, output: Path) -> list[str]:

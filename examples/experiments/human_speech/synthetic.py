@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import soxr
-from tiny_world.world import DIGITS
 from tqdm import tqdm
+
+from ...tiny_world.world import DIGITS
 
 ESPEAK_ACCENTS = ("en-us", "en", "en-gb-scotland", "en-gb-x-rp", "en-029")
 ESPEAK_LEFT_OUT = {"Alien", "Demonic", "Mr serious", "croak", "klatt6", "whisper", "whisperf"}
@@ -62,7 +63,8 @@ def espeak_voices() -> tuple[dict[str, Say], int]:
     """Voices by name, and how often each is to say a digit: so that few voices have as much to choose from as many."""
     # Imported here: espeakng-loader is an extra.
     import espeakng_loader
-    from tiny_world.speech import SAMPLING_RATE, synthesize
+
+    from ...tiny_world.speech import SAMPLING_RATE, synthesize
 
     def saying(variant):
         def say(word, rng):

@@ -1,7 +1,7 @@
 """Which digits are misheard, and what that does to answers: from the predictions of `examples/evaluate.py`.
 
-    cd examples && python -m human_speech.error_analysis --evaluations ../outputs/digits_*_evaluation \\
-        --output human_speech/results
+    python -m examples.experiments.human_speech.error_analysis --evaluations outputs/digits_*_evaluation \\
+        --output outputs/errors
 
 The evaluations (of several seeds and held-out speakers) hold the systems text and speech and the tasks answers and
 transcripts. What was heard, the answer to "Repeat the words.", is aligned with what was said by jiwer. Intervals are of
@@ -16,7 +16,8 @@ from pathlib import Path
 
 import jiwer
 import numpy as np
-from ablation.analysis import bootstrap_over_rows
+
+from ..ablation.analysis import bootstrap_over_rows
 
 ALL_VOICES = "all voices"
 OUTCOMES = ("right", "heard right, answered wrong", "count right, digits misheard", "count wrong")
