@@ -437,14 +437,16 @@ def test_end_to_end(tmp_path, monkeypatch, capsys):
     scripts = []
 
     def call(command, log, threads):
-        run, (name, *arguments) = runpy.run_path, command
-        if name == "-m":
-            run, (name, *arguments) = runpy.run_module, arguments
-        scripts.append(Path(name).stem if run is runpy.run_path else name.rpartition(".")[2])
+        is_module = command[0] == "-m"
+        name = command[is_module]
+        scripts.append(name.rpartition(".")[2] if is_module else Path(name).stem)
         with monkeypatch.context() as patch:
             patch.setenv("OMP_NUM_THREADS", str(threads))
-            patch.setattr(sys, "argv", [name, *arguments])
-            run(name, run_name="__main__")
+            patch.setattr(sys, "argv", command[is_module:])
+            if is_module:
+                importlib.import_module(name).main()
+            else:
+                runpy.run_path(name, run_name="__main__")
 
     monkeypatch.setattr(runs, "_call", call)
     names = "untrained,subsampler_kl,global_lora,cascade_cformer,cascade_ctc"
