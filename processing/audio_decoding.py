@@ -122,6 +122,7 @@ def _demuxed(source: Path | io.BytesIO, name: str):
     """Open a file with the library that can read it, and make errors name the clip and the expected formats."""
     with io.BytesIO(source.getbuffer()) if isinstance(source, io.BytesIO) else source.open("rb") as start:
         container = container_of(start.read(MAGIC_BYTES))
+    file: _SoundFile | _FFmpegFile
     try:
         if container is None or container.is_of_libsndfile:
             try:

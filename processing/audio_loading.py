@@ -152,9 +152,10 @@ def _join(blocks, source_rate: int, sampling_rate: int, name: str, max_duration_
             f"The sampling rate of {name} must be a whole number of Hz (1000 to 768000), got {source_rate!r}."
         )
     source_rate, resampler = int(source_rate), None
+    pieces: list[np.ndarray] = [np.zeros(0, np.float32)]
     if source_rate != sampling_rate:
         resampler = soxr.ResampleStream(source_rate, sampling_rate, 1, dtype="float32")
-    num_samples, peak, pieces = 0, 0.0, [np.zeros(0, np.float32)]
+    num_samples, peak = 0, 0.0
     for block in blocks:
         num_samples += len(block)
         if num_samples / source_rate > max_duration_s:

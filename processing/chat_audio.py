@@ -108,13 +108,14 @@ def _check_chat(chat):
         if not isinstance(message, dict):
             raise ValueError(f"A message of a chat is a dict with 'role' and 'content', but got {message!r:.80}.")
         content = message.get("content")
-        is_blocks = isinstance(content, (list, tuple)) and all(isinstance(block, dict) for block in content)
-        if not (content is None or isinstance(content, str) or is_blocks):
+        blocks = content if isinstance(content, (list, tuple)) else []
+        is_known = content is None or isinstance(content, (str, list, tuple))
+        if not is_known or not all(isinstance(block, dict) for block in blocks):
             raise ValueError(
                 "The content of a message is a text or a list of blocks such as {'type': 'text', 'text': '...'}, but "
                 f"got {content!r:.80}."
             )
-        for block in content if is_blocks else ():
+        for block in blocks:
             if block.get("type") == "text" and not isinstance(block.get("text"), str):
                 raise ValueError(f"A block of type 'text' needs a 'text' that is a string, but got {block!r:.80}.")
 

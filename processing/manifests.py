@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 DEFAULT_INSTRUCTION = "Continue the following text."
 TEXTS = ("instruction", "response")
@@ -139,7 +140,7 @@ def checked(row: dict, origin: str, allow_text_only: bool) -> dict:
         told = {name: value for name, value in row.items() if not isinstance(value, (bytes, dict))}
         hint = ' (a row to train on as text alone says "audio": null)' if allow_text_only else ""
         raise ValueError(f"{origin}: expected 'audio' and 'text'{hint}, got {told}.")
-    typed = {}
+    typed: dict[str, Any] = {}
     try:
         for name in TEXTS:
             if not isinstance(row.get(name), (str, type(None))):

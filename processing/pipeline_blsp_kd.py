@@ -169,7 +169,8 @@ class BlspKdSpeechRecognitionPipeline(BlspKdPipeline):
         ]
 
     def postprocess(self, answers, return_timestamps=False):
-        texts, chunks = [], []
+        texts: list[str] = []
+        chunks: list[dict] = []
         for answer in answers:
             if "times" not in answer:
                 texts.append(self._decode(answer["tokens"]).strip())

@@ -246,7 +246,7 @@ class BlspKdProcessor(ProcessorMixin):
             self.tokenizer.init_kwargs["legacy"] = self.tokenizer.legacy
         saved = super().save_pretrained(*args, **kwargs)
         # transformers sets `auto_map` on the processor when it saves its code; saving must not change the processor.
-        vars(self).pop("auto_map", None)
+        self.__dict__.pop("auto_map", None)
         return saved
 
 

@@ -52,7 +52,7 @@ def _features_of(feature_extractor: FeatureExtractionMixin, waveform: np.ndarray
     """Compute one clip's features, without padding."""
     rate, time_axis = feature_extractor.sampling_rate, _time_axis(feature_extractor)
     name = feature_extractor.model_input_names[0]
-    by_window = []
+    by_window: list[np.ndarray] = []
     for window in np.split(waveform, range(WINDOW_S * rate, len(waveform), WINDOW_S * rate)):
         # The rest of a long clip may be shorter than a frame needs; the frames of some encoders need two windows.
         shortest = 2 * int(ANALYSIS_WINDOW_S * rate) if by_window or time_axis == 0 else 0

@@ -68,7 +68,8 @@ def read_chat(chat: Chat, audio_token: str) -> tuple[list[dict], list]:
     Raises:
         ValueError, TypeError: the chat has no audio, or an invalid message or block.
     """
-    messages, clips = [], []
+    messages: list[dict] = []
+    clips: list = []
     for message in chat.messages:
         content = message["content"]
         if isinstance(content, str):

@@ -108,7 +108,7 @@ class SpokenInputPipeline(ChunkPipeline):
         return super().__call__(_Streamed(as_chat(as_inputs(inputs))), **options)
 
     def get_iterator(self, inputs, num_workers, batch_size, preprocess_params, forward_params, postprocess_params):
-        if isinstance(inputs, list) and isinstance(inputs[0], _Streamed):
+        if isinstance(inputs, list) and inputs and isinstance(inputs[0], _Streamed):
             self._check_streamable(preprocess_params, forward_params)
             [prompt] = self.preprocess(inputs[0].inputs, **preprocess_params)
             return iter([self._pieces(prompt, forward_params)])

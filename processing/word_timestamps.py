@@ -30,7 +30,7 @@ def words_with_times(tokenizer: PreTrainedTokenizerBase, token_ids, token_timest
     ends = np.cumsum([len(text) for text, _ in pieces])
     words = []
     for word in re.finditer(r"\s*\S+", "".join(text for text, _ in pieces)):
-        first, last = np.searchsorted(ends, [word.start(), word.end() - 1], side="right")
+        first, last = (int(np.searchsorted(ends, place, side="right")) for place in (word.start(), word.end() - 1))
         of_word = times[pieces[first][1].start : pieces[last][1].stop]
         words.append({"text": word.group(), "timestamp": (of_word[0][0], of_word[-1][1])})
     return words

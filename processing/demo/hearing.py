@@ -111,11 +111,12 @@ def hear(
     inputs = inputs.to(model.device)
     input_ids = inputs["input_ids"][0]
     place = int((input_ids == processor.audio_token_id).nonzero())
-    transcript_ids = num_speech_tokens = kl_to_text = None
+    num_speech_tokens = kl_to_text = None
+    transcript_ids = input_ids[:0]
     if transcript is not None:
         before, _ = processor.apply_chat_template(chat, add_generation_prompt=True).split(processor.audio_token)
-        [transcript_ids] = continue_ids(processor, [before], [input_ids[:place].tolist()], [transcript.strip()])
-        transcript_ids = input_ids.new_tensor(transcript_ids)
+        [continued] = continue_ids(processor, [before], [input_ids[:place].tolist()], [transcript.strip()])
+        transcript_ids = input_ids.new_tensor(continued)
         num_speech_tokens = input_ids.new_tensor([len(transcript_ids)])
         if len(transcript_ids) == 0:
             raise ValueError(f"The transcript {transcript!r} has no tokens. Give what is said, or leave it out.")

@@ -8,6 +8,7 @@
 import io
 import math
 import textwrap
+from typing import Any
 
 import numpy as np
 from transformers.utils import is_matplotlib_available
@@ -70,7 +71,7 @@ def plot_hearing(hearing: Hearing, width: float = 10.0, max_tokens: int = 40):
     height = head_height + num_bands * sheet.band_height + (num_bands - 1) * BAND_GAP + BOTTOM
     figure = NotebookFigure(figsize=(width, height), dpi=100, facecolor="white")
     text_top = 1 - TOP / height
-    options = {"fontsize": FONT_SIZE, "va": "top", "linespacing": LINE_HEIGHT * 72 / FONT_SIZE / 1.2}
+    options: dict[str, Any] = {"fontsize": FONT_SIZE, "va": "top", "linespacing": LINE_HEIGHT * 72 / FONT_SIZE / 1.2}
     figure.text(0.08 / width, text_top, "\n".join(title), weight="bold", parse_math=False, **options)
     figure.text(0.08 / width, text_top - len(title) * LINE_HEIGHT / height, "\n".join(key), color="#444444", **options)
     top = height - head_height
@@ -150,7 +151,7 @@ class _Sheet:
         start_s = 0.0 if tokens.start == 0 else hearing.token_ends_s[tokens.start - 1]
         is_last = tokens.stop == len(hearing.predictions)
         stop_s = hearing.duration_s if is_last else hearing.token_ends_s[tokens.stop - 1]
-        return start_s, max(stop_s, start_s + hearing.frame_duration_s)
+        return float(start_s), float(max(stop_s, start_s + hearing.frame_duration_s))
 
     def _draw_spectrogram(self, axes, tokens):
         hearing = self.hearing

@@ -38,7 +38,7 @@ def load_recognizer(name: str, dtype="auto"):
     def run_pipeline(clips: list) -> list[str]:
         waveforms = [load_audio(clip, rate) for clip in clips]
         given = [{"raw": waveform, "sampling_rate": rate} for waveform in waveforms]
-        options = {}
+        options: dict[str, int] = {}
         if recognize.type == "seq2seq_whisper":
             if max(map(len, waveforms)) > WHISPER_WINDOW_S * rate:
                 options["return_timestamps"] = True  # or it would not go beyond its window

@@ -108,8 +108,8 @@ def plot(results: dict, folder: Path) -> list[Path]:
         figure = Figure(figsize=(2 + 0.6 * len(kinds), 3.5), layout="constrained")
         axes, width = figure.add_subplot(), 0.8 / len(by_kind)
         for place, (system, of_kind) in enumerate(by_kind.items()):
-            scores = [of_kind[kind]["exact_match"] for kind in kinds]
-            values = [score["value"] for score in scores]
+            matches = [of_kind[kind]["exact_match"] for kind in kinds]
+            values = [score["value"] for score in matches]
             spread = [
                 [max(0, score["value"] - score["low"]) for score in scores],
                 [max(0, score["high"] - score["value"]) for score in scores],

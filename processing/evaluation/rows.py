@@ -56,7 +56,7 @@ def open_rows(options, default: Callable | None = None) -> tuple[str, int | None
     if options.manifest:
         with open(options.manifest, "rb") as file:
             name = f"{Path(options.manifest).name} sha256:{hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
-        rows = manifest_rows(options.manifest, options.train_manifest, options.allow_outside_paths)
+        rows: Iterable[dict] = manifest_rows(options.manifest, options.train_manifest, options.allow_outside_paths)
     elif options.dataset:
         name = " ".join(filter(None, (options.dataset, options.config, options.split)))
         rows = hub_rows(options.dataset, options.config, options.split, options.streaming)

@@ -35,7 +35,7 @@ class Scorer:
             by system and task, each score as `{"value", "low", "high", "n"}`, n the number of rows. A task that no row
             takes part in is left out.
         """
-        scores = {}
+        scores: dict[str, dict] = {}
         for system, lines in predictions.items():
             scores[system] = {}
             for task in self.tasks:
@@ -98,8 +98,9 @@ class Scorer:
         lines = [line for line in lines if "translation" in line["predicted"]]
         if not lines:
             return {}
-        options = {"tokenize": self.bleu_tokenizer, "num_resamples": self.num_resamples, "seed": self.seed}
-        made = score_translations(*_pairs(lines, "translation", "translation"), **options)
+        made = score_translations(
+            *_pairs(lines, "translation", "translation"), self.bleu_tokenizer, self.num_resamples, self.seed
+        )
         return {
             name: dict(zip(("value", "low", "high", "n"), (made[name], *made[f"{name}_interval"], len(lines))))
             for name in ("bleu", "chrf")

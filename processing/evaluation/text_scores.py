@@ -59,7 +59,7 @@ def count_transcript_errors(predictions: list[str], references: list[str], per_r
     Raises:
         ValueError: a reference has no word left when it is normalised.
     """
-    rows = {"word_errors": [], "words": [], "char_errors": [], "chars": []}
+    rows: dict[str, list[int]] = {"word_errors": [], "words": [], "char_errors": [], "chars": []}
     for given, gold in _normalized(predictions, references):
         for unit, made in (
             ("word", jiwer.process_words(gold, given)),

@@ -132,13 +132,13 @@ def _settings(training: dict) -> dict[str, str]:
 
 def _results(results: dict) -> str:
     text, speech = results.get("text_accuracy"), results.get("speech_accuracy")
-    measured = {
+    parts_measured = {
         "token_count_accuracy": "share of clips with as many speech tokens as the transcript has tokens",
         "response_kl": "KL of the response tokens, nats per token at the training temperature",
         "input_kl": "KL of the content tokens, likewise",
     }
-    measured = [f"- {described}: {results[name]:.3f}" for name, described in measured.items() if name in results]
-    if not speech:
+    measured = [f"- {described}: {results[name]:.3f}" for name, described in parts_measured.items() if name in results]
+    if not text or not speech:
         return "\n".join(["Answers were not scored.", "", *measured]) if measured else "Not measured."
     evaluation = (results.get("training") or {}).get("evaluation")
     num_scored = results.get("num_scored", (evaluation or {}).get("rows"))

@@ -21,7 +21,7 @@ def write_model(pipeline: BlspKdPipeline, folder: Path, full: bool):
     pipeline.model.config.auto_map["AutoProcessor"] = "processing_blsp_kd.BlspKdProcessor"
     pipeline.save_pretrained(folder, full=full)
     # The licence lies where the installation put it: in the checkout, or beside the metadata of the wheel.
-    [licence] = (path.locate() for path in files("blsp-kd") if path.name == "LICENSE")
+    [licence] = (path.locate() for path in files("blsp-kd") or [] if path.name == "LICENSE")
     for file in (Path(__file__).with_name("handler.py"), Path(__file__).with_name("requirements.txt"), licence):
         shutil.copy(file, folder)
 

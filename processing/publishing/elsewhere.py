@@ -12,6 +12,7 @@ import base64
 import importlib.util
 import json
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -64,7 +65,8 @@ def main():
     elif command == "memory":
         sys.stdout.write(json.dumps(memory(source, *arguments)))
     else:
-        answer(source, *arguments, attempts)
+        clip, instruction, results_path = arguments
+        answer(source, clip, instruction, results_path, attempts)
 
 
 def answer(source, clip, instruction, results_path, attempts):
@@ -108,7 +110,9 @@ def answer(source, clip, instruction, results_path, attempts):
         body = {"inputs": encoded, "parameters": {"instruction": instruction, **OPTIONS}}
         return endpoint(source)(body)["generated_text"]
 
-    ways = {f"{name} + AutoProcessor": partial(auto_model, name) for name in MODEL_CLASSES}
+    ways: dict[str, Callable[[], str]] = {
+        f"{name} + AutoProcessor": partial(auto_model, name) for name in MODEL_CLASSES
+    }
     ways |= {
         'pipeline("audio-text-to-text")': ask,
         'pipeline("automatic-speech-recognition")': transcribe,
@@ -130,10 +134,7 @@ def endpoint(source):
 
     folder = Path(snapshot_download(source))
     sys.path.insert(0, str(folder))
-    spec = importlib.util.spec_from_file_location("handler", folder / "handler.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.EndpointHandler(str(folder))
+    return importlib.import_module("handler").EndpointHandler(str(folder))
 
 
 def memory(source, clip, instruction) -> dict | None:
@@ -150,7 +151,7 @@ def memory(source, clip, instruction) -> dict | None:
     model = transformers.AutoModelForCausalLM.from_pretrained(source, trust_remote_code=True)
     generate(model, processor, prompt(processor, clip, instruction))
     peak = resident_mb(status, "VmHWM")
-    return peak and {"dtype": str(model.dtype).removeprefix("torch."), "peak_mb": peak, "before_mb": before}
+    return None if peak is None else {"dtype": str(model.dtype).removeprefix("torch."), "peak_mb": peak, "before_mb": before}
 
 
 def resident_mb(status: Path, name: str) -> float | None:

@@ -20,6 +20,7 @@ import binascii
 import json
 import os
 from numbers import Real
+from typing import Any
 
 # torch and oneDNN keep 1,024 prepared convolutions each, up to 100 kB of memory for every one. Encoders that hear the
 # waveform meet an ever new length with every clip.
@@ -35,7 +36,7 @@ MAX_DURATION_S = 600.0
 MAX_TOTAL_TOKENS = 4096
 
 # Each with its type and the smallest and largest value, or the values, that it may have.
-PARAMETERS = {
+PARAMETERS: dict[str, tuple[Any, Any, Any]] = {
     "instruction": (str, 1, 4000),  # characters
     "max_new_tokens": (int, 1, 1024),
     "do_sample": (bool, False, True),

@@ -36,7 +36,7 @@ def metadata_of(facts: dict) -> ModelCardData:
 
 def is_hub_id(name: str | None) -> bool:
     """Return whether a model's name is an id of the Hub rather than a path or nothing."""
-    return bool(name) and name.count("/") < 2
+    return name is not None and name != "" and name.count("/") < 2
 
 
 def _title(sample: dict) -> str:

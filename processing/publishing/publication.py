@@ -28,7 +28,8 @@ def complete_or_nothing(folder):
     folder = Path(folder).absolute()
     check_replaceable(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    made, record = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.")), {}
+    made = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    record: dict[str, str] = {}
     try:
         made.chmod(0o755)
         yield made, record

@@ -46,7 +46,7 @@ def write_space(folder: str | Path, repo_id: str, page: str | Path):
     (folder / "app.py").write_text(APP.format(repo_id=repo_id))
     shutil.copytree(page.parent / CLIPS, folder / CLIPS)
     for package in (modeling_blsp_kd, processing):
-        source = Path(package.__file__).parent
+        [source] = map(Path, package.__path__)
         shutil.copytree(source, folder / source.name, ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "requirements.txt").write_text("".join(f"{name}=={_released(name)}\n" for name in REQUIREMENTS))
     metadata = {

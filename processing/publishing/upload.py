@@ -58,7 +58,7 @@ def upload(folder, repo_id: str, private: bool | None = None, api: HfApi | None 
             parent_commit=info.sha,
         )
     except Exception as error:  # of whatever kind, it leaves the same state
-        advice = ADVICE.get(_status(error), "See above what failed.")
+        advice = ADVICE.get(_status(error) or 0, "See above what failed.")
         raise UploadError(
             f"The upload to {repo_id} failed: {type(error).__name__}: {error}\n{advice} {repo_id} holds what it held "
             f"before or, if only the server's answer was lost, all of the new state. {folder} is complete and "

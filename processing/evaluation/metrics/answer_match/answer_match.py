@@ -7,7 +7,7 @@ import evaluate
 
 from processing.evaluation.text_scores import match_answers
 
-DESCRIPTION, USAGE = inspect.getdoc(match_answers).split("\n\n", 1)
+DESCRIPTION, USAGE = (inspect.getdoc(match_answers) or "").split("\n\n", 1)
 
 
 class AnswerMatch(evaluate.Metric):

@@ -7,7 +7,7 @@ import evaluate
 
 from processing.evaluation.text_scores import count_transcript_errors
 
-DESCRIPTION, USAGE = inspect.getdoc(count_transcript_errors).split("\n\n", 1)
+DESCRIPTION, USAGE = (inspect.getdoc(count_transcript_errors) or "").split("\n\n", 1)
 
 
 class TranscriptErrors(evaluate.Metric):

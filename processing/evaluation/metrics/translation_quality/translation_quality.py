@@ -7,7 +7,7 @@ import evaluate
 
 from processing.evaluation.text_scores import score_translations
 
-DESCRIPTION, USAGE = inspect.getdoc(score_translations).split("\n\n", 1)
+DESCRIPTION, USAGE = (inspect.getdoc(score_translations) or "").split("\n\n", 1)
 
 
 class TranslationQuality(evaluate.Metric):
