@@ -238,7 +238,7 @@ class BlspKdConfig(PreTrainedConfig):
         "text_config": SubConfigSpec(AutoConfig, "llama"),
     }
     # Tasks that an installed package has registered its own pipelines for, so that no code beside weights is needed.
-    registered_tasks: ClassVar = ()
+    registered_tasks: ClassVar[tuple[str, ...]] = ()
 
     speech_config: Any = None
     text_config: Any = None

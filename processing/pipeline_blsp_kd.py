@@ -98,7 +98,7 @@ class BlspKdSpeechRecognitionPipeline(BlspKdPipeline):
       that one of two neighbouring chunks contains a word at the cut completely. With 0 all words are kept.
     """
 
-    def _sanitize_parameters(self, return_timestamps=None, chunk_length_s=None, stride_length_s=None, **options):
+    def _sanitize_parameters(self, *, return_timestamps=None, chunk_length_s=None, stride_length_s=None, **options):
         preprocess_params, forward_params, postprocess_params = super()._sanitize_parameters(**options)
         if return_timestamps not in (None, False, True, "word", "token"):
             raise ValueError(f"return_timestamps must be 'word' (or True) or 'token', got {return_timestamps!r}.")

@@ -23,7 +23,7 @@ AUDIO_TOKEN = "<|audio|>"
 TRANSCRIPTION_INSTRUCTION = "Repeat the words."
 
 
-class BlspKdProcessorKwargs(ProcessingKwargs, total=False):
+class BlspKdProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]  # not seen to be a TypedDict
     _defaults = {
         "text_kwargs": {"padding": True, "padding_side": "left"},
         "common_kwargs": {"return_tensors": "pt"},

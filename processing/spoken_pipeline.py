@@ -52,6 +52,7 @@ class SpokenInputPipeline(ChunkPipeline):
 
     def _sanitize_parameters(
         self,
+        *,
         instruction=None,
         sampling_rate=None,
         allowed_url_prefixes=None,

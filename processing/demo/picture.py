@@ -111,6 +111,11 @@ class _Sheet:
 
     def __init__(self, hearing: Hearing, width: float, num_columns: int):
         self.hearing = hearing
+        # Empty where the model has none.
+        self.alphas, self.token_ends_s, self.kl_to_text = (
+            np.zeros(0) if values is None else values
+            for values in (hearing.alphas, hearing.token_ends_s, hearing.kl_to_text)
+        )
         self.width = width
         self.column_width = min((width - LEFT - RIGHT) / num_columns, MAX_COLUMN_WIDTH)
         self.max_chars = int(self.column_width * 72 / (0.68 * FONT_SIZE))
@@ -171,7 +176,7 @@ class _Sheet:
         self._draw_boundaries(axes, tokens, "white")
 
     def _draw_alphas(self, axes, tokens):
-        alphas = self.hearing.alphas
+        alphas = self.alphas
         middles_s = (np.arange(len(alphas)) + 0.5) * self.hearing.frame_duration_s
         axes.fill_between(middles_s, alphas, color=BLUE, alpha=0.25, linewidth=0)
         axes.plot(middles_s, alphas, color=BLUE, linewidth=1.2)
@@ -183,14 +188,13 @@ class _Sheet:
         self._draw_boundaries(axes, tokens, "black")
 
     def _draw_boundaries(self, axes, tokens, color):
-        if self.hearing.token_ends_s is not None:
-            for end_s in self.hearing.token_ends_s[tokens.start : tokens.stop]:
-                axes.axvline(end_s, color=color, linewidth=1, linestyle=(0, (3, 2)))
+        for end_s in self.token_ends_s[tokens.start : tokens.stop]:
+            axes.axvline(end_s, color=color, linewidth=1, linestyle=(0, (3, 2)))
 
     def _draw_fan(self, axes, tokens):
         """Draw lines from the boundaries on the time axis to those of the columns."""
         start_s, stop_s = self._stretch(tokens)
-        for column, end_s in enumerate(self.hearing.token_ends_s[tokens.start : tokens.stop], start=1):
+        for column, end_s in enumerate(self.token_ends_s[tokens.start : tokens.stop], start=1):
             place = (end_s - start_s) / (stop_s - start_s) * len(tokens)
             axes.plot([place, column], [1, 0], color="#888888", linewidth=0.8, clip_on=False)
         axes.set_xlim(0, len(tokens))
@@ -232,7 +236,7 @@ class _Sheet:
                 axes.text(middle, cell_top + 0.24, percent(probability), fontsize=SMALL_FONT_SIZE, **cell)
 
     def _draw_kl(self, axes, tokens):
-        kl_to_text = self.hearing.kl_to_text
+        kl_to_text = self.kl_to_text
         highest = max(0.1, float(kl_to_text.max()))
         axes.set_xlim(0, len(tokens))
         axes.set_ylim(0, 1.6 * highest)

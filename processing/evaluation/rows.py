@@ -6,7 +6,7 @@ by `datasets`, which would need torchcodec; clips stay bytes or paths until they
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 

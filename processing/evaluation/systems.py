@@ -75,7 +75,7 @@ class Systems:
         """
         if system == "cascade":
             transcripts = self.recognizer([row["audio"] for row in rows])
-            contents = [{"type": "text", "text": transcript} for transcript in transcripts]
+            contents: list[dict | None] = [{"type": "text", "text": transcript} for transcript in transcripts]
         else:
             contents = [self._content(system, row) for row in rows]
         # A row whose question asks for the transcript or the translation is asked once.

@@ -151,7 +151,11 @@ def memory(source, clip, instruction) -> dict | None:
     model = transformers.AutoModelForCausalLM.from_pretrained(source, trust_remote_code=True)
     generate(model, processor, prompt(processor, clip, instruction))
     peak = resident_mb(status, "VmHWM")
-    return None if peak is None else {"dtype": str(model.dtype).removeprefix("torch."), "peak_mb": peak, "before_mb": before}
+    return (
+        None
+        if peak is None
+        else {"dtype": str(model.dtype).removeprefix("torch."), "peak_mb": peak, "before_mb": before}
+    )
 
 
 def resident_mb(status: Path, name: str) -> float | None:
