@@ -10,9 +10,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.quantizers import AutoQuantizationConfig
 
-from .checkpoint_files import check_folder
 from .configuration_blsp_kd import SPEECH_ENCODERS
 from .encoder_families import ENCODER_FAMILIES
+from .model_files import check_folder
 from .plora import ADAPTER_NAME
 from .speech_encoder import encoder_class_of
 

@@ -15,8 +15,8 @@ from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
-from .checkpoint_files import CHECK_CONFIG, explained
 from .encoder_families import ENCODER_FAMILIES
+from .model_files import CHECK_CONFIG, explained
 
 logger = logging.get_logger(__name__)
 

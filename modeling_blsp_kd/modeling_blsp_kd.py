@@ -25,7 +25,6 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .adapters import CFormer, Subsampler
-from .checkpoint_files import CHECK_CONFIG, explained
 from .configuration_blsp_kd import BlspKdConfig
 from .conversation_cache import mask_after_cache
 from .distillation_step import NEED_STUDENT, NEED_TEACHER, ComparedPrompts, distillation_loss, wanted_losses
@@ -33,6 +32,7 @@ from .encoder_families import frame_duration_s, frame_starts_s, steps_per_frame,
 from .frozen import frozen
 from .generation_blsp_kd import BlspKdGenerationMixin
 from .loudness import find_silence, loudness
+from .model_files import CHECK_CONFIG, explained
 from .plora import PartialLora, leave_out_of_peft_model
 from .pretrained_blsp_kd import BlspKdPreTrainedModel
 from .speech_encoder import TrueLengthWhisperEncoder, build_speech_encoder, encode_speech

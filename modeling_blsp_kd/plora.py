@@ -249,13 +249,13 @@ class PartialLora:
         # Once for all layers: the host waits for the device here.
         return self._switched_to(is_speech, SpeechRows.of(is_speech))
 
-    def checkpoint(self, checkpoint_func):
-        """Wrap a checkpointing function so that the recomputation sees the mask of the forward pass it repeats.
+    def keep_mask_in_recomputation(self, checkpoint_func):
+        """Wrap a function for gradient checkpointing so that the recomputation sees the mask of the pass it repeats.
 
         The recomputation runs inside backward, perhaps in a thread of autograd's, after the block of `at` has ended.
         """
 
-        def checkpoint_with_mask(function, *args, **kwargs):
+        def recompute_with_mask(function, *args, **kwargs):
             call = self.current_call
             is_speech, rows = (None, None) if call is None else (call.is_speech, call.rows)
 
@@ -265,7 +265,7 @@ class PartialLora:
 
             return checkpoint_func(run, *args, **kwargs)
 
-        return checkpoint_with_mask
+        return recompute_with_mask
 
     def _switched_to(self, is_speech, rows: SpeechRows | None) -> Call:
         return Call(self, is_speech, rows)

@@ -11,8 +11,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig, PreTrainedModel
 
 from .backbones import for_language_model_only, load_audio_tower, load_language_model, without_folder
-from .checkpoint_files import check_folder, misfits
 from .configuration_blsp_kd import BlspKdConfig
+from .model_files import check_folder, misfits
 from .plora import ADAPTER_NAME, PartialLora
 from .plora_switching import load_as_stored, switch
 from .speech_encoder import TrueLengthWhisperEncoder
@@ -252,7 +252,7 @@ class BlspKdPreTrainedModel(PreTrainedModel):
 
     def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=checkpoint, **kwargs):
         if self.plora is not None:
-            gradient_checkpointing_func = self.plora.checkpoint(gradient_checkpointing_func)
+            gradient_checkpointing_func = self.plora.keep_mask_in_recomputation(gradient_checkpointing_func)
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
 
     def set_attn_implementation(self, *args, **kwargs):

@@ -17,7 +17,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils.hub import cached_file, extract_commit_hash, get_checkpoint_shard_files
 
 from .backbones import load_audio_tower, load_language_model, without_folder
-from .checkpoint_files import misfits
+from .model_files import misfits
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin")
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")

@@ -1,4 +1,4 @@
-"""Looks over the files of a model's folder before transformers reads them, whose errors would not name the file.
+"""Check the files of a model's folder before transformers reads them, whose errors would not name the file.
 
 Follows the formats of safetensors and of transformers' index of shards; of weights it reads the headers alone. Leaves
 out: the Hub, whose files huggingface_hub checks when it fetches them, and pickles, which torch refuses by itself.
@@ -16,13 +16,13 @@ from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, 
 
 CHECK_CONFIG = "Check its options against those of a model of that type."
 REMEDY = "Copy the folder again from where it came, or save the model anew (save_pretrained)."
-# What another library raises over the machine, not over what it reads; an OSError names its file besides.
+# Errors about the environment rather than the file's contents. An OSError also names its file.
 NOT_OF_CONTENT = (OSError, ImportError, MemoryError, RuntimeError)
 
 
 @contextmanager
 def explained(problem: str, remedy: str = REMEDY):
-    """Turn what another library raises over the content of a file into a ValueError that says which content it is."""
+    """Turn another library's error about the content of a file into a ValueError that says which content is wrong."""
     try:
         yield
     except NOT_OF_CONTENT:
@@ -58,7 +58,7 @@ def check_folder(name_or_path, subfolder: str = "", variant: str | None = None):
 
 
 def _tensor_names(path: Path) -> set[str]:
-    """Names of the tensors in a safetensors file, whose header must be right and fit the file's length."""
+    """Return the names of the tensors in a safetensors file; its header must be right and fit the file's length."""
     try:
         with safe_open(path, framework="pt") as file:
             return set(file.keys())
@@ -107,6 +107,6 @@ def misfits(name_or_path, weights: Iterable[tuple]) -> str:
 
 
 def _of_variant(name: str, variant: str | None) -> str:
-    """As transformers names them: model.safetensors -> model.fp16.safetensors."""
+    """Return a variant's file name as transformers makes it: model.safetensors -> model.fp16.safetensors."""
     stem, suffix = name.rsplit(".", 1)
     return name if variant is None else f"{stem}.{variant}.{suffix}"
