@@ -6,6 +6,7 @@ amr. It comes with PyAV, which is optional: `pip install av`. `audio_containers.
 """
 
 import io
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,7 +46,7 @@ class AudioInfo(NamedTuple):
     format: str
 
 
-def audio_info(audio) -> AudioInfo:
+def audio_info(audio: str | os.PathLike | bytes) -> AudioInfo:
     """Return duration and format of an audio file (a path or `bytes`), read from its header or its packets.
 
     Raises:
@@ -58,7 +59,7 @@ def audio_info(audio) -> AudioInfo:
 
 
 @contextmanager
-def decoded(audio, max_duration_s: float):
+def decoded(audio: str | os.PathLike | bytes, max_duration_s: float) -> Iterator[tuple[str, Iterator[np.ndarray], int]]:
     """Open an audio file (a path or `bytes`) to read it block by block.
 
     Returns:

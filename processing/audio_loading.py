@@ -6,6 +6,7 @@ Decodes files with `audio_decoding.py` and resamples with soxr. `url_fetching.py
 import base64
 import binascii
 import os
+from typing import Any
 
 import numpy as np
 import soxr
@@ -21,7 +22,7 @@ LOUDEST_PEAK = 32.0
 
 
 def load_audio(
-    audio, sampling_rate: int, source_rate: int | None = None, max_duration_s: float = MAX_DURATION_S
+    audio: Any, sampling_rate: int, source_rate: int | None = None, max_duration_s: float = MAX_DURATION_S
 ) -> np.ndarray:
     """Load one clip.
 
@@ -71,13 +72,13 @@ def load_audio(
 
     if isinstance(audio, np.ndarray):
         waveform, name = _as_float(audio), "the audio array"
-        blocks = [waveform.mean(axis=1) if waveform.ndim == 2 else waveform]
-        return _join(blocks, sampling_rate if source_rate is None else source_rate, sampling_rate, name, max_duration_s)
+        mono = waveform.mean(axis=1) if waveform.ndim == 2 else waveform
+        return _join([mono], sampling_rate if source_rate is None else source_rate, sampling_rate, name, max_duration_s)
     with decoded(audio, max_duration_s) as (name, blocks, source_rate):
         return _join(blocks, source_rate, sampling_rate, name, max_duration_s)
 
 
-def knows_rate(audio) -> bool:
+def knows_rate(audio: Any) -> bool:
     """Return whether a clip includes its sampling rate; all kinds except arrays do."""
     if isinstance(audio, dict):
         is_array = any(audio.get(key) is not None for key in ("array", "raw"))

@@ -10,6 +10,7 @@ import ctypes
 import os
 import platform
 import threading
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 _is_glibc = platform.libc_ver()[0] == "glibc"
@@ -25,7 +26,7 @@ if _is_glibc:
 
 
 @contextmanager
-def silenced_c_stderr():
+def silenced_c_stderr() -> Iterator[None]:
     """Discard what C code in any thread prints to `stderr` inside this context."""
     if not _is_glibc:
         yield

@@ -6,6 +6,7 @@ also read. The caller decides whether a file or an address in a block may be ope
 """
 
 import re
+from typing import Any
 
 from .audio_loading import knows_rate
 
@@ -71,7 +72,7 @@ def _clip_of(given: dict):
     return value
 
 
-def separate_clips(conversation) -> tuple[list, list]:
+def separate_clips(conversation: Any) -> tuple[list, list]:
     """Return a chat, or a list of chats, without its clips, and the clips in reading order.
 
     A placeholder without a clip, `{"type": "audio"}`, stays and adds none.
@@ -120,7 +121,7 @@ def _check_chat(chat):
                 raise ValueError(f"A block of type 'text' needs a 'text' that is a string, but got {block!r:.80}.")
 
 
-def check_placeholders(conversation, rendered, audio_token: str):
+def check_placeholders(conversation: list, rendered: Any, audio_token: str):
     """Check that rendered chats hold one placeholder per audio, besides those that their texts already held.
 
     Args:
@@ -150,7 +151,7 @@ def _num_placeholders(chat: list[dict], audio_token: str) -> int:
     return sum(text.count(audio_token) for text in texts) + sum(block.get("type") == "audio" for block in blocks)
 
 
-def without_names(clip):
+def without_names(clip: Any) -> Any:
     """Return the clip of an audio block, and ensure that its `url` is a data URL or base64.
 
     Servers forward whatever their clients write as `url`, so it must not name a file of this machine or an address that

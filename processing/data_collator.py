@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
+from transformers import ProcessorMixin
 
 from .spoken_inputs import user_turn
 
@@ -142,7 +143,7 @@ class BlspKdDataCollator:
         return {name: torch.from_numpy(values) for name, values in features.items()}
 
 
-def split_prompt(processor, instruction: str | None, response: str) -> tuple[str, str, str]:
+def split_prompt(processor: ProcessorMixin, instruction: str | None, response: str) -> tuple[str, str, str]:
     """Render one dialogue with the LLM's chat template and cut it around the content.
 
     Returns:
@@ -179,7 +180,9 @@ def _end_of_turn(tokenizer, text: str) -> str:
     return tokenizer.eos_token
 
 
-def continue_ids(processor, contexts: list[str], context_ids: list[list[int]], texts: list[str]) -> list[list[int]]:
+def continue_ids(
+    processor: ProcessorMixin, contexts: list[str], context_ids: list[list[int]], texts: list[str]
+) -> list[list[int]]:
     """Return the token ids of texts that follow contexts with given ids.
 
     Context and text are tokenised together, and the ids of the context are removed, because SentencePiece tokenizers

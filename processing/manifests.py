@@ -162,7 +162,7 @@ def checked(row: dict, origin: str, allow_text_only: bool) -> dict:
     }
 
 
-def seconds(name: str, value) -> float:
+def seconds(name: str, value: Any) -> float:
     """Convert a time in seconds, given as a number or as a string that holds one ("3.2"), to a float.
 
     Raises:
@@ -193,7 +193,7 @@ def _words(words):
     return [{**word, **{name: seconds(name, word[name]) for name in times if name in word}} for word in words]
 
 
-def audio_path(folder: Path, name, allow_outside: bool) -> Path:
+def audio_path(folder: Path, name: Any, allow_outside: bool) -> Path:
     """Return the path of a row's audio.
 
     Raises:

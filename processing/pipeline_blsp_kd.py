@@ -4,6 +4,9 @@ Follows the inputs and outputs of transformers' pipelines. transformers' own `pi
 file. Leaves out: prompts without audio, several answers to one prompt.
 """
 
+from collections.abc import Iterable, Iterator
+from typing import Any
+
 import numpy as np
 from transformers.utils.chat_template_utils import Chat
 
@@ -50,8 +53,13 @@ class BlspKdPipeline(SpokenInputPipeline):
     """
 
     def preprocess(
-        self, inputs, instruction=None, sampling_rate=None, allowed_url_prefixes=(), chat_template_kwargs=None
-    ):
+        self,
+        inputs: Any,
+        instruction: str | None = None,
+        sampling_rate: int | None = None,
+        allowed_url_prefixes: list[str] | tuple[str, ...] = (),
+        chat_template_kwargs: dict | None = None,
+    ) -> Iterable[dict]:
         """Return the prompt of one input: a list of one dict of `text` and `features`, the input of `_forward`."""
         if isinstance(inputs, Chat):
             messages, clips = read_chat(inputs, self.processor.audio_token)
@@ -121,14 +129,14 @@ class BlspKdSpeechRecognitionPipeline(BlspKdPipeline):
 
     def preprocess(
         self,
-        inputs,
-        instruction=None,
-        sampling_rate=None,
-        allowed_url_prefixes=(),
-        chat_template_kwargs=None,
-        chunk_length_s=None,
-        stride_length_s=None,
-    ):
+        inputs: Any,
+        instruction: str | None = None,
+        sampling_rate: int | None = None,
+        allowed_url_prefixes: list[str] | tuple[str, ...] = (),
+        chat_template_kwargs: dict | None = None,
+        chunk_length_s: float | None = None,
+        stride_length_s: float | list | tuple | None = None,
+    ) -> Iterator[dict]:
         """Yield the prompts of one recording, one per chunk."""
         if isinstance(inputs, Chat):
             raise TypeError('Speech recognition takes audio, not chats. For these there is "audio-text-to-text".')
@@ -168,7 +176,7 @@ class BlspKdSpeechRecognitionPipeline(BlspKdPipeline):
             for answer, prompt in zip(answers, prompts)
         ]
 
-    def postprocess(self, answers, return_timestamps=False):
+    def postprocess(self, answers: list[dict], return_timestamps: bool | str = False) -> dict:
         texts: list[str] = []
         chunks: list[dict] = []
         for answer in answers:

@@ -7,27 +7,29 @@ training batches.
 
 import numbers
 import os
+from typing import Any
 
 import numpy as np
-from transformers.feature_extraction_utils import BatchFeature
-from transformers.processing_utils import AudioKwargs, ProcessingKwargs, ProcessorMixin, TextKwargs, Unpack
+from transformers import PreTrainedTokenizerBase
+from transformers.feature_extraction_utils import BatchFeature, FeatureExtractionMixin
+from transformers.processing_utils import ProcessorMixin, Unpack
+from transformers.tokenization_utils_base import BatchEncoding
 
 from .chat_audio import LOST_IN_TEMPLATE, check_placeholders, check_unicode, separate_clips, without_names
 from .chat_templates import check_options, knows, warn_of_thoughts, with_audio_blocks
 from .pipeline_blsp_kd import BlspKdPipeline  # noqa: F401 (the files that this one imports are saved with a processor)
-from .processor_parts import errors_that_name_the_files, parts_of_backbones, tokenize_alone
+from .processor_parts import (
+    BlspKdProcessorKwargs,
+    check_arguments,
+    errors_that_name_the_files,
+    parts_of_backbones,
+    tokenize_alone,
+)
 from .speech_features import features_of_clips, padded_features
 from .word_timestamps import words_with_times
 
 AUDIO_TOKEN = "<|audio|>"
 TRANSCRIPTION_INSTRUCTION = "Repeat the words."
-
-
-class BlspKdProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]  # not seen to be a TypedDict
-    _defaults = {
-        "text_kwargs": {"padding": True, "padding_side": "left"},
-        "common_kwargs": {"return_tensors": "pt"},
-    }
 
 
 class BlspKdProcessor(ProcessorMixin):
@@ -49,12 +51,12 @@ class BlspKdProcessor(ProcessorMixin):
 
     def __init__(
         self,
-        feature_extractor,
-        tokenizer,
-        chat_template=None,
-        audio_token=AUDIO_TOKEN,
-        transcription_instruction=TRANSCRIPTION_INSTRUCTION,
-        chat_template_kwargs=None,
+        feature_extractor: FeatureExtractionMixin,
+        tokenizer: PreTrainedTokenizerBase,
+        chat_template: str | dict[str, str] | None = None,
+        audio_token: str = AUDIO_TOKEN,
+        transcription_instruction: str = TRANSCRIPTION_INSTRUCTION,
+        chat_template_kwargs: dict | None = None,
     ):
         if not isinstance(audio_token, str) or audio_token not in tokenizer.get_vocab():
             raise ValueError(
@@ -102,7 +104,7 @@ class BlspKdProcessor(ProcessorMixin):
         return processor
 
     @classmethod
-    def get_processor_dict(cls, pretrained_model_name_or_path, **kwargs):
+    def get_processor_dict(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> tuple[dict, dict]:
         with errors_that_name_the_files(pretrained_model_name_or_path):
             return super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
 
@@ -112,11 +114,15 @@ class BlspKdProcessor(ProcessorMixin):
             return super()._get_arguments_from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     @property
-    def model_input_names(self):
+    def model_input_names(self) -> list[str]:
         return ["input_ids", "attention_mask", "input_features", "input_features_mask"]
 
     def __call__(
-        self, text=None, audio=None, chat_audio: list | None = None, **kwargs: Unpack[BlspKdProcessorKwargs]
+        self,
+        text: str | list[str] | None = None,
+        audio: Any = None,
+        chat_audio: list | None = None,
+        **kwargs: Unpack[BlspKdProcessorKwargs],
     ) -> BatchFeature:
         """Prepare prompts and their audio.
 
@@ -138,13 +144,7 @@ class BlspKdProcessor(ProcessorMixin):
         """
         if text is None:
             raise ValueError(f"BlspKdProcessor needs text: a prompt with {self.audio_token!r} once for every audio.")
-        # apply_chat_template passes images=None and videos=None.
-        unknown = sorted(name for name in set(kwargs) - _known_arguments() if kwargs[name] is not None)
-        if unknown:
-            raise ValueError(
-                f"Unknown argument(s) {unknown} of BlspKdProcessor. It takes 'text', 'audio' (one clip or a list), "
-                "'sampling_rate' and the options of tokenizers, such as 'padding'."
-            )
+        check_arguments(kwargs)
         # Without the tokenizer's own padding side (often right), which would override ours: generation needs left.
         own = {name: value for name, value in self.tokenizer.init_kwargs.items() if name != "padding_side"}
         merged = self._merge_kwargs(BlspKdProcessorKwargs, tokenizer_init_kwargs=own, **kwargs)
@@ -175,7 +175,7 @@ class BlspKdProcessor(ProcessorMixin):
             data |= self.extract_features(clips, sampling_rate)
         return BatchFeature(data, tensor_type=return_tensors)
 
-    def tokenize(self, texts, **kwargs):
+    def tokenize(self, texts: str | list[str], **kwargs) -> BatchEncoding:
         """Call the tokenizer in a way that is safe for several threads."""
         return tokenize_alone(self.tokenizer, texts, **kwargs)
 
@@ -202,7 +202,14 @@ class BlspKdProcessor(ProcessorMixin):
         """Zero-pad the features of clips to the longest, and return them as [`~BlspKdProcessor.extract_features`]."""
         return padded_features(self.feature_extractor, features)
 
-    def apply_chat_template(self, conversation, chat_template=None, *args, processor_kwargs=None, **kwargs):
+    def apply_chat_template(
+        self,
+        conversation: list,
+        chat_template: str | None = None,
+        *args,
+        processor_kwargs: dict | None = None,
+        **kwargs,
+    ) -> Any:
         """Render chats, and tokenise them if asked, as in all processors of transformers.
 
         The processor's `chat_template_kwargs` apply unless the call overrides them.
@@ -222,7 +229,7 @@ class BlspKdProcessor(ProcessorMixin):
         check_placeholders(conversation, rendered, self.audio_token)
         return rendered
 
-    def word_timestamps(self, token_ids, token_timestamps) -> list[dict]:
+    def word_timestamps(self, token_ids: Any, token_timestamps: Any) -> list[dict]:
         """Return the words of one answer with their times, in the form of the `chunks` of speech recognition pipelines.
 
         Words begin at white space, so punctuation stays with its word. Tokens without a time (such as the prompt) and
@@ -240,7 +247,7 @@ class BlspKdProcessor(ProcessorMixin):
         """
         return words_with_times(self.tokenizer, token_ids, token_timestamps)
 
-    def save_pretrained(self, *args, **kwargs):
+    def save_pretrained(self, *args, **kwargs) -> list[str]:
         if hasattr(self.tokenizer, "legacy"):
             # transformers does not save `legacy` with a Llama tokenizer, which would then give other ids.
             self.tokenizer.init_kwargs["legacy"] = self.tokenizer.legacy
@@ -248,17 +255,6 @@ class BlspKdProcessor(ProcessorMixin):
         # transformers sets `auto_map` on the processor when it saves its code; saving must not change the processor.
         self.__dict__.pop("auto_map", None)
         return saved
-
-
-def _known_arguments() -> set[str]:
-    """Return all keyword arguments that transformers defines for text and audio processing, flat or in groups."""
-    return {
-        "common_kwargs",
-        "return_tensors",
-        *TextKwargs.__annotations__,
-        *AudioKwargs.__annotations__,
-        *ProcessingKwargs.__annotations__,
-    }
 
 
 def _as_clips(audio) -> list:

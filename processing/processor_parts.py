@@ -1,11 +1,13 @@
-"""The feature extractor and tokenizer of a processor: load them, explain broken files, share them among threads."""
+"""What a processor is made of: its feature extractor, its tokenizer that threads share, and the arguments of a call."""
 
 import os
 import threading
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from transformers import AutoFeatureExtractor, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.feature_extraction_utils import FeatureExtractionMixin
+from transformers.processing_utils import AudioKwargs, ProcessingKwargs, TextKwargs
 from transformers.tokenization_utils_base import BatchEncoding
 
 # Tokenizers store the padding and truncation of a call, so two threads must not use one at the same time.
@@ -18,7 +20,7 @@ if hasattr(os, "register_at_fork"):  # not on Windows
     )
 
 
-def tokenize_alone(tokenizer: PreTrainedTokenizerBase, texts, **kwargs) -> BatchEncoding:
+def tokenize_alone(tokenizer: PreTrainedTokenizerBase, texts: str | list[str], **kwargs) -> BatchEncoding:
     """Call a tokenizer while no other thread does."""
     with _tokenizing:
         return tokenizer(texts, **kwargs)
@@ -39,7 +41,7 @@ def parts_of_backbones(
 
 
 @contextmanager
-def errors_that_name_the_files(name_or_path: str | os.PathLike):
+def errors_that_name_the_files(name_or_path: str | os.PathLike) -> Iterator[None]:
     """Convert errors that other libraries raise for broken files to a ValueError that says where to look."""
     try:
         yield
@@ -52,3 +54,32 @@ def errors_that_name_the_files(name_or_path: str | os.PathLike):
             f"{type(error).__name__}: {str(error)[:500]}. Copy the files again from where they came, or save the "
             "processor anew (save_pretrained)."
         ) from error
+
+
+class BlspKdProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]  # not seen to be a TypedDict
+    _defaults = {
+        "text_kwargs": {"padding": True, "padding_side": "left"},
+        "common_kwargs": {"return_tensors": "pt"},
+    }
+
+
+def check_arguments(kwargs: dict):
+    """Refuse keyword arguments of a processor's call that transformers would drop.
+
+    Raises:
+        ValueError: transformers defines no such argument for text and audio, flat or in a group.
+    """
+    known = {
+        "common_kwargs",
+        "return_tensors",
+        *TextKwargs.__annotations__,
+        *AudioKwargs.__annotations__,
+        *ProcessingKwargs.__annotations__,
+    }
+    # apply_chat_template passes images=None and videos=None.
+    unknown = sorted(name for name in set(kwargs) - known if kwargs[name] is not None)
+    if unknown:
+        raise ValueError(
+            f"Unknown argument(s) {unknown} of BlspKdProcessor. It takes 'text', 'audio' (one clip or a list), "
+            "'sampling_rate' and the options of tokenizers, such as 'padding'."
+        )

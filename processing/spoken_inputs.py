@@ -5,6 +5,7 @@ Follows the inputs of transformers' pipelines and chat templates. The processor 
 
 from collections.abc import Iterable
 from numbers import Number
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from .url_fetching import fetch_audio
 INPUT_KEYS = ("audio", "instruction", "text", "sampling_rate")
 
 
-def as_inputs(inputs):
+def as_inputs(inputs: Any) -> Any:
     """Convert a caller's inputs to the form in which transformers' pipelines take one input, a list, or an iterable."""
     if inputs is None or (isinstance(inputs, (list, tuple)) and len(inputs) == 0):
         raise ValueError(f"There is nothing to hear: expected a clip, a chat, or several of them, got {inputs!r}.")
@@ -31,7 +32,7 @@ def as_inputs(inputs):
     return (item for item in inputs)
 
 
-def as_chat(inputs):
+def as_chat(inputs: Any) -> Any:
     """Convert a list of messages to transformers' `Chat`; return anything else unchanged."""
     is_chat = isinstance(inputs, (list, tuple)) and len(inputs) > 0 and is_valid_message(inputs[0])
     return Chat(inputs) if is_chat else inputs
@@ -43,7 +44,9 @@ def user_turn(instruction: str | None, content: dict | None = None) -> list[dict
     return [{"role": "user", "content": [*blocks, content or {"type": "audio"}]}]
 
 
-def read_input(inputs, instruction, sampling_rate, audio_token: str):
+def read_input(
+    inputs: Any, instruction: str | None, sampling_rate: int | None, audio_token: str
+) -> tuple[Any, str | None, int | None]:
     """Return clip, instruction and rate of an input other than a chat; its own instruction and rate take precedence.
 
     Raises:
@@ -102,7 +105,7 @@ def _read_block(block, audio_token: str, clips: list) -> dict:
     return read
 
 
-def check_text(text, name: str, audio_token: str, may_be_empty: bool = False):
+def check_text(text: Any, name: str, audio_token: str, may_be_empty: bool = False):
     """Raise an error unless `text` is a string without the placeholder, which would require another clip."""
     if not isinstance(text, str):
         raise TypeError(f"The {name} must be a string, got {type(text)}.")
@@ -113,7 +116,11 @@ def check_text(text, name: str, audio_token: str, may_be_empty: bool = False):
 
 
 def load_clip(
-    clip, sampling_rate: int, source_rate=None, allowed_url_prefixes=(), max_duration_s=MAX_DURATION_S
+    clip: Any,
+    sampling_rate: int,
+    source_rate: int | None = None,
+    allowed_url_prefixes: list[str] | tuple[str, ...] = (),
+    max_duration_s: float = MAX_DURATION_S,
 ) -> np.ndarray:
     """Load a clip with [`load_audio`], or from an allowed URL given as `str` or under a dict's `"url"`."""
     url = clip.get("url") if isinstance(clip, dict) else clip

@@ -5,18 +5,19 @@ two tasks.
 """
 
 import copy
-import threading
+import os
 from collections.abc import Iterator, Sized
 from itertools import islice
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pipelines.base import ChunkPipeline, load_assistant_model
 
 from .chat_templates import check_options
 from .spoken_inputs import as_chat, as_inputs, check_text
+from .text_streams import pieces_of
 
 GENERATION_PARAMETERS = {name for name in vars(GenerationConfig()) if not name.startswith("_")}
 GENERATE_ARGUMENTS = {
@@ -39,7 +40,14 @@ class SpokenInputPipeline(ChunkPipeline):
     _load_image_processor = False
     _load_video_processor = False
 
-    def __init__(self, model, *args, assistant_model=None, assistant_tokenizer=None, **kwargs):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *args,
+        assistant_model: PreTrainedModel | str | None = None,
+        assistant_tokenizer: PreTrainedTokenizerBase | None = None,
+        **kwargs,
+    ):
         parameters = (GENERATION_PARAMETERS | {"generation_config"}) & set(kwargs)
         self.generate_options = {name: kwargs.pop(name) for name in parameters}
         super().__init__(model, *args, **kwargs)
@@ -88,7 +96,7 @@ class SpokenInputPipeline(ChunkPipeline):
     def _own_options(self) -> tuple[str, ...]:
         return "instruction", "sampling_rate", "allowed_url_prefixes", "chat_template_kwargs"
 
-    def __call__(self, inputs, **options) -> Any:
+    def __call__(self, inputs: Any, **options) -> Any:
         """Answer one input, a list of inputs, or an iterable of inputs; see the class.
 
         Raises:
@@ -97,7 +105,7 @@ class SpokenInputPipeline(ChunkPipeline):
         """
         return super().__call__(as_inputs(inputs), **options)
 
-    def stream(self, inputs, **options) -> Iterator[str]:
+    def stream(self, inputs: Any, **options) -> Iterator[str]:
         """Answer one input piece by piece.
 
         Generation runs in its own thread. It stops when the generator is closed or deleted. Its errors are raised here.
@@ -108,11 +116,19 @@ class SpokenInputPipeline(ChunkPipeline):
         # A plain call, so that the options are those of plain calls; `get_iterator` makes the stream.
         return super().__call__(_Streamed(as_chat(as_inputs(inputs))), **options)
 
-    def get_iterator(self, inputs, num_workers, batch_size, preprocess_params, forward_params, postprocess_params):
+    def get_iterator(
+        self,
+        inputs: Any,
+        num_workers: int,
+        batch_size: int,
+        preprocess_params: dict,
+        forward_params: dict,
+        postprocess_params: dict,
+    ) -> Iterator:
         if isinstance(inputs, list) and inputs and isinstance(inputs[0], _Streamed):
             self._check_streamable(preprocess_params, forward_params)
             [prompt] = self.preprocess(inputs[0].inputs, **preprocess_params)
-            return iter([self._pieces(prompt, forward_params)])
+            return iter([pieces_of(self.forward, prompt, forward_params, self.processor.tokenizer)])
         # transformers' own method would pad features as if they were text, and would not say which input is bad.
         prompts = _Prompts(inputs, self.preprocess, preprocess_params)
         loader = DataLoader(prompts, batch_size=None, num_workers=min(num_workers, 1), collate_fn=_unchanged)
@@ -131,30 +147,6 @@ class SpokenInputPipeline(ChunkPipeline):
     def _check_streamable(self, preprocess_params: dict, forward_params: dict):
         if forward_params.get("streamer") is not None:
             raise ValueError("stream makes a streamer of its own. Call the pipeline itself to use another one.")
-
-    def _pieces(self, prompt: dict, forward_params: dict):
-        streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        is_abandoned, errors = threading.Event(), []
-        criteria = [*(forward_params.get("stopping_criteria") or []), _StopsWhen(is_abandoned)]
-        forward_params = {**forward_params, "streamer": streamer, "stopping_criteria": StoppingCriteriaList(criteria)}
-
-        def generate():
-            try:
-                self.forward([prompt], **forward_params)
-            except BaseException as error:  # errors of any kind are raised in the caller's thread
-                errors.append(error)
-            finally:
-                streamer.text_queue.put(streamer.stop_signal)
-
-        thread = threading.Thread(target=generate, daemon=True)
-        thread.start()
-        try:
-            yield from (piece for piece in streamer if piece)
-        finally:
-            is_abandoned.set()
-            thread.join()
-        if errors:
-            raise errors[0]
 
     def _forward(self, prompts: list[dict], **generate_kwargs) -> list[dict]:
         """Answer B prompts; each answer is a dict of `tokens` (L,) and, if requested, their `times` (L, 2)."""
@@ -209,7 +201,7 @@ class SpokenInputPipeline(ChunkPipeline):
     def _decode(self, tokens) -> str:
         return self.processor.decode(tokens, skip_special_tokens=True)
 
-    def save_pretrained(self, save_directory, **kwargs):
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
         """Save model and processor with their code. transformers' own method would not save the processor."""
         self.model.save_pretrained(save_directory, **kwargs)
         self.processor.save_pretrained(save_directory, **kwargs)
@@ -245,14 +237,6 @@ class _Prompts(IterableDataset):
                     raise
                 raise type(error)(f"Input {index}: {error}") from error
             yield held, True
-
-
-class _StopsWhen(StoppingCriteria):
-    def __init__(self, event: threading.Event):
-        self.event = event
-
-    def __call__(self, input_ids, scores, **kwargs):
-        return torch.full((len(input_ids),), self.event.is_set(), dtype=torch.bool, device=input_ids.device)
 
 
 def _unchanged(item):

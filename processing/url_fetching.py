@@ -15,7 +15,7 @@ SILENCE_TIMEOUT_S = 10.0
 TIMEOUT_S = 60.0
 
 
-def fetch_audio(url: str, allowed_prefixes=()) -> bytes:
+def fetch_audio(url: str, allowed_prefixes: list[str] | tuple[str, ...] = ()) -> bytes:
     """Fetch the contents of an audio file.
 
     Args:

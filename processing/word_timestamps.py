@@ -4,13 +4,14 @@ Follows the `chunks` of transformers' speech recognition pipelines. `generate` c
 """
 
 import re
+from typing import Any
 
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
 
-def words_with_times(tokenizer: PreTrainedTokenizerBase, token_ids, token_timestamps) -> list[dict]:
+def words_with_times(tokenizer: PreTrainedTokenizerBase, token_ids: Any, token_timestamps: Any) -> list[dict]:
     """Return the words of one answer with their times; see [`~BlspKdProcessor.word_timestamps`].
 
     Raises:
@@ -53,7 +54,9 @@ def _decode_in_pieces(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) 
     return pieces
 
 
-def tokens_with_times(tokenizer: PreTrainedTokenizerBase, token_ids, token_timestamps) -> list[dict]:
+def tokens_with_times(
+    tokenizer: PreTrainedTokenizerBase, token_ids: torch.Tensor, token_timestamps: torch.Tensor
+) -> list[dict]:
     """Return the tokens of one answer that have a time and are not special, in the form of `words_with_times`.
 
     Args:

@@ -10,15 +10,18 @@ transcript's token. The KL divergence between the two predictions measures this 
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 from transformers.audio_utils import mel_filter_bank, spectrogram, window_function
 
+from modeling_blsp_kd import BlspKdForCausalLM
 from modeling_blsp_kd.frozen import frozen
 from processing.audio_loading import load_audio
 from processing.data_collator import continue_ids
+from processing.processing_blsp_kd import BlspKdProcessor
 from processing.spoken_inputs import user_turn
 
 NUM_MEL_BINS = 80
@@ -85,7 +88,12 @@ class Hearing:
 
 
 def hear(
-    model, processor, audio, instruction: str | None = None, transcript: str | None = None, top_k: int = 4
+    model: BlspKdForCausalLM,
+    processor: BlspKdProcessor,
+    audio: Any,
+    instruction: str | None = None,
+    transcript: str | None = None,
+    top_k: int = 4,
 ) -> Hearing:
     """Run a model on one clip, and return what the LLM predicts after each speech token.
 

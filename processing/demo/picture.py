@@ -40,7 +40,7 @@ NUMBER_HEIGHT, BAND_GAP, TICK_DISTANCE = 0.19, 0.3, 0.65
 BLUE, ORANGE = "#0072B2", "#D55E00"  # distinguishable with colour blindness (Okabe and Ito)
 
 
-def plot_hearing(hearing: Hearing, width: float = 10.0, max_tokens: int = 40):
+def plot_hearing(hearing: Hearing, width: float = 10.0, max_tokens: int = 40) -> "Figure":
     """Plot the result of [`hear`], in bands that are read like lines of text.
 
     A band shows the log-mel spectrogram with the token boundaries and, on the same time axis, CIF's alphas. Below them

@@ -9,11 +9,20 @@ from collections import defaultdict
 import torch
 from tqdm import tqdm
 
+from modeling_blsp_kd import BlspKdForCausalLM
+from processing.processing_blsp_kd import BlspKdProcessor
 from processing.spoken_inputs import user_turn
 
 
 @torch.inference_mode()
-def answer(model, processor, conversations, max_new_tokens=32, batch_size=64, description=None) -> list[str]:
+def answer(
+    model: BlspKdForCausalLM,
+    processor: BlspKdProcessor,
+    conversations: list[list[dict]],
+    max_new_tokens: int = 32,
+    batch_size: int = 64,
+    description: str | None = None,
+) -> list[str]:
     """Greedy answers to conversations (lists of chat messages), in their order; a description shows progress."""
     model.eval()
     answers = []
@@ -28,7 +37,9 @@ def answer(model, processor, conversations, max_new_tokens=32, batch_size=64, de
     return answers
 
 
-def answer_rows(model, processor, rows, source: str, **options) -> list[str]:
+def answer_rows(
+    model: BlspKdForCausalLM, processor: BlspKdProcessor, rows: list[dict], source: str, **options
+) -> list[str]:
     """Answers to rows, from their `"text"` or from their `"audio"`."""
     content = {
         "text": lambda row: {"type": "text", "text": row["text"].strip()},
@@ -38,7 +49,7 @@ def answer_rows(model, processor, rows, source: str, **options) -> list[str]:
     return answer(model, processor, conversations, **{"description": f"answering from {source}", **options})
 
 
-def accuracy(rows, answers) -> dict:
+def accuracy(rows: list[dict], answers: list[str]) -> dict:
     """Share of exact matches with `row["answer"]`, over all rows and by `row["kind"]`."""
     right = defaultdict(list)
     for row, given in zip(rows, answers):

@@ -4,6 +4,8 @@ Follows the reading that the transcript cross-entropy of `distillation_step.py` 
 external language models.
 """
 
+from collections.abc import Callable
+
 import torch
 from transformers import PretrainedConfig, pipeline
 
@@ -17,7 +19,7 @@ from .answering import answer
 WHISPER_WINDOW_S = 30
 
 
-def load_recognizer(name: str, dtype="auto"):
+def load_recognizer(name: str, dtype: torch.dtype | str = "auto") -> Callable[[list], list[str]]:
     """What turns a list of clips (each as in `load_audio`) into transcripts.
 
     Args:
@@ -51,7 +53,9 @@ def load_recognizer(name: str, dtype="auto"):
 
 
 @torch.inference_mode()
-def transcribe(model, processor, clips: list, max_new_tokens: int = 256) -> list[str]:
+def transcribe(
+    model: BlspKdForCausalLM, processor: BlspKdProcessor, clips: list, max_new_tokens: int = 256
+) -> list[str]:
     """Transcripts of clips by a BLSP-KD model.
 
     A model that was trained with transcript cross-entropy is a recogniser: the tokens are read off its speech vectors,
@@ -69,7 +73,9 @@ def transcribe(model, processor, clips: list, max_new_tokens: int = 256) -> list
     return [processor.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in read_off(model, **tensors)]
 
 
-def read_off(model, input_features, input_features_mask) -> list[list[int]]:
+def read_off(
+    model: BlspKdForCausalLM, input_features: torch.Tensor, input_features_mask: torch.Tensor
+) -> list[list[int]]:
     """Token ids that the speech tokens of each clip stand for, by the LLM's embeddings as the output matrix."""
     audio = model.get_audio_features(input_features, input_features_mask)
     embeddings = model.get_input_embeddings().weight

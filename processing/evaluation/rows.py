@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from datasets import Audio, load_dataset
 
@@ -32,7 +33,7 @@ SCHEMAS = {
 FIELDS = ("instruction", "answer", "translation", "response", "words", "kind", "voice", "voice_group")
 
 
-def open_rows(options, default: Callable | None = None) -> tuple[str, int | None, Iterator[dict]]:
+def open_rows(options: Any, default: Callable | None = None) -> tuple[str, int | None, Iterator[dict]]:
     """Open the data that options name.
 
     Args:
@@ -68,7 +69,7 @@ def open_rows(options, default: Callable | None = None) -> tuple[str, int | None
     return name, total, check_rows(islice(rows, options.limit))
 
 
-def check_rows(rows) -> Iterator[dict]:
+def check_rows(rows: Iterable[dict]) -> Iterator[dict]:
     """Rows with an id each, and the fields that are known.
 
     Raises:
@@ -117,7 +118,7 @@ def hub_rows(name: str, config: str | None, split: str | None, streaming: bool) 
     return (map_row(row, schema) for row in dataset)
 
 
-def schema_of(columns) -> str:
+def schema_of(columns: Iterable[str]) -> str:
     """The name of the first schema whose columns are all there."""
     for name, columns_of in SCHEMAS.items():
         if {"audio", *columns_of.values()} <= set(columns):

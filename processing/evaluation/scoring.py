@@ -6,6 +6,7 @@ spread over seeds of training, which one model cannot tell.
 """
 
 from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -25,7 +26,7 @@ class Scorer:
         bleu_tokenizer: sacrebleu's, which depends on the language of the translations.
     """
 
-    def __init__(self, tasks, num_resamples: int = 1000, seed: int = 0, bleu_tokenizer: str = "13a"):
+    def __init__(self, tasks: Iterable[str], num_resamples: int = 1000, seed: int = 0, bleu_tokenizer: str = "13a"):
         self.tasks, self.num_resamples, self.seed, self.bleu_tokenizer = tasks, num_resamples, seed, bleu_tokenizer
 
     def __call__(self, predictions: dict[str, list[dict]]) -> dict[str, dict]:
@@ -45,22 +46,22 @@ class Scorer:
         self._compare_with_text(predictions, scores)
         return scores
 
-    def bootstrap(self, statistic, num_rows: int) -> dict:
+    def bootstrap(self, statistic: Callable[..., np.ndarray], num_rows: int) -> dict:
         """A statistic of all rows, and of samples of them; it takes an array of row numbers."""
         rng = np.random.default_rng(self.seed)
         samples = [statistic(rng.integers(num_rows, size=num_rows)) for _ in range(self.num_resamples)]
         low, high = np.nanpercentile(samples, INTERVAL)
         return {"value": float(statistic(np.arange(num_rows))), "low": float(low), "high": float(high), "n": num_rows}
 
-    def ratio(self, numerators, denominators) -> dict:
+    def ratio(self, numerators: Sequence[float] | np.ndarray, denominators: Sequence[float] | np.ndarray) -> dict:
         """The sum of the ones over the sum of the others, both by row."""
-        numerators, denominators = np.asarray(numerators, float), np.asarray(denominators, float)
+        above, below = np.asarray(numerators, float), np.asarray(denominators, float)
 
         def statistic(rows):
-            total = denominators[rows].sum()
-            return numerators[rows].sum() / total if total else np.nan
+            total = below[rows].sum()
+            return above[rows].sum() / total if total else np.nan
 
-        return self.bootstrap(statistic, len(numerators))
+        return self.bootstrap(statistic, len(above))
 
     def _answers(self, lines) -> dict:
         lines = [line for line in lines if "answers" in line["predicted"]]

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 PACKAGES = ("modeling_blsp_kd", "processing")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -69,7 +70,7 @@ def main():
         answer(source, clip, instruction, results_path, attempts)
 
 
-def answer(source, clip, instruction, results_path, attempts):
+def answer(source: str, clip: str, instruction: str, results_path: str, attempts: list):
     """Ask in every way that the model card names, and leave inputs, logits and answers in a file.
 
     Args:
@@ -128,7 +129,7 @@ def answer(source, clip, instruction, results_path, attempts):
     torch.save({**results, "attempts": attempts}, results_path)
 
 
-def endpoint(source):
+def endpoint(source: str) -> Any:
     """The handler, as the toolkit of Inference Endpoints loads it: by file, with the repository on the path."""
     from huggingface_hub import snapshot_download
 
@@ -137,7 +138,7 @@ def endpoint(source):
     return importlib.import_module("handler").EndpointHandler(str(folder))
 
 
-def memory(source, clip, instruction) -> dict | None:
+def memory(source: str, clip: str, instruction: str) -> dict | None:
     """Resident memory (10^6 bytes) at the peak of loading and answering, and before it, with all libraries and code
     imported; None where Linux does not tell."""
     import transformers
@@ -163,24 +164,24 @@ def resident_mb(status: Path, name: str) -> float | None:
     return next((int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith(f"{name}:")), None)
 
 
-def serve(source, port):
+def serve(source: str, port: str):
     from transformers.cli.transformers import app
 
     app(["serve", source, "--trust-remote-code", "--device", "cpu", "--host", "127.0.0.1", "--port", port])
 
 
-def conversation(clip, instruction) -> list[dict]:
+def conversation(clip: str, instruction: str) -> list[dict]:
     content = [{"type": "text", "text": instruction}, {"type": "audio", "path": clip}]
     return [{"role": "user", "content": content}]
 
 
-def prompt(processor, clip, instruction):
+def prompt(processor: Any, clip: str, instruction: str) -> Any:
     return processor.apply_chat_template(
         conversation(clip, instruction), add_generation_prompt=True, tokenize=True, return_dict=True
     )
 
 
-def generate(model, processor, inputs) -> str:
+def generate(model: Any, processor: Any, inputs: Any) -> str:
     output = model.generate(**inputs, **OPTIONS)
     return processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 

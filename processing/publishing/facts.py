@@ -17,7 +17,14 @@ OWN_BACKBONES = "examples/tiny_world/"
 OWN_LICENCE = "apache-2.0"
 
 
-def describe_checkpoint(model, training: dict | None, given: dict[str, tuple], licence, languages, datasets) -> dict:
+def describe_checkpoint(
+    model: BlspKdForCausalLM,
+    training: dict | None,
+    given: dict[str, tuple],
+    licence: str | None,
+    languages: list[str] | None,
+    datasets: list[str] | None,
+) -> dict:
     """Return parts, licence, languages and data sets, as [`make_card`] takes them.
 
     Args:

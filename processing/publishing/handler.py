@@ -19,6 +19,7 @@ import base64
 import binascii
 import json
 import os
+from collections.abc import Callable
 from numbers import Real
 from typing import Any
 
@@ -119,7 +120,7 @@ class EndpointHandler:
             )
 
 
-def read_parameters(parameters) -> dict:
+def read_parameters(parameters: Any) -> dict:
     """Check the parameters of a request. Query strings give numbers and truth values as text, too."""
     if parameters is None:
         return {}
@@ -187,7 +188,7 @@ def _from_query(value):
     return value
 
 
-def read_inputs(inputs, read_block, audio_info):
+def read_inputs(inputs: Any, read_block: Callable, audio_info: Callable) -> Any:
     """Return an audio, `{"audio", "instruction"}`, or a chat, with the contents of audio files in the place of base64.
 
     Args:

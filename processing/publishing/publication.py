@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,7 +17,7 @@ RECORD = "publication.json"
 
 
 @contextmanager
-def complete_or_nothing(folder):
+def complete_or_nothing(folder: str | os.PathLike) -> Iterator[tuple[Path, dict[str, str]]]:
     """Yield an empty folder beside `folder` to write to, and put it in its place when the block ends without an error.
 
     Yields:

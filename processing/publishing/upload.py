@@ -28,7 +28,7 @@ class UploadError(RuntimeError):
     """An upload that did not succeed: what happened, what the repository holds now, what to do."""
 
 
-def upload(folder, repo_id: str, private: bool | None = None, api: HfApi | None = None) -> CommitInfo:
+def upload(folder: Path, repo_id: str, private: bool | None = None, api: HfApi | None = None) -> CommitInfo:
     """Upload a publication.
 
     Args:

@@ -15,6 +15,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,6 +23,8 @@ import torch
 from huggingface_hub import constants
 from huggingface_hub.file_download import repo_folder_name
 
+from modeling_blsp_kd import BlspKdForCausalLM
+from processing import BlspKdProcessor
 from processing.audio_decoding import audio_info
 
 from .elsewhere import OPTIONS, generate, prompt
@@ -32,7 +35,7 @@ SERVER_TIMEOUT_S = 300
 LOOPBACK = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
-def as_hub_cache(folder, hf_home, repo_id: str):
+def as_hub_cache(folder: Path, hf_home: Path, repo_id: str):
     """Lay a folder out as the Hub client would after a download: blobs, and a snapshot of links to them."""
     repository = Path(hf_home) / "hub" / repo_folder_name(repo_id=repo_id, repo_type="model")
     snapshot = repository / "snapshots" / COMMIT
@@ -46,7 +49,14 @@ def as_hub_cache(folder, hf_home, repo_id: str):
         link.symlink_to(os.path.relpath(blob, link.parent))
 
 
-def run_script(script, *arguments, folder, flags=("-I",), timeout_s=None, **environment) -> str:
+def run_script(
+    script: Path,
+    *arguments,
+    folder: Path,
+    flags: list[str] | tuple[str, ...] = ("-I",),
+    timeout_s: float | None = None,
+    **environment,
+) -> str:
     """Run a script in a fresh interpreter that sees none of this one's settings; returns what it prints.
 
     Raises:
@@ -71,7 +81,7 @@ def _process_options(folder, environment) -> dict:
 
 
 @contextmanager
-def elsewhere(folder, repo_id: str, backbones: dict | None):
+def elsewhere(folder: Path, repo_id: str, backbones: dict | None) -> Iterator[dict]:
     """An emulated Hub cache with the model in it; yields the options of [`run_script`].
 
     Args:
@@ -91,7 +101,7 @@ def elsewhere(folder, repo_id: str, backbones: dict | None):
         }
 
 
-def measure_memory(folder, repo_id: str, backbones: dict | None, sample: dict) -> dict | None:
+def measure_memory(folder: Path, repo_id: str, backbones: dict | None, sample: dict) -> dict | None:
     """Return the peak memory of answering a sample of the card elsewhere, and its seconds; see [`make_card`].
 
     Args:
@@ -104,7 +114,9 @@ def measure_memory(folder, repo_id: str, backbones: dict | None, sample: dict) -
     return memory and {**memory, "clip_s": audio_info(clip).duration_s}
 
 
-def verify(folder, repo_id: str, model, processor, clip) -> list[tuple[str, bool, str]]:
+def verify(
+    folder: Path, repo_id: str, model: BlspKdForCausalLM, processor: BlspKdProcessor, clip: str | Path
+) -> list[tuple[str, bool, str]]:
     """Compare a published folder with the model in this process, on one clip.
 
     Args:
@@ -146,7 +158,7 @@ def compare(results: dict, expected: dict) -> list[tuple[str, bool, str]]:
     return checks
 
 
-def ask_server(repo_id: str, clip, instruction: str, options: dict) -> str:
+def ask_server(repo_id: str, clip: str | Path, instruction: str, options: dict) -> str:
     """The answer of `transformers serve` to a chat completion with the clip in it."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
