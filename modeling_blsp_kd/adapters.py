@@ -184,6 +184,26 @@ class CFormer(nn.Module):
             firing_places=cif.firing_places,
         )
 
+    @torch.no_grad()
+    def shift_alpha_logits(self, shift: float):
+        """Add `shift` to the logit of every alpha, in the bias of the layer that the logits come from.
+
+        Raises:
+            ValueError: there is no layer before CIF, so the logits are a channel of the encoder's frames.
+        """
+        if self.frame_stacking is not None:
+            self.frame_stacking.split_proj.bias.unflatten(0, (self.frame_stacking.stride, -1))[:, -1] += shift
+        elif self.pre_layers:
+            self.pre_layers[-1].fc2.bias[-1] += shift
+        else:
+            raise ValueError("Without a layer before CIF, no bias shifts the alphas: set num_pre_layers to 1 or more.")
+
+    @torch.no_grad()
+    def scale_speech_tokens(self, factor: float):
+        """Multiply every speech token by `factor`."""
+        self.output_proj.weight.mul_(factor)
+        self.output_proj.bias.mul_(factor)
+
     def _run_pre_layers(self, frames, mask):
         if self.attention_window is None:
             return _run_layers(self.pre_layers, self.layer_config, frames, mask)

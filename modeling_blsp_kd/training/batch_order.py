@@ -9,6 +9,8 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
+from .length_budget import LengthBudgetBatches
+
 
 def data_seed(args) -> int:
     """Return the seed of the order of rows of `TrainingArguments`."""
@@ -56,26 +58,43 @@ class ExactOrder(Trainer):
 
     A data set without numbered rows may make its own batches, in a method `batch_sampler(batch_size)`. The method
     `set_epoch` of a data set, if it has one, is called before each epoch, also after a resume.
+
+    Args:
+        max_batch_length (`float`, *optional*): make batches of up to this padded length, in the unit of the lengths,
+            instead of `per_device_train_batch_size` rows; see [`LengthBudgetBatches`].
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, max_batch_length: float | None = None, **kwargs):
         super().__init__(*args, **kwargs)
-        self.order = None
+        self.order, self.max_batch_length = None, max_batch_length
         self.add_callback(_TellEpoch(self))
 
     def get_train_dataloader(self):
-        if not hasattr(self.train_dataset, "batch_sampler"):
+        batch_sampler = self._batch_sampler()
+        if batch_sampler is None:
             return super().get_train_dataloader()
         loader = DataLoader(
             self.train_dataset,
-            batch_sampler=self.train_dataset.batch_sampler(self._train_batch_size),
+            batch_sampler=batch_sampler,
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
+            persistent_workers=self.args.dataloader_persistent_workers,
             pin_memory=self.args.dataloader_pin_memory,
             multiprocessing_context=self.args.dataloader_multiprocessing_context,
             prefetch_factor=self.args.dataloader_prefetch_factor,
         )
         return self.accelerator.prepare(loader)
+
+    def _batch_sampler(self) -> Sampler | None:
+        """Return what makes whole batches; None if the Trainer groups single rows."""
+        dataset, args = self.train_dataset, self.args
+        if self.max_batch_length is not None:
+            lengths = row_lengths(dataset, args.length_column_name)
+            self.order = LengthBudgetBatches(lengths, self.max_batch_length, data_seed(args), args.world_size)
+            return self.order
+        if hasattr(dataset, "batch_sampler"):
+            return dataset.batch_sampler(self._train_batch_size)
+        return None
 
     def _get_train_sampler(self, train_dataset=None):
         dataset, args = self.train_dataset if train_dataset is None else train_dataset, self.args

@@ -1,0 +1,91 @@
+"""Start an untrained CFormer near the right number of tokens and the right size of vectors.
+
+Untrained alphas lie around 0.5 per frame: 25 tokens a second, where speech has three to five. Until that is unlearnt,
+the quantity loss and its gradient outweigh all else. Untrained speech tokens have another size than the LLM's
+embeddings. One number each corrects both, and a few batches suffice to find it. The other weights stay random.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from ..frozen import frozen
+from ..modeling_blsp_kd import BlspKdForCausalLM
+from ..speech_windows import is_within
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What [`calibrate_adapter`] added and multiplied with.
+
+    Args:
+        alpha_logit_shift (`float`): added to the logit of each alpha.
+        speech_token_scale (`float`): factor on the adapter's output.
+    """
+
+    alpha_logit_shift: float
+    speech_token_scale: float
+
+
+@torch.no_grad()
+def calibrate_adapter(model: BlspKdForCausalLM, batches: Iterable[dict[str, torch.Tensor]]) -> Calibration:
+    """Shift the alphas and scale the output of an untrained CFormer, in place.
+
+    Afterwards the predicted token counts of these batches add up to their true ones, and the root mean square of their
+    speech tokens equals that of the LLM's embeddings of their transcripts. Only existing weights change, so the
+    checkpoint has the same format.
+
+    Args:
+        model ([`BlspKdForCausalLM`]): with a CFormer, and with whole weights: before FSDP or ZeRO-3 split them.
+        batches (iterable of `dict`): of [`BlspKdDataCollator`]; some 50 clips suffice.
+
+    Raises:
+        ValueError: the model has another adapter, the batches have no clips, or the CFormer has no layer before CIF.
+    """
+    if not model.adapter.one_to_one:
+        raise ValueError(
+            "Only the cformer adapter predicts token counts; leave the calibration out for the subsampler."
+        )
+    batches = [
+        {name: tensor.to(model.device) for name, tensor in batch.items()}
+        for batch in batches
+        if len(batch["num_speech_tokens"])
+    ]
+    if not batches:
+        raise ValueError("The batches to calibrate with have no clips. Pass at least one row with audio.")
+    with frozen(model):
+        alphas = [_audio(model, batch).alphas for batch in batches]
+        logits = torch.cat([torch.logit(each.double()[each > 0], eps=1e-12) for each in alphas])
+        num_tokens = sum(int(batch["num_speech_tokens"].sum()) for batch in batches)
+        shift = _shift_to_sum(logits, num_tokens)
+        model.adapter.shift_alpha_logits(shift)
+
+        speech_tokens, embeddings = [], []
+        for batch in batches:
+            audio = _audio(model, batch, num_speech_tokens=batch["num_speech_tokens"])
+            is_token = is_within(audio.num_speech_tokens, audio.pooler_output.shape[1])
+            speech_tokens.append(audio.pooler_output[is_token])
+            embeddings.append(model.get_input_embeddings()(batch["teacher_input_ids"][batch["teacher_is_content"]]))
+        scale = _root_mean_square(embeddings) / _root_mean_square(speech_tokens)
+        model.adapter.scale_speech_tokens(scale)
+    return Calibration(shift, scale)
+
+
+def _audio(model, batch, num_speech_tokens=None):
+    return model.get_audio_features(
+        batch["input_features"], batch["input_features_mask"], num_speech_tokens=num_speech_tokens
+    )
+
+
+def _shift_to_sum(logits: torch.DoubleTensor, total: float) -> float:
+    """Return the shift with which the sigmoids of the logits add up to `total`, by bisection."""
+    low, high = -40.0, 40.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if torch.sigmoid(logits + middle).sum() < total else (low, middle)
+    return (low + high) / 2
+
+
+def _root_mean_square(vectors: list[torch.Tensor]) -> float:
+    return torch.cat(vectors).double().square().mean().sqrt().item()
