@@ -5,6 +5,7 @@ Leaves out: joining them (`modeling_blsp_kd.py`), and checkpoints without them (
 
 import copy
 import os
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -54,7 +55,9 @@ def load_audio_tower(name_or_path, config=None, dtype: torch.dtype | str = "auto
         kwargs["key_mapping"] = dict.fromkeys(prefixes, "")
     # A class of its own, because transformers reads from the class which weights not to report.
     ignored = {"_keys_to_ignore_on_load_unexpected": OTHER_PARTS, "_keys_to_ignore_on_load_missing": MAY_BE_MISSING}
-    loading_class = type(encoder_class.__name__, (encoder_class,), {"__module__": encoder_class.__module__, **ignored})
+    loading_class: Any = type(
+        encoder_class.__name__, (encoder_class,), {"__module__": encoder_class.__module__, **ignored}
+    )
     audio_tower, loading = loading_class.from_pretrained(
         name_or_path, config=config, dtype=dtype, output_loading_info=True, **kwargs
     )

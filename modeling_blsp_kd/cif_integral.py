@@ -56,12 +56,13 @@ def _dot_products(frames, tokens, frame_of, token_of, dtype, are_centred=False):
     """
     if frames.dtype != dtype or are_centred:
         products = torch.empty(frame_of.shape, dtype=dtype, device=frames.device)
-        for part, rows, *rest in _few_rows_at_a_time(products, frames, tokens, frame_of, token_of):
-            rows, (tokens_of_rows, *intervals) = rows.to(dtype), rest
+        chunks = _few_rows_at_a_time(products, frames, tokens, frame_of, token_of)
+        for part, rows, tokens_of_rows, frame_of_rows, token_of_rows in chunks:
+            rows = rows.to(dtype)
             if are_centred:
-                sample = _through_batch(intervals[0][:, ::16], rows.shape[1])
+                sample = _through_batch(frame_of_rows[:, ::16], rows.shape[1])
                 rows = rows - embedding_bag(sample.view(len(rows), -1), rows.flatten(0, 1), mode="mean")[:, None]
-            part.copy_(_dot_products(rows, tokens_of_rows.to(dtype), *intervals, dtype))
+            part.copy_(_dot_products(rows, tokens_of_rows.to(dtype), frame_of_rows, token_of_rows, dtype))
         return products
     frame, token = _through_batch(frame_of, frames.shape[1]), _through_batch(token_of, tokens.shape[1])
     # Autograd calls this for `embedding_bag`. Any other way gathers frames or tokens per interval first, which costs

@@ -376,7 +376,7 @@ class BlspKdConfig(PreTrainedConfig):
             kind,
         )
         given = {name: value for name, value in given.items() if name != "type"}
-        options = asdict(_options(ADAPTERS[kind], given, f"the {kind} adapter"))
+        options = asdict(_options(ADAPTERS[str(kind)], given, f"the {kind} adapter"))
         if kind == "cformer":
             encoder = self.speech_config
             if options["num_attention_heads"] is None:
@@ -436,7 +436,7 @@ class BlspKdConfig(PreTrainedConfig):
         _require(_is_number(alpha) and alpha > 0, "plora option lora_alpha must be above 0", alpha)
         _require(_is_share(dropout), "plora option lora_dropout must lie in [0, 1)", dropout)
         _require(
-            _is_text(targets) or (isinstance(targets, (list, tuple)) and targets and all(map(_is_text, targets))),
+            _is_text(targets) or (isinstance(targets, (list, tuple)) and bool(targets) and all(map(_is_text, targets))),
             "plora option target_modules must be a name or a list of names",
             targets,
         )

@@ -58,9 +58,9 @@ def computes_in_float64(function):
         device, exact = first.device, float64_device(first.device)
         if exact == device:
             return function(first, *args, **kwargs)
-        args = [_moved(value, exact) for value in (first, *args)]
+        moved = [_moved(value, exact) for value in (first, *args)]
         kwargs = {name: _moved(value, exact) for name, value in kwargs.items()}
-        return _moved(function(*args, **kwargs), device)
+        return _moved(function(*moved, **kwargs), device)
 
     return run
 
@@ -70,7 +70,7 @@ def _moved(value, device: torch.device):
         return value.to(device)
     if isinstance(value, tuple):
         return tuple(_moved(item, device) for item in value)
-    if dataclasses.is_dataclass(value):
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
         names = [field.name for field in dataclasses.fields(value)]
         return dataclasses.replace(value, **{name: _moved(getattr(value, name), device) for name in names})
     return value

@@ -65,7 +65,7 @@ class _LinearKL(torch.autograd.Function):
             student, teacher = logits.chunk(2)
             for tile in zip(student.split(tile_rows), teacher.split(tile_rows), kl[rows].split(tile_rows)):
                 _compare_logits_(*tile, None if softcap is None else softcap / temperature, needs_grad)
-            if needs_grad:
+            if gradient is not None:
                 torch.addmm(gradient[rows], student, weight, beta=0.0, alpha=scale / temperature, out=gradient[rows])
         ctx.save_for_backward(gradient)
         return kl

@@ -150,14 +150,14 @@ def distillation_loss(
     _check_same_tokens("response", predicts_response, teacher_predicts_response)
     if audio.alpha_sum is not None:  # one speech token per text token
         _check_same_tokens("content", prompts.is_speech, prompts.teacher_is_content)
-    parts = {}
+    parts: dict[str, torch.Tensor] = {}
     if wanted & NEED_TEACHER:
         compared = {
             "response": (predicts_response, teacher_predicts_response),
             "content": (prompts.is_speech, prompts.teacher_is_content),
         }
         states = {
-            KL_OF[name]: (student_states[in_student], teacher_states[in_teacher])
+            KL_OF[name]: (student_states[in_student], teacher_states[in_teacher])  # type: ignore[index]  # see `wanted`
             for name, (in_student, in_teacher) in compared.items()
             if KL_OF[name] in wanted
         }
@@ -167,9 +167,8 @@ def distillation_loss(
     if "response_ce" in wanted:
         head = OutputHead.of(language_model)
         targets = prompts.labels[:, 1:][predicts_response[:, :-1]]
-        parts["response_ce"] = linear_cross_entropy(
-            student_states[predicts_response], targets, head.weight, **head.options
-        )
+        states_of_response = student_states[predicts_response]  # type: ignore[index]  # see `wanted`
+        parts["response_ce"] = linear_cross_entropy(states_of_response, targets, head.weight, **head.options)
     if "transcript_ce" in wanted:
         is_token = is_within(audio.num_speech_tokens, audio.pooler_output.shape[1])
         speech_tokens = audio.pooler_output[is_token]

@@ -71,9 +71,9 @@ def _tensor_names(path: Path) -> set[str]:
 def _check_shards(index: Path, is_safetensors: bool):
     with explained(f"{index} cannot be read"):
         content = json.loads(index.read_bytes())
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
-    is_index = isinstance(weight_map, dict) and len(weight_map) > 0 and isinstance(content.get("metadata"), dict)
-    if not is_index or not all(isinstance(name, str) for name in weight_map.values()):
+    content = content if isinstance(content, dict) else {}
+    weight_map = content.get("weight_map") if isinstance(content.get("metadata"), dict) else None
+    if not (isinstance(weight_map, dict) and weight_map and all(isinstance(name, str) for name in weight_map.values())):
         raise ValueError(
             f"{index} must hold an object of 'metadata', an object, and 'weight_map', from names of tensors to names "
             f"of files. {REMEDY}"

@@ -40,40 +40,52 @@ class _PartialLoraLayer:
 
     Attributes:
         partial_lora ([`PartialLora`]).
+        peft_class (`type`): the unchanged class.
     """
+
+    partial_lora: "PartialLora"
+    peft_class: type
+    # Of the PEFT layer:
+    base_layer: nn.Module
+    lora_A: nn.ModuleDict
+    lora_B: nn.ModuleDict
+    lora_dropout: nn.ModuleDict
+    scaling: dict[str, float]
 
     def forward(self, x, *args, **kwargs):
         # PEFT's own bookkeeping around the base layer takes as long as a small matrix product.
-        run = self.base_layer if len(self.lora_A) == 1 else super().forward
+        run = self.base_layer if len(self.lora_A) == 1 else super().forward  # type: ignore[misc]  # PEFT's
         result = run(x, *args, **kwargs)
         call = self.partial_lora.current_call
-        return result if call is None or call.is_speech is None else self._add_update(x, result, call)
+        if call is None or call.is_speech is None:
+            return result
+        return self._add_update(x, result, call.is_speech, call.rows)
 
-    def _add_update(self, x, result, call: Call) -> torch.Tensor:
+    def _add_update(self, x, result, is_speech: torch.BoolTensor, rows: SpeechRows | None) -> torch.Tensor:
         """Add the update at the speech positions; it is computed at these only.
 
         Args:
             x (B, L, D), result (B, L, D'): input of the layer, and its output without the update.
         """
-        if x.shape[:-1] != call.is_speech.shape:
+        if x.shape[:-1] != is_speech.shape:
             raise ValueError(
-                f"Partial LoRA was given the speech mask of a {tuple(call.is_speech.shape)} batch, but a layer saw "
+                f"Partial LoRA was given the speech mask of a {tuple(is_speech.shape)} batch, but a layer saw "
                 f"hidden states of shape {tuple(x.shape)}. Layers that regroup tokens (experts of a mixture) "
                 "cannot take it: name the other layers in `plora['target_modules']`."
             )
         scale = self.scaling[ADAPTER_NAME]
-        if call.rows is None:
+        if rows is None:
             # Filled, not multiplied: 0 times inf at a text position would be NaN.
-            update = self._update(x).masked_fill(~call.is_speech[..., None], 0.0)
+            update = self._update(x).masked_fill(~is_speech[..., None], 0.0)
             return result + scale * update.to(result.dtype)
         x, flat = x.flatten(0, 1), result.flatten(0, 1)
         has_gradient = torch.is_grad_enabled()
         # Compiled code would be compiled again for every other run.
-        run = None if has_gradient or torch.compiler.is_compiling() else call.rows.run
+        run = None if has_gradient or torch.compiler.is_compiling() else rows.run
         if run is not None:
             flat[run].add_(self._update(x[run]).to(result.dtype), alpha=scale)
             return flat.view_as(result)
-        index = call.rows.index.to(x.device)
+        index = rows.index.to(x.device)
         update = self._update(x.index_select(0, index)).to(result.dtype)
         # In place where no gradient flows: a copy of the result would cost more than the update.
         add = flat.index_add if has_gradient else flat.index_add_
@@ -86,7 +98,7 @@ class _PartialLoraLayer:
     def set_adapter(self, names, *args, **kwargs):
         # When an adapter is deleted, PEFT activates those that are left. Only `PartialLora.at` switches partial LoRA.
         others = [name for name in ([names] if isinstance(names, str) else names) if name != ADAPTER_NAME]
-        super().set_adapter(others, *args, **kwargs)
+        super().set_adapter(others, *args, **kwargs)  # type: ignore[misc]  # PEFT's
 
     def merge(self, *args, **kwargs):
         raise NotImplementedError(
@@ -104,13 +116,12 @@ class _PartialLoraLayer:
 
 
 @functools.cache
-def _with_partial_lora(peft_class: type) -> type:
+def _with_partial_lora(peft_class: type) -> type[nn.Module]:
     return type(f"Partial{peft_class.__name__}", (_PartialLoraLayer, peft_class), {"peft_class": peft_class})
 
 
 def _new_layer(peft_class: type) -> nn.Module:
-    layer_class = _with_partial_lora(peft_class)
-    return layer_class.__new__(layer_class)
+    return object.__new__(_with_partial_lora(peft_class))
 
 
 class PartialLora:
@@ -145,7 +156,8 @@ class PartialLora:
         self.layer_names = [name for name, _ in named_layers]
         self.layers = [layer for _, layer in named_layers]
         for layer in self.layers:
-            layer.__class__ = _with_partial_lora(type(layer))
+            peft_class: type = type(layer)
+            layer.__class__ = _with_partial_lora(peft_class)
             layer.partial_lora = self
             layer._active_adapter = []
             offload = getattr(layer.base_layer, "_hf_hook", None)

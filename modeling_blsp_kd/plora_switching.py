@@ -31,25 +31,25 @@ def load_as_stored(config_class, name_or_path, kwargs: dict) -> tuple[dict, dict
         ValueError: the options are invalid.
     """
     config = kwargs.get("config")
-    is_made = isinstance(config, PreTrainedConfig)
+    made = config if isinstance(config, PreTrainedConfig) else None  # else a path, or nothing
     names_weights = kwargs.get("state_dict") is not None or kwargs.get("key_mapping") is not None
-    if name_or_path is None or names_weights or not (is_made or "plora" in kwargs):
+    if name_or_path is None or names_weights or not (made is not None or "plora" in kwargs):
         return kwargs, None, False
-    source = name_or_path if is_made or config is None else config
+    source = name_or_path if made is not None or config is None else config
     hub = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
     try:
         stored = config_class.get_config_dict(source, **hub)[0].get("plora") or None
     except OSError:
-        if is_made:  # the caller passed a config, so the checkpoint may lack one
+        if made is not None:  # the caller passed a config, so the checkpoint may lack one
             return kwargs, None, False
         raise
-    wanted = config.plora if is_made else kwargs["plora"]
+    wanted = kwargs["plora"] if made is None else made.plora
     if (stored is None) == (wanted is None or wanted is False):
         return kwargs, None, False
-    if is_made:
-        config = copy.deepcopy(config)
-        config.plora = stored
-        return {**kwargs, "config": config}, wanted, True
+    if made is not None:
+        made = copy.deepcopy(made)
+        made.plora = stored
+        return {**kwargs, "config": made}, wanted, True
     wanted = config_class.from_pretrained(source, plora=wanted, **hub).plora
     return {**kwargs, "plora": stored}, wanted, True
 

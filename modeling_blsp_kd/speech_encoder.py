@@ -36,7 +36,7 @@ class SpeechEncoderOutput(BaseModelOutput):
         frame_mask (`torch.BoolTensor` of shape (W, T)): True at frames that belong to the clip.
     """
 
-    frame_mask: torch.BoolTensor | None = None
+    frame_mask: torch.BoolTensor = None  # always there; fields of a `ModelOutput` need a default
 
 
 class TrueLengthWhisperEncoder(WhisperEncoder):

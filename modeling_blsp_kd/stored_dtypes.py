@@ -25,7 +25,7 @@ def part_of(name: str) -> str:
 
 def dtypes_of_parts(state_dict: dict[str, torch.Tensor]) -> dict[str, str] | None:
     """Return each part's dtype: the widest of its floating point weights. None if all weights have one dtype."""
-    found = {}
+    found: dict[str, set[torch.dtype]] = {}
     for name, tensor in state_dict.items():
         if tensor.is_floating_point():
             found.setdefault(part_of(name), set()).add(tensor.dtype)

@@ -153,7 +153,9 @@ def load_thin(
     else:
         model.generation_config = GenerationConfig.from_dict(language_model.generation_config.to_dict())
     model.eval()
-    loading_info = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
+    loading_info: dict[str, set | list] = dict(
+        missing_keys=set(), unexpected_keys=set(), mismatched_keys=set(), error_msgs=[]
+    )
     return (model, loading_info) if output_loading_info else model
 
 
