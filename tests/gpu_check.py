@@ -132,7 +132,7 @@ def run(arguments: list[str], **environment):
 def check_tests(device, small: bool):
     """The core laws, with the CPU as reference."""
     chosen = ["-k", "cif"] if small else []
-    arguments = ["-m", "pytest", "-q", "-p", "no:cacheprovider", str(ROOT / "tests/on_device.py"), *chosen]
+    arguments = ["-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", str(ROOT / "tests/on_device.py"), *chosen]
     run(arguments, BLSP_KD_TEST_DEVICE="cuda" if device.type == "cuda" else "standin")
 
 

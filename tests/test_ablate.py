@@ -432,6 +432,7 @@ def test_nothing_run_is_a_report_too(tmp_path):
 # -- all of it --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_end_to_end(tmp_path, monkeypatch, capsys):
     """Every script of the matrix for a few steps, in this process: starting Python ten times would take a minute."""
     scripts = []

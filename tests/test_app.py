@@ -141,6 +141,7 @@ def test_instructions_on_offer_are_those_of_the_clips(app, listener, clips):
     assert app.build_page(listener, []), "a page without clips"
 
 
+@pytest.mark.long
 def test_a_space_starts_from_its_folder_alone(listener, tmp_path, monkeypatch):
     listener.model.save_pretrained(tmp_path / "model")
     listener.processor.save_pretrained(tmp_path / "model")
@@ -248,6 +249,7 @@ def fits(page):
     return page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
 
 
+@pytest.mark.long
 def test_uploaded_clip_is_answered_as_it_comes_with_a_picture(open_page, clips):
     page = open_page()
     row = clips[-1]
@@ -272,6 +274,7 @@ def test_uploaded_clip_is_answered_as_it_comes_with_a_picture(open_page, clips):
     assert picture(page).evaluate("image => image.complete && image.naturalWidth > 1000")
 
 
+@pytest.mark.long
 def test_broken_file_is_a_message_and_the_page_still_answers(open_page, bad_files, clips, tmp_path):
     too_large = tmp_path / "large.wav"
     too_large.write_bytes(bytes(21 << 20))
@@ -293,6 +296,7 @@ def test_broken_file_is_a_message_and_the_page_still_answers(open_page, bad_file
     assert page.get_by_label("Answer").input_value() and page.get_by_role("alert").count() == 0
 
 
+@pytest.mark.long
 def test_phone_has_no_horizontal_scroll_and_a_picture_of_its_own(open_page, clips):
     page = open_page(PHONE)
     assert fits(page)
@@ -305,6 +309,7 @@ def test_phone_has_no_horizontal_scroll_and_a_picture_of_its_own(open_page, clip
     assert size[0] == 720 and 350 < size[1] <= 390 and size[2] > 1000, "the narrow picture, in bands"
 
 
+@pytest.mark.long
 def test_keyboard_alone_is_enough(open_page):
     page = open_page()
 
@@ -332,6 +337,7 @@ def test_keyboard_alone_is_enough(open_page):
     assert page.get_by_label("Answer").input_value()
 
 
+@pytest.mark.long
 def test_recording_is_answered(open_page):
     page = open_page()
     page.get_by_label("Record audio").click()

@@ -31,6 +31,7 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.long
 def test_json_has_every_number(folder):
     data = json.loads((folder / "benchmarks.json").read_text())
     assert data["machine"]["threads"] == 1 and data["machine"]["versions"]["torch"]
@@ -74,6 +75,7 @@ def test_a_run_that_is_stopped_keeps_what_it_has_measured(tmp_path, monkeypatch)
     assert [result["case"] for result in results] == [case.name for case in measured] and measured[-1].sweep
 
 
+@pytest.mark.long
 def test_markdown_has_a_row_for_every_case_and_names_every_candidate(folder):
     data = json.loads((folder / "benchmarks.json").read_text())
     text = (folder / "benchmarks.md").read_text()
@@ -92,6 +94,7 @@ def test_markdown_has_a_row_for_every_case_and_names_every_candidate(folder):
             assert f"Not run: {name} (" in table
 
 
+@pytest.mark.long
 def test_memory_is_what_tensors_hold_at_one_time(folder):
     """Of the largest CIF case: the gradients, as large as the input, and less than that again."""
     results = json.loads((folder / "benchmarks.json").read_text())["results"]
@@ -101,6 +104,7 @@ def test_memory_is_what_tensors_hold_at_one_time(folder):
     assert input_bytes < result["candidates"]["read and write floor"]["peak_bytes"] < 1.2 * input_bytes
 
 
+@pytest.mark.long
 def test_an_unknown_benchmark_is_named():
     finished = run("--only", "cif,speed")
     assert finished.returncode == 2 and f"--only takes {', '.join(BENCHMARKS)}, not speed" in finished.stderr

@@ -25,10 +25,11 @@ def test_float64_is_computed_on_the_device_where_it_exists():
     assert float64_device(torch.device("mps")) == torch.device("cpu")
 
 
+@pytest.mark.long
 def test_a_device_without_float64_does_all_that_the_cpu_does():
     """On a Mac, where the Trainer and pipelines take MPS by themselves, any prompt with audio failed in CIF."""
     checks = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", TESTS / "on_device.py"],
+        [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", TESTS / "on_device.py"],
         env={**os.environ, "BLSP_KD_TEST_DEVICE": "standin"},
         capture_output=True,
         text=True,
@@ -139,6 +140,7 @@ def test_a_thin_model_saved_in_full_keeps_its_dtypes(backbones, tmp_path):
     assert dtypes_of(full) == dtypes_of(thin) == dtypes_of(model)
 
 
+@pytest.mark.long
 def test_a_quantised_llm_beside_float32_parts(backbones, tmp_path):
     torchao = pytest.importorskip("torchao.quantization")
     from transformers import TorchAoConfig
@@ -175,6 +177,7 @@ def test_the_check_of_a_gpu_fits_into_eight_minutes():
     assert sum(BUDGETS_S.values()) <= 8 * 60 and set(BUDGETS_S) == set(PARTS)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("part", BUDGETS_S)
 def test_each_part_of_the_check_of_a_gpu_runs(tmp_path, part):
     done = gpu_check(tmp_path / "report.md", "--only", part, "--patience", "10")
@@ -183,6 +186,7 @@ def test_each_part_of_the_check_of_a_gpu_runs(tmp_path, part):
     assert len(report.split(f"## {part}")[1].split("```")[1].strip()) > 0
 
 
+@pytest.mark.long
 def test_a_part_that_hangs_leaves_the_others_alone(tmp_path):
     done = gpu_check(tmp_path / "report.md", "--only", "compile,attention", "--patience", "0.001")
     report = (tmp_path / "report.md").read_text()

@@ -8,6 +8,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.reliability.equivalence import ENGINES, MAX_DIFFERENCE, SHORT, compare_case, run, table
 
+pytestmark = pytest.mark.long
+
 CASE = "training"
 
 

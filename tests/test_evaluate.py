@@ -511,6 +511,7 @@ def test_a_clip_that_cannot_be_heard_is_named(folder, script, monkeypatch, tmp_p
     assert len((tmp_path / "output" / "predictions" / "speech.jsonl").read_text().splitlines()) == 1
 
 
+@pytest.mark.long
 def test_the_command_leaves_tables_and_pictures(folder):
     """The script's folder is on its path, so `import evaluate` in its metrics gave the script, not the package.
 

@@ -42,6 +42,7 @@ def trained(tmp_path_factory):
     return folder, output
 
 
+@pytest.mark.long
 def test_default_run_leaves_results_a_table_and_three_answers(trained):
     folder, output = trained
     results = json.loads((folder / "model" / "results.json").read_text())
@@ -55,6 +56,7 @@ def test_default_run_leaves_results_a_table_and_three_answers(trained):
     assert (folder / "model" / "checkpoint-2" / "processor_config.json").exists()
 
 
+@pytest.mark.long
 def test_default_run_tells_what_a_model_card_needs(trained):
     folder, _ = trained
     contents = (folder / "model" / "results.json").read_text()
@@ -71,6 +73,7 @@ def test_default_run_tells_what_a_model_card_needs(trained):
     assert str(folder) not in contents and str(ROOT) not in contents
 
 
+@pytest.mark.long
 def test_infer_answers_a_file(trained):
     folder, _ = trained
     audio = next((folder / "clips").glob("*.flac"))
@@ -101,6 +104,7 @@ for folder in sys.argv[2:]:
 """
 
 
+@pytest.mark.long
 def test_what_training_saves_works_in_pipelines(trained, tmp_path):
     """On a trained model "audio-text-to-text" was an unknown task, and speech recognition a wall of tracebacks."""
     folder, _ = trained
@@ -115,6 +119,7 @@ def test_what_training_saves_works_in_pipelines(trained, tmp_path):
     assert told == expected and all(len(answer) > len("['']") for answer in told)
 
 
+@pytest.mark.long
 def test_training_from_a_manifest_makes_the_missing_responses(tmp_path):
     rows = [{"audio": f"{index}.wav", "text": "the red cat ran to the sea", "voice": "a"} for index in range(4)]
     for index, row in enumerate(rows):
@@ -135,6 +140,7 @@ def test_training_from_a_manifest_makes_the_missing_responses(tmp_path):
     assert results["training"]["encoder_learning_rate"] is None, "it is frozen"
 
 
+@pytest.mark.long
 def test_a_model_is_trained_further(trained, tmp_path):
     folder, _ = trained
     run(
@@ -155,6 +161,7 @@ def test_a_model_is_trained_further(trained, tmp_path):
     assert last["steps"] == 1 and last["data"]["rows"] == 8
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("inside", ["", "checkpoint-2"])
 def test_further_training_does_not_write_over_where_it_started(trained, inside, monkeypatch):
     folder, _ = trained

@@ -348,6 +348,7 @@ def test_sigterm_saves_and_exits_and_the_resumed_run_is_the_uninterrupted_one(wo
         assert worker.exitcode == 0
 
 
+@pytest.mark.long
 def test_two_processes_agree(tmp_path):
     """One of two processes gets SIGTERM, then one has a loss that is not finite: neither may be left waiting."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}

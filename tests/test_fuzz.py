@@ -16,6 +16,7 @@ from tests.reliability.fuzz_kinds import Kind, WrongResultError
 REPOSITORY = Path(__file__).parent.parent
 
 
+@pytest.mark.long
 def test_no_case_is_lost(tmp_path):
     # A process of its own, since the fuzzer forks and torch's threads do not survive that.
     subprocess.run(

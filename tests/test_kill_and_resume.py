@@ -8,6 +8,7 @@ from tests.helpers.example_scripts import load_example
 from tests.reliability.kill_and_resume import KINDS, SHORT, run, table
 
 
+@pytest.mark.long
 def test_killed_trainings_end_as_the_one_that_nobody_killed(tmp_path):
     results = run(tmp_path, tmp_path / "clips", kills=3, sizes=SHORT)
     assert all(killed["survived"] for killed in results["runs"]), results["runs"]

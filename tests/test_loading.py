@@ -165,6 +165,7 @@ QUANTISATIONS = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")  # of bitsandbytes, about devices that are not here
 def test_a_quantisation_may_be_a_dict(tmp_path):
     make_model(plora=True).save_pretrained(tmp_path)
@@ -175,6 +176,7 @@ def test_a_quantisation_may_be_a_dict(tmp_path):
     assert type(loaded.adapter.output_proj) is torch.nn.Linear
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")  # of torchao and bitsandbytes, about devices that are not here
 @pytest.mark.parametrize("kind", QUANTISATIONS)
 @pytest.mark.parametrize("adapter, with_plora", [(SMALL_CFORMER, True), (SMALL_CFORMER, False), (SUBSAMPLER, True)])
@@ -218,6 +220,7 @@ def test_quantisation_is_for_the_llms_linear_layers(kind, adapter, with_plora, i
     assert trainable == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
+@pytest.mark.long
 def test_the_users_own_exemptions_from_quantisation_are_added(saved):
     """They took the place of ours: partial LoRA became int8, which cannot be trained, and loading failed."""
     quantization_config = bits_and_bytes(load_in_8bit=True, llm_int8_skip_modules=["language_model.model.layers.0"])
@@ -347,6 +350,7 @@ def no_compiled_code():
     torch._dynamo.reset()
 
 
+@pytest.mark.long
 def test_compiled_it_answers_the_same(processor, no_compiled_code):
     model = make_model(plora=True, adapter=SUBSAMPLER, text={"num_hidden_layers": 1}).double()
     one = spoken_prompts(processor, durations_s=(0.5,))

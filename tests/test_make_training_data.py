@@ -610,6 +610,7 @@ def everything_in(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("answers_tell_their_batch")
 def test_killed_at_any_point_it_goes_on_and_ends_with_the_same_files(script, asr, parquet, backbones):
     """Every place where something must be on the disk: settings, part, audio, blocks, rejects, output."""
@@ -631,6 +632,7 @@ def test_killed_at_any_point_it_goes_on_and_ends_with_the_same_files(script, asr
     assert everything_in(folder) == expected
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.usefixtures("answers_tell_their_batch")
 def test_killed_again_and_again_in_the_middle_of_lines_nothing_is_lost_or_doubled(script, asr, backbones, seed):
@@ -645,6 +647,7 @@ def test_killed_again_and_again_in_the_middle_of_lines_nothing_is_lost_or_double
     assert everything_in(asr / "killed") == everything_in(asr / "whole")
 
 
+@pytest.mark.long
 def test_killed_while_removing_the_parts_it_only_removes_the_rest(script, asr, backbones):
     make(script, asr / "asr.jsonl", asr / "whole/train.jsonl", backbones[1])
     arguments = options_for(asr / "asr.jsonl", asr / "killed/train.jsonl", backbones[1])
@@ -662,6 +665,7 @@ def test_killed_while_removing_the_parts_it_only_removes_the_rest(script, asr, b
     assert everything_in(asr / "killed") == everything_in(asr / "whole")
 
 
+@pytest.mark.long
 def test_two_processes_go_on_where_one_was_killed_and_end_with_the_same_files(script, asr, backbones):
     changes = {"temperature": 1.0, "batch_size": 1}
     make(script, asr / "asr.jsonl", asr / "whole/train.jsonl", backbones[1], **changes)

@@ -7,6 +7,8 @@ import torch
 
 from tests.reliability.other_version import compare, differences
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):

@@ -27,6 +27,7 @@ def test_settings_arrive_where_tests_run():
     assert is_other or "BLSP_KD_TEST_ROUNDING" not in os.environ
 
 
+@pytest.mark.long
 def test_a_setting_is_seen_in_what_the_libraries_say():
     plain, other = look({"OMP_NUM_THREADS": "1"}), look({"OMP_NUM_THREADS": "2", "ATEN_CPU_CAPABILITY": "default"})
     assert (plain["threads"], other["threads"], other["ATen"]) == ("1", "2", "DEFAULT")
@@ -47,6 +48,7 @@ def test_other_rounding_is_the_same_for_equal_calls_and_within_the_bound_of_any_
     assert (masked == -torch.inf).all()
 
 
+@pytest.mark.long
 def test_the_command_runs_what_is_selected_and_prints_its_table(tmp_path):
     arguments = [sys.executable, "-m", "tests.portability", "--short", "--output", str(tmp_path)]
     arguments += ["--", str(TESTS / "test_portability.py"), "-k", "arrive"]
@@ -58,6 +60,7 @@ def test_the_command_runs_what_is_selected_and_prints_its_table(tmp_path):
     assert re.search(r"2 threads \| (1 \| 0 \| \d+ \| +\||.*computes here what)", text), text
 
 
+@pytest.mark.long
 def test_what_fails_is_named_and_a_setting_without_effect_is_skipped(tmp_path, monkeypatch):
     failing = tmp_path / "test_two.py"
     failing.write_text(

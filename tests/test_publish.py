@@ -189,6 +189,7 @@ def test_a_thin_checkpoint_of_local_folders_is_refused_or_made_full(backbones, p
     assert_tells_no_path(tmp_path / "made", tmp_path, backbones[0].parent)
 
 
+@pytest.mark.long
 def test_a_thin_checkpoint_of_the_hub_is_published_thin_and_answers_elsewhere(
     hub_backbones, processor, tmp_path, monkeypatch
 ):
@@ -484,6 +485,7 @@ def test_a_commit_of_somebody_else_meanwhile_is_not_overwritten(server, publishe
 # -- the command ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_the_command_publishes_verifies_and_uploads(checkpoint, tmp_path):
     with StandInHub().running() as server:
         printed = run_script(

@@ -226,6 +226,7 @@ CONVERSATIONS = {
 # -- laws -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("messages", CONVERSATIONS.values(), ids=CONVERSATIONS.keys())
 def test_it_answers_as_generate_does_at_once_and_in_pieces(client, model, processor, messages):
     expected = answer_of(model, processor, messages)
@@ -245,6 +246,7 @@ def test_answers_depend_on_the_audio(model, processor):
     assert len(answers) > 1
 
 
+@pytest.mark.long
 def test_requests_at_the_same_time_keep_their_audio(client, model, processor):
     conversations = [[user("repeat the words", audio(0.3 + 0.4 * seed, seed))] for seed in range(4)]
     expected = [answer_of(model, processor, messages) for messages in conversations]
@@ -252,6 +254,7 @@ def test_requests_at_the_same_time_keep_their_audio(client, model, processor):
         assert list(pool.map(lambda messages: text_of(client, messages), conversations)) == expected
 
 
+@pytest.mark.long
 def test_an_answer_ends_at_a_stop_string(client, model, processor):
     """The server passes the processor as `tokenizer`, and stop strings failed on its missing vocabulary."""
     messages = CONVERSATIONS["wav"]
@@ -262,6 +265,7 @@ def test_an_answer_ends_at_a_stop_string(client, model, processor):
     assert answer.usage.completion_tokens < MAX_NEW_TOKENS
 
 
+@pytest.mark.long
 def test_the_responses_api_answers_likewise(client, model, processor):
     content = [{"type": "input_text", "text": "repeat the words"}, audio()]
     response = client.responses.create(
@@ -274,10 +278,12 @@ def test_the_responses_api_answers_likewise(client, model, processor):
     assert response.output_text == answer_of(model, processor, CONVERSATIONS["wav"])
 
 
+@pytest.mark.long
 def test_it_is_among_the_models(client):
     assert [model.id for model in client.models.list()] == [REPO_ID]
 
 
+@pytest.mark.long
 def test_a_stream_may_be_left(client, model, processor):
     messages = CONVERSATIONS["wav"]
     with ask(client, messages, stream=True, max_tokens=1000) as stream:
@@ -319,6 +325,7 @@ BAD_CONTENT = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("content, reason", BAD_CONTENT.values(), ids=BAD_CONTENT.keys())
 def test_bad_content_is_an_error_that_the_server_survives(client, server, model, processor, content, reason):
     assert_refused(server, content, reason)
@@ -326,12 +333,14 @@ def test_bad_content_is_an_error_that_the_server_survives(client, server, model,
     assert text_of(client, messages) == answer_of(model, processor, messages)
 
 
+@pytest.mark.long
 def test_a_stream_tells_its_error(client):
     with pytest.raises(openai.APIError) as raised:
         list(ask(client, [user(audio(80.0))], stream=True))
     assert f"the LLM's context holds {CONTEXT_LENGTH}" in raised.value.body
 
 
+@pytest.mark.long
 def test_transcriptions_are_refused(client, server, model, processor):
     """The server calls processors with nothing but audio there, as encoder-decoder models take it."""
     with connect(server) as other, pytest.raises(openai.InternalServerError):
@@ -358,6 +367,7 @@ def private_path(tmp_path_factory):
     return path
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("foreign, reason", FOREIGN.values(), ids=FOREIGN.keys())
 def test_a_server_reads_no_file_and_no_address_for_its_clients(server, private_path, foreign, reason):
     """A server passes what clients write as `audio_url` on as the `url` of a block, and files named there were read."""

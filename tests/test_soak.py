@@ -14,6 +14,7 @@ REPOSITORY = Path(__file__).parent.parent
 MIB = 2**20
 
 
+@pytest.mark.long
 def test_a_short_soak_is_survived(tmp_path, processor):
     model = make_repository(tmp_path / "model", processor)
     subprocess.run(

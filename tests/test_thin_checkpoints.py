@@ -414,6 +414,7 @@ def wide_llm(tmp_path_factory):
     return folder
 
 
+@pytest.mark.long
 def test_a_quantised_llm_comes_back_bit_for_bit(backbones, wide_llm, inputs, tmp_path):
     bitsandbytes = pytest.importorskip("bitsandbytes")
     four_bit = BitsAndBytesConfig(load_in_4bit=True)
@@ -444,6 +445,7 @@ def test_a_quantised_llm_comes_back_bit_for_bit(backbones, wide_llm, inputs, tmp
     assert torch.equal(logits(BlspKdForCausalLM.from_pretrained(tmp_path / "again"), inputs), expected)
 
 
+@pytest.mark.long
 def test_a_full_checkpoint_of_a_model_with_a_quantised_llm_is_refused(backbones, wide_llm, tmp_path):
     pytest.importorskip("bitsandbytes")
     four_bit = BitsAndBytesConfig(load_in_4bit=True)

@@ -145,6 +145,7 @@ def test_workers_change_nothing(streaming, manifests, tmp_path, processor):
     assert batches(manifests[0], tmp_path, processor, streaming, **options) == alone
 
 
+@pytest.mark.long
 def test_two_processes_share_the_rows_and_resume(manifests, tmp_path, processor):
     """Every process drew its own order from the second epoch on, so rows were lost and doubled."""
     processor.save_pretrained(tmp_path / "processor")
@@ -476,6 +477,7 @@ def test_rows_in_memory_leave_bad_clips_out(damaged, processor, tmp_path):
         training_data(rows, DataOptions(train_manifest=damaged), args, processor)
 
 
+@pytest.mark.long
 def test_train_goes_on_without_bad_clips_and_tells_their_number(damaged, tmp_path):
     command = [sys.executable, EXAMPLES / "train.py", "--train_manifest", damaged, "--output_dir", tmp_path / "model"]
     command += ["--max_steps", "3", "--per_device_train_batch_size", "4", "--use_cpu", "true", "--disable_tqdm", "true"]

@@ -113,6 +113,7 @@ print(json.dumps(texts))
 """
 
 
+@pytest.mark.long
 def test_pipelines_and_handler_agree_where_the_package_is_not_installed(
     repository, path, expected, model, processor, tmp_path
 ):

@@ -99,7 +99,7 @@ def run_tests(environment: dict[str, str], log: Path, pytest_arguments) -> dict:
     report.unlink(missing_ok=True)
     # Other files take time to import, and more packages.
     chosen = pytest_arguments or sorted(str(path) for path in TESTS.rglob("test_*.py") if MARK in path.read_text())
-    command = [sys.executable, "-m", "pytest", "-m", "numerical", f"--junitxml={report}", *chosen]
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-m", "numerical", f"--junitxml={report}", *chosen]
     started = time.monotonic()
     with log.open("w") as file:
         status = subprocess.run(
