@@ -138,7 +138,7 @@ def read_clips(folder: Path) -> list[dict]:
 
 def build_page(listener: Listener, clips: list[dict]) -> gr.Blocks:
     """The page. `clips`: rows of [`read_clips`], whose instructions are offered too."""
-    examples = {}
+    examples: dict[str, dict] = {}
     for row in clips:
         examples.setdefault(row["file_name"], row)
     instructions = list(dict.fromkeys(row["instruction"] for row in clips))

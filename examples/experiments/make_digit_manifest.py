@@ -128,7 +128,8 @@ def main():
 
 def read_recordings(metadata: Path) -> dict[str, dict[str, list[Path]]]:
     """speaker -> digit -> recordings."""
-    pool, num_left_out = defaultdict(lambda: defaultdict(list)), 0
+    pool: dict[str, dict[str, list[Path]]] = defaultdict(lambda: defaultdict(list))
+    num_left_out = 0
     for _, row in read_objects(metadata):
         if row["text"] in DIGITS:
             pool[row["speaker"]][row["text"]].append(metadata.parent / row["file_name"])
@@ -142,7 +143,8 @@ def read_recordings(metadata: Path) -> dict[str, dict[str, list[Path]]]:
 
 def split_recordings(pool, speakers, rng, test_share=0.1):
     """Keep a share of every speaker's recordings of every digit for the test."""
-    train, test = defaultdict(dict), defaultdict(dict)
+    train: dict[str, dict[str, list[Path]]] = defaultdict(dict)
+    test: dict[str, dict[str, list[Path]]] = defaultdict(dict)
     for speaker in speakers:
         for digit in DIGITS:
             recordings = sorted(pool[speaker][digit])

@@ -123,7 +123,7 @@ def fit_delay(model, processor, rows, options) -> float:
     before_ids = processor.tokenize(before, add_special_tokens=False)["input_ids"]
     texts = [row["text"].strip() for row in rows]
     token_ids = continue_ids(processor, [before] * len(rows), [before_ids] * len(rows), texts)
-    errors = {delay_s: [] for delay_s in DELAYS_S}
+    errors: dict[float, list] = {delay_s: [] for delay_s in DELAYS_S}
     silence = model.config.timestamps["silence"]
     for start in tqdm(range(0, len(rows), options.batch_size), desc="fitting", mininterval=1):
         batch = slice(start, start + options.batch_size)
@@ -160,7 +160,7 @@ def measure(model, processor, rows, options) -> tuple[np.ndarray, float]:
 
 def summarise(errors: np.ndarray, share_right: float) -> dict:
     """Median and 90th percentile of absolute errors, and the median of signed ones, in milliseconds."""
-    summary = {"words_right": share_right, "num_words": len(errors)}
+    summary: dict[str, float | dict] = {"words_right": share_right, "num_words": len(errors)}
     for name, values in (("start", errors[:, 0]), ("end", errors[:, 1]), ("both", errors.ravel())):
         values = 1000 * values
         summary[name] = {

@@ -195,7 +195,7 @@ def train(model, batches, num_steps, rate=1.0, prompt_weight=0.2):
 
 def score_on_held_out(model, tokenizer, num_sentences=1500, max_per_kind=200, seed=1):
     """Score single-turn answers about held-out sentences; see [`score`]."""
-    prompts = {kind: [] for kind in KINDS}
+    prompts: dict[str, list[tuple[str, str]]] = {kind: [] for kind in KINDS}
     rng = random.Random(seed)
     for sentence in sentences("test", num_sentences, seed):
         for question in questions(sentence):

@@ -15,6 +15,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import IO, cast
 
 import espeakng_loader
 import numpy as np
@@ -180,8 +181,8 @@ def _run_workers(jobs, num_workers):
     """The words of clips, which are written where a job has a path."""
     if not jobs:
         return []
-    num_workers = min(num_workers or min(os.cpu_count(), 8), len(jobs))
-    words = [None] * len(jobs)
+    num_workers = min(num_workers or min(os.cpu_count() or 1, 8), len(jobs))
+    words: list = [None] * len(jobs)
     progress = tqdm(total=len(jobs), desc="synthesising speech", mininterval=1)
 
     def run(worker):
@@ -203,15 +204,16 @@ def _run_worker(jobs, progress):
     with subprocess.Popen(
         [sys.executable, str(Path(__file__).absolute())], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as worker:
+        to_worker, from_worker = cast(IO[str], worker.stdin), cast(IO[str], worker.stdout)
         for job in jobs:
             try:
-                worker.stdin.write(json.dumps(job) + "\n")
-                worker.stdin.flush()
-                done = worker.stdout.readline()
+                to_worker.write(json.dumps(job) + "\n")
+                to_worker.flush()
+                done = from_worker.readline()
             except BrokenPipeError:
                 done = ""
             if not done:
-                worker.stdin.close()
+                to_worker.close()
                 raise RuntimeError(
                     f"A speech worker stopped at {job}. Its own error is printed above; "
                     "the clips made so far are kept, so run this again once that is mended."
@@ -249,7 +251,7 @@ def _make_clip(path, text, voice, speed, pitch, silence_before_s, silence_after_
 
 
 def _words(text, events, silence_before_s):
-    words = []
+    words: list[dict] = []
     for kind, position, length, time_s, phoneme in events:
         time_s = round(silence_before_s + time_s, 3)
         is_pause = kind == _EVENT_PHONEME and phoneme.startswith("_")

@@ -144,7 +144,9 @@ def _looked_at():
 def _draw(split, num, seed, belongs):
     rng = random.Random(f"sentences {split} {seed}")
     kinds = {name: kind for name, kind in _SENTENCE_KINDS.items() if (split, name) != ("final", "sum")}
-    seen, drawn, run_out = set(), [], set()
+    seen: set[str] = set()
+    drawn: list[Sentence] = []
+    run_out: set[str] = set()
     while len(drawn) < num:
         (kind,) = rng.choices(list(kinds), [share for _, share in kinds.values()])
         draw, _ = kinds[kind]

@@ -5,6 +5,7 @@ side. Leaves out: other metrics than exact match (see `text_scores.py`).
 """
 
 from collections import defaultdict
+from collections.abc import Sequence
 
 import torch
 from tqdm import tqdm
@@ -49,7 +50,7 @@ def answer_rows(
     return answer(model, processor, conversations, **{"description": f"answering from {source}", **options})
 
 
-def accuracy(rows: list[dict], answers: list[str]) -> dict:
+def accuracy(rows: Sequence[dict], answers: Sequence[str]) -> dict:
     """Share of exact matches with `row["answer"]`, over all rows and by `row["kind"]`."""
     right = defaultdict(list)
     for row, given in zip(rows, answers):

@@ -12,12 +12,13 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 RECORD = "publication.json"
 
 
 @contextmanager
-def complete_or_nothing(folder: str | os.PathLike) -> Iterator[tuple[Path, dict[str, str]]]:
+def complete_or_nothing(folder: str | os.PathLike) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Yield an empty folder beside `folder` to write to, and put it in its place when the block ends without an error.
 
     Yields:
@@ -30,7 +31,7 @@ def complete_or_nothing(folder: str | os.PathLike) -> Iterator[tuple[Path, dict[
     check_replaceable(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     made = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    record: dict[str, str] = {}
+    record: dict[str, Any] = {}
     try:
         made.chmod(0o755)
         yield made, record

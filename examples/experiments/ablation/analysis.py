@@ -86,7 +86,7 @@ def difference(
 
 def verdict(interval: list[float] | None, num_seeds: int) -> str:
     """Of a claim that a difference is above 0. One seed decides nothing."""
-    if num_seeds == 0:
+    if interval is None:
         return "not run"
     if num_seeds == 1:
         return "undecided (one seed)"
@@ -96,8 +96,10 @@ def verdict(interval: list[float] | None, num_seeds: int) -> str:
 
 def judge(claim: Claim, results: list[dict], by_name: dict[str, Configuration]) -> dict:
     sides = {"better": claim.better, "worse": claim.worse}
+    better, worse = (matches(results, *side) for side in sides.values())
     told = difference(
-        *(matches(results, *side) for side in sides.values()),
+        better,
+        worse,
         seedless={side for side, (name, _) in sides.items() if not by_name[name].has_seeds},
         share=claim.share,
     )

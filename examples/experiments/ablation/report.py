@@ -59,7 +59,7 @@ def markdown(analysis: dict, settings: dict) -> str:
             lines += ["", f"{label(row)}: {row['exact_transcripts']:.3f} of its transcripts are right."]
     lines += ["", "| claim | difference | interval | seeds | verdict |", "|---|---|---|---|---|"]
     for claim in analysis["claims"]:
-        cells = (_number(claim["effect"], sign="+"), _interval(claim["interval"], sign="+"), str(claim["num_seeds"]))
+        cells = [_number(claim["effect"], sign="+"), _interval(claim["interval"], sign="+"), str(claim["num_seeds"])]
         lines.append(f"| {claim['claim']} | {' | '.join(cells)} | {claim['verdict']} |")
     correlation = analysis["kl_and_accuracy"]
     lines += [

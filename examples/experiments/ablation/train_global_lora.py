@@ -11,13 +11,14 @@ import json
 import logging
 import time
 from pathlib import Path
+from typing import cast
 
 import torch
 from train import REPORTED, Arguments, DataOptions, ModelOptions, make_dataset, make_trainer
 from transformers import HfArgumentParser, set_seed
 
 from modeling_blsp_kd import BlspKdForCausalLM
-from modeling_blsp_kd.plora import ADAPTER_NAME
+from modeling_blsp_kd.plora import ADAPTER_NAME, PartialLora
 from modeling_blsp_kd.training.command_line import HelpFormatter
 
 
@@ -31,9 +32,10 @@ class GlobalLoraForCausalLM(BlspKdForCausalLM):
 @torch.no_grad()
 def merge_lora(model: BlspKdForCausalLM) -> BlspKdForCausalLM:
     """The same model with its LoRA added to the LLM's weights, at work at all positions and in every answer."""
+    lora = cast(PartialLora, model.plora)
     updates = {
         f"language_model.{name}.weight": layer.get_delta_weight(ADAPTER_NAME)
-        for name, layer in zip(model.plora.layer_names, model.plora.layers)
+        for name, layer in zip(lora.layer_names, lora.layers)
     }
     weights = {
         name.replace(".base_layer.", "."): tensor

@@ -55,7 +55,7 @@ def draw_dialogues(num, rng):
 
 def held_out_prompts(split, num_per_kind, rng):
     """kind -> pairs of a user's turn about a string of a split, whose digits follow no habit, and the right answer."""
-    prompts = {kind: [] for kind in KINDS}
+    prompts: dict[str, list[tuple[str, str]]] = {kind: [] for kind in KINDS}
     while any(len(asked) < num_per_kind for asked in prompts.values()):
         words = draw_string(split, rng)
         for kind in kinds_of(words):

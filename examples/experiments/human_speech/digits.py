@@ -65,7 +65,7 @@ def draw_string(split: str, rng: random.Random, min_digits=2, max_digits=MAX_DIG
     if split not in SPLITS:
         raise ValueError(f"Digit strings have the splits {SPLITS}, but got {split!r}. Choose one of them.")
     while True:
-        digits = []
+        digits: list[int] = []
         for _ in range(rng.randint(min_digits, max_digits)):
             counts_on = digits and rng.random() < run_share
             digits.append((digits[-1] + 1) % 10 if counts_on else rng.randrange(10))

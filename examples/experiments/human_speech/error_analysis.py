@@ -119,7 +119,10 @@ def interval(rows: list[dict]) -> list[float] | None:
 
 def edits(rows: list[dict]) -> dict:
     """What became of each digit that was said, and digits that nobody said."""
-    said, misheard, missed, made_up = Counter(), Counter(), Counter(), Counter()
+    said: Counter = Counter()
+    misheard: Counter = Counter()
+    missed: Counter = Counter()
+    made_up: Counter = Counter()
     output = jiwer.process_words([row["said"] for row in rows], [row["heard"] for row in rows])
     for words, heard, chunks in zip(output.references, output.hypotheses, output.alignments):
         said.update(words)

@@ -90,7 +90,7 @@ class Hearing:
         rows, digits = [], []
         for digit, paths in tqdm(recordings.items(), desc=f"hearing {voice}", leave=False):
             for path in paths:
-                silence = np.zeros(round(SILENCE_S * SAMPLING_RATE), np.float32)
+                silence: np.ndarray = np.zeros(round(SILENCE_S * SAMPLING_RATE), np.float32)
                 clip = np.concatenate([silence, load_audio(path, SAMPLING_RATE), silence])
                 features = self.feature_extractor(
                     clip, sampling_rate=SAMPLING_RATE, padding="longest", truncation=False, return_tensors="pt"
@@ -123,8 +123,13 @@ def compare(speaker, people, synthetic, num_seeds) -> dict:
     without_means = [join(map(take_mean_off, group)) for group in voices]
     rows, digits = people[speaker]
     own_without_mean, _ = take_mean_off(people[speaker])
-    scores = {"others": [], "others_and_synthetic": [], "without_means": [], "others_and_own_half": []}
-    confused = Counter()
+    scores: dict[str, list[float]] = {
+        "others": [],
+        "others_and_synthetic": [],
+        "without_means": [],
+        "others_and_own_half": [],
+    }
+    confused: Counter = Counter()
     for seed in range(num_seeds):
         scores["others"].append(accuracy(train_probe([others], seed)(rows), digits))
         predicted = train_probe([others, *synthetic], seed)(rows)

@@ -78,7 +78,7 @@ def as_markdown(curve: dict) -> str:
         "|---|---|" + "---|" * len(SCORES),
     ]
     for point in curve["points"]:
-        cells = (shown(point[name], factor, decimals) for _, _, name, factor, decimals in SCORES)
+        cells = [shown(point[name], factor, decimals) for _, _, name, factor, decimals in SCORES]
         lines.append(f"| {point['minutes']:g} | {point['sentences']} | " + " | ".join(cells) + " |")
     changes = (curve["per_doubling"][name] for _, _, name, _, _ in SCORES)
     cells = [

@@ -98,7 +98,7 @@ def read_sentences(metadata: Path, longest_s: float) -> dict[Path, dict]:
 
 def in_turns(rows: list[dict], rng: random.Random) -> list[dict]:
     """Shuffled, with the speakers in turn, so that a small set is of as many speakers as a large one."""
-    of_speaker = {}
+    of_speaker: dict[str, list[dict]] = {}
     for row in rng.sample(rows, len(rows)):
         of_speaker.setdefault(row["voice"], []).append(row)
     return [row for row in chain(*zip_longest(*of_speaker.values())) if row is not None]

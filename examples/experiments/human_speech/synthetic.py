@@ -41,7 +41,7 @@ def synthesize_recordings(synthesizer: str, folder: Path, sampling_rate: int, rn
     """
     folder.mkdir(parents=True, exist_ok=True)
     voices, num_takes = SYNTHESIZERS[synthesizer]()
-    pool = {}
+    pool: dict[str, dict[str, list]] = {}
     for name, say in tqdm(voices.items(), desc=f"{synthesizer} says digits"):
         speaker = f"{synthesizer} {name}"
         pool[speaker] = {word: [] for word in DIGITS}
