@@ -26,7 +26,7 @@ from processing.publishing.space import write_space
 from processing.publishing.upload import UploadError, upload
 from processing.publishing.verify import measure_memory, verify
 
-PAGE = Path(__file__).with_name("app.py")
+CLIPS = Path(__file__).parent / "tiny_world" / "clips"  # on the page of --space
 
 
 def main():
@@ -72,7 +72,7 @@ def main():
     if options.verify:
         report(verify(options.folder, repo_id, model, processor, rows[0]["audio"]))
     if options.space:
-        write_space(options.space, repo_id, PAGE)
+        write_space(options.space, repo_id, CLIPS)
     if options.push:
         try:
             print(f"uploaded: {upload(options.folder, options.push, private=options.private or None).commit_url}")

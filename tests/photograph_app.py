@@ -1,4 +1,4 @@
-"""Photograph the page of examples/app.py, as a visitor with a desktop sees it after an answer.
+"""Photograph the demo page, as a visitor with a desktop sees it after an answer.
 
     python tests/photograph_app.py --model outputs/default --output docs/demo.png
 
@@ -7,16 +7,15 @@ Needs Chromium, as `test_app.py` does. Leaves out: other clips than the one name
 
 import argparse
 import shutil
-import sys
 from pathlib import Path
 
 from playwright.sync_api import sync_playwright
 from transformers import AutoModelForCausalLM, AutoProcessor
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+from processing.demo.listener import Listener
+from processing.demo.page import build_page, launch, read_clips
 
-import app
-
+CLIPS = Path(__file__).parent.parent / "examples" / "tiny_world" / "clips"
 CLIP = "victor had three bottles"
 
 
@@ -29,8 +28,8 @@ def main():
 
     processor = AutoProcessor.from_pretrained(options.model, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(options.model, trust_remote_code=True)
-    blocks = app.build_page(app.Listener(model, processor), app.read_clips(app.CLIPS))
-    _, url, _ = app.launch(blocks, app.CLIPS, prevent_thread_lock=True, quiet=True)
+    blocks = build_page(Listener(model, processor), read_clips(CLIPS))
+    _, url, _ = launch(blocks, CLIPS, prevent_thread_lock=True, quiet=True)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": options.width, "height": 800})

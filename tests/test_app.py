@@ -1,4 +1,4 @@
-"""The page of examples/app.py: its functions, and the whole of it in headless Chromium.
+"""The demo page (processing/demo): its functions, and the whole of it in headless Chromium.
 
 The browser tests need Chromium on the PATH (Debian: apt-get install chromium) and playwright. Without them they are
 skipped, unless the environment variable CI is set: then they fail.
@@ -23,29 +23,21 @@ from huggingface_hub import RepoCard
 
 from modeling_blsp_kd import BlspKdForCausalLM
 from processing import BlspKdProcessor
+from processing.demo.listener import Listener
 from processing.publishing.space import write_space
 from tests.helpers.prompts import clip
 
 gradio = pytest.importorskip("gradio", reason="the page needs the extra 'demo'")
+demo = pytest.importorskip("processing.demo.page")
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
-TINY_WORLD = EXAMPLES / "tiny_world"
+TINY_WORLD = Path(__file__).parent.parent / "examples" / "tiny_world"
+CLIPS = TINY_WORLD / "clips"
 MIN_NEW_TOKENS, MAX_NEW_TOKENS = 12, 16
 PHONE = {"width": 390, "height": 844}
 
 
 @pytest.fixture(scope="module")
-def app():
-    sys.path.insert(0, str(EXAMPLES))
-    import app
-
-    sys.path.remove(str(EXAMPLES))
-    app.MAX_NEW_TOKENS = MAX_NEW_TOKENS
-    return app
-
-
-@pytest.fixture(scope="module")
-def listener(app):
+def listener():
     """The tiny world's LLM with untrained ears, which answers something of more than one word."""
     processor = BlspKdProcessor.from_backbones(TINY_WORLD / "speech_encoder", TINY_WORLD / "llm")
     torch.manual_seed(0)
@@ -56,12 +48,12 @@ def listener(app):
         adapter={"type": "cformer", "num_pre_layers": 1, "num_post_layers": 1, "num_attention_heads": 4},
     )
     model.generation_config.min_new_tokens = MIN_NEW_TOKENS
-    return app.Listener(model, processor)
+    return Listener(model, processor, max_new_tokens=MAX_NEW_TOKENS)
 
 
 @pytest.fixture(scope="module")
-def clips(app):
-    return app.read_clips(app.CLIPS)
+def clips():
+    return demo.read_clips(CLIPS)
 
 
 @pytest.fixture(scope="module")
@@ -133,24 +125,24 @@ def test_an_error_while_generating_is_shown_and_the_next_clip_is_answered(listen
     assert answer and picture and not problem
 
 
-def test_instructions_on_offer_are_those_of_the_clips(app, listener, clips):
-    page = app.build_page(listener, clips)
+def test_instructions_on_offer_are_those_of_the_clips(listener, clips):
+    page = demo.build_page(listener, clips)
     (dropdown,) = [block for block in page.blocks.values() if isinstance(block, gradio.Dropdown)]
     assert {value for _, value in dropdown.choices} == {row["instruction"] for row in clips}
     assert dropdown.allow_custom_value
-    assert app.build_page(listener, []), "a page without clips"
+    assert demo.build_page(listener, []), "a page without clips"
 
 
 @pytest.mark.long
 def test_a_space_starts_from_its_folder_alone(listener, tmp_path, monkeypatch):
     listener.model.save_pretrained(tmp_path / "model")
     listener.processor.save_pretrained(tmp_path / "model")
-    write_space(tmp_path / "space", str(tmp_path / "model"), EXAMPLES / "app.py")
+    write_space(tmp_path / "space", str(tmp_path / "model"), CLIPS)
     metadata = RepoCard.load(tmp_path / "space" / "README.md").data.to_dict()
     assert metadata["sdk"] == "gradio" and (tmp_path / "space" / metadata["app_file"]).is_file()
     assert re.fullmatch(r"(?:[\w-]+==[\d.]+\n)+", (tmp_path / "space" / "requirements.txt").read_text())
     with pytest.raises(FileExistsError, match="space is not empty"):
-        write_space(tmp_path / "space", "owner/name", EXAMPLES / "app.py")
+        write_space(tmp_path / "space", "owner/name", CLIPS)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -179,11 +171,11 @@ def test_a_space_starts_from_its_folder_alone(listener, tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def url(app, listener, clips):
+def url(listener, clips):
     """The page, served. Its LLM takes a moment per token, so that the answer is seen to grow."""
     hook = listener.model.language_model.register_forward_pre_hook(lambda *_: time.sleep(0.03))
-    page = app.build_page(listener, clips)
-    _, url, _ = app.launch(page, app.CLIPS, prevent_thread_lock=True, quiet=True)
+    page = demo.build_page(listener, clips)
+    _, url, _ = demo.launch(page, CLIPS, prevent_thread_lock=True, quiet=True)
     yield url
     page.close(verbose=False)
     hook.remove()

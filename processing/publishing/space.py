@@ -1,7 +1,7 @@
-"""The demo page (`examples/app.py`) as a folder for a Hugging Face Space.
+"""Write the demo page (`processing/demo/page.py`) as a folder for a Hugging Face Space.
 
-Follows the Hub's Space metadata (the front matter of README.md). The packages go in as they are, since a Space installs
-only what a registry has. Leaves out: making the Space and choosing its hardware.
+Follows the Hub's Space metadata (the front matter of README.md). The folder contains both packages, because a Space
+installs only released packages. Leaves out: making the Space and choosing its hardware.
 """
 
 import shutil
@@ -13,38 +13,34 @@ import yaml
 import modeling_blsp_kd
 import processing
 
-# Must lie beside the page.
-CLIPS = Path("tiny_world", "clips")
+CLIPS = "clips"
 REQUIREMENTS = ("torch", "transformers", "accelerate", "peft", "safetensors", "soundfile", "soxr", "av", "matplotlib")
 TITLE = "An LLM with ears"
 APP = """import os
 
-os.environ.setdefault("MODEL_ID", "{repo_id}")
+from processing.demo.page import serve
 
-import page
-
-page.main()
+serve(os.environ.get("MODEL_ID", "{repo_id}"), "{clips}")
 """
 
 
-def write_space(folder: str | Path, repo_id: str, page: str | Path):
+def write_space(folder: str | Path, repo_id: str, clips: str | Path):
     """Write the Space of a published model.
 
     Args:
         folder (`str` or `os.PathLike`): must not exist, or be empty.
         repo_id (`str`): "owner/name" of the model, which the page loads.
-        page (`str` or `os.PathLike`): the script with the page, beside its folder of clips.
+        clips (`str` or `os.PathLike`): folder of example clips with a `metadata.jsonl`.
 
     Raises:
         FileExistsError: something is in the way.
     """
-    folder, page = Path(folder), Path(page)
+    folder = Path(folder)
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty. Remove it, or name another folder for the Space.")
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.copy(page, folder / "page.py")
-    (folder / "app.py").write_text(APP.format(repo_id=repo_id))
-    shutil.copytree(page.parent / CLIPS, folder / CLIPS)
+    (folder / "app.py").write_text(APP.format(repo_id=repo_id, clips=CLIPS))
+    shutil.copytree(clips, folder / CLIPS)
     for package in (modeling_blsp_kd, processing):
         [source] = map(Path, package.__path__)
         shutil.copytree(source, folder / source.name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -58,10 +54,10 @@ def write_space(folder: str | Path, repo_id: str, page: str | Path):
         "license": "apache-2.0",
         "models": [repo_id],
     }
-    text = f"Talk to [{repo_id}](https://huggingface.co/{repo_id}), and see what it hears."
+    text = f"Talk to [{repo_id}](https://huggingface.co/{repo_id}), and see what it understood."
     (folder / "README.md").write_text(f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---\n\n# {TITLE}\n\n{text}\n")
 
 
 def _released(package: str) -> str:
-    """The installed version, without the mark of a local build (`+cpu`)."""
+    """Return the installed version without the mark of a local build (`+cpu`)."""
     return version(package).partition("+")[0]
