@@ -1,9 +1,8 @@
-"""Who answers: the LLM in transformers, or in vLLM.
+"""Engines that answer prompts: the LLM in transformers, or in vLLM.
 
 Both get the same prompts, as token ids, and the same seeds. With sampling every row draws its own random numbers, so an
-answer does not depend on what else is in the batch, other than by rounding. Of the LLM's own generation settings
-transformers keeps those that also hold for greedy search (a repetition penalty, say), vLLM only the ends of answers.
-Leaves out: beams and other search.
+answer depends on the other rows of the batch only through rounding. Of the LLM's own generation settings, transformers
+keeps those that also hold for greedy search (a repetition penalty, for example), and vLLM only the ends of answers.
 """
 
 import importlib.util
@@ -20,14 +19,16 @@ from transformers.generation import (
 
 from modeling_blsp_kd.devices import float64_device
 
+from .options import AnswerOptions
+
 
 class Answer(NamedTuple):
     text: str
-    is_finished: bool  # False: cut at the longest length allowed
+    is_finished: bool  # False: it was cut at `max_new_tokens`
 
 
 class TransformersEngine:
-    """The LLM through `generate`.
+    """Answers through transformers' `generate`.
 
     Args:
         model, dtype: for `AutoModelForCausalLM.from_pretrained`.
@@ -50,9 +51,9 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def answer(self, prompts: list[list[int]], seeds: list[int]) -> list[Answer]:
-        """Answers to prompts (token ids), in their order; `seeds` has one number per prompt."""
+        """Return the answers to prompts (token ids), in their order; `seeds` has one number per prompt."""
         answers = [None] * len(prompts)
-        # Prompts of like length together: less padding. Stable, so batches are the same each time.
+        # Prompts of similar length go together, which saves padding. The sort is stable, so batches are reproducible.
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
         for start in range(0, len(order), self.batch_size):
             batch = order[start : start + self.batch_size]
@@ -87,10 +88,10 @@ class TransformersEngine:
 
 
 class RowSampler(LogitsProcessor):
-    """Draws each row's next token with random numbers of that row alone: the t-th of its seed for its t-th token.
+    """Draw each row's next token with that row's own random numbers: number t of its seed decides token t.
 
-    `generate` has one stream of random numbers for the whole batch. This inverts each row's cumulative distribution at
-    one uniform number and leaves no other token possible, so that greedy search takes it.
+    `generate` has one stream of random numbers for the whole batch. This processor inverts each row's cumulative
+    distribution at one uniform number, and leaves only that token possible, so that greedy search takes it.
 
     Args:
         seeds: one per row.
@@ -109,8 +110,12 @@ class RowSampler(LogitsProcessor):
 
 
 class VllmEngine:
-    """The LLM through vLLM, which batches by itself. Arguments as [`TransformersEngine`], and how long prompts may be,
-    since vLLM keeps memory for the longest.
+    """Answers through vLLM, which makes its own batches.
+
+    Args:
+        num_gpus: GPUs that vLLM splits the LLM over.
+        max_prompt_tokens: longest prompt, because vLLM reserves memory for it.
+        model, dtype, max_new_tokens, temperature, top_p: see [`TransformersEngine`].
 
     Raises:
         ImportError: vLLM is not installed.
@@ -137,7 +142,7 @@ class VllmEngine:
         self.options = {"max_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
 
     def answer(self, prompts: list[list[int]], seeds: list[int]) -> list[Answer]:
-        """Answers to prompts (token ids), in their order; `seeds` has one number per prompt."""
+        """Return the answers to prompts (token ids), in their order; `seeds` has one number per prompt."""
         outputs = self.llm.generate(
             [{"prompt_token_ids": ids} for ids in prompts],
             [self.sampling_params(seed=seed, **self.options) for seed in seeds],
@@ -145,3 +150,16 @@ class VllmEngine:
         )
         answers = [output.outputs[0] for output in outputs]
         return [Answer(answer.text.strip(), answer.finish_reason == "stop") for answer in answers]
+
+
+def make_engine(options: AnswerOptions, processor, device, max_prompt_tokens: int) -> TransformersEngine | VllmEngine:
+    """Load the LLM into the engine that `options` name."""
+    common = {
+        "dtype": options.dtype,
+        "max_new_tokens": options.max_new_tokens,
+        "temperature": options.temperature,
+        "top_p": options.top_p,
+    }
+    if options.engine == "vllm":
+        return VllmEngine(options.text_model, num_gpus=options.num_gpus, max_prompt_tokens=max_prompt_tokens, **common)
+    return TransformersEngine(options.text_model, processor, device, batch_size=options.batch_size, **common)

@@ -1,4 +1,4 @@
-"""What the LLM is asked about each transcript: named instructions, which stand before the content.
+"""Templates of prompts about transcripts: named instructions that stand before the content.
 
 Follows arXiv 2405.19041: the instruction is text for teacher and student alike. Leaves out: prompts with words after
 the content, which the collator does not make.
@@ -28,10 +28,10 @@ class Instruction:
     text: str
 
     def fill(self, row: dict) -> str:
-        """The instruction for one row.
+        """Return the instruction for one row.
 
         Raises:
-            BadRow: the row lacks a column that the instruction names, or nothing is left to ask.
+            BadRow: the row has no value in a column that the instruction names.
         """
         values = {}
         for column in Template(self.text).get_identifiers():
@@ -41,17 +41,19 @@ class Instruction:
         return Template(self.text).substitute(values).strip()
 
 
-def read_templates(names: list[str], instructions: list[str]) -> list[Instruction]:
-    """Templates from names, files and texts.
+def read_templates(names: list[str] | None, instructions: list[str]) -> list[Instruction]:
+    """Read templates from names, files and texts.
 
     Args:
         names: built-in names; `.json` files, an object of name to instruction or a list of instructions; `.txt` files,
-            one instruction per line.
-        instructions: instructions as such.
+            one instruction per line. None: "continue" if there are no instructions either.
+        instructions: instructions as texts.
 
     Raises:
-        ValueError: unknown, unreadable, empty or doubled.
+        ValueError: a template is unknown, unreadable or empty, or two have the same name.
     """
+    if names is None:
+        names = [] if instructions else ["continue"]
     found = []
     for name in names:
         path = Path(name)
@@ -68,7 +70,7 @@ def read_templates(names: list[str], instructions: list[str]) -> list[Instructio
     if not found:
         raise ValueError("No templates: name some with --templates, or write some with --instructions.")
     for template in found:
-        # train.py gives rows without an instruction its own, so the LLM would be taught with another prompt.
+        # train.py gives rows without an instruction a default one, so training would use another prompt.
         if not isinstance(template.text, str) or not template.text.strip():
             raise ValueError(f"Template {template.name!r} must be a text that is not empty, got {template.text!r}.")
         if not Template(template.text).is_valid():
@@ -98,7 +100,7 @@ def _numbered(name: str, texts: list[str]) -> list[Instruction]:
 
 
 def choose(templates: list[Instruction], how_many: int | None, seed: int, index: int) -> list[Instruction]:
-    """`how_many` of the templates for row `index` (all if None), the same whenever it is asked, in their own order."""
+    """Draw `how_many` templates for row `index` (all if None), the same ones at each call, in their given order."""
     if how_many is None or how_many >= len(templates):
         return templates
     chosen = random.Random(f"{seed}/{index}").sample(range(len(templates)), how_many)

@@ -1,7 +1,7 @@
-"""Answers of a run that may be killed at any point, and the files that they become.
+"""Keep the answers of a run that may be killed at any point, and join them into the output at the end.
 
-Every process appends whole blocks of rows, one line each, to a file of its own, and has each line on the disk before
-the next block. A run goes on with the blocks that no file holds. Leaves out: runs on machines that share no folder.
+Every process appends whole blocks of rows, one line each, to a file of its own, and each line is on the disk before the
+next block begins. A continued run makes the blocks that no file holds. Leaves out: machines that share no folder.
 """
 
 import json
@@ -14,12 +14,14 @@ from filelock import FileLock, Timeout
 
 
 class Unfinished:
-    """The files of `output`, say `train.jsonl`: `train.parts/`, while it is made, `train.settings.json`,
-    `train.rejects.jsonl` and `train.audio/`.
+    """The files of an output that is being made.
+
+    For `train.jsonl` they are `train.parts/` (until it is complete), `train.settings.json`, `train.rejects.jsonl` and
+    `train.audio/`.
 
     Args:
         output: the manifest to make.
-        settings: all that the rows depend on, JSON values.
+        settings: all that the rows depend on, as JSON values.
     """
 
     def __init__(self, output: Path, settings: dict):
@@ -31,7 +33,7 @@ class Unfinished:
         self.locks = ExitStack()
 
     def prepare(self):
-        """Make the folder, or mend what a killed run left in it. For one process, before any other touches the files.
+        """Make the folder, or repair what a killed run left in it. One process calls this before the others begin.
 
         Raises:
             ValueError: the files were made with other settings, or by something else.
@@ -52,14 +54,14 @@ class Unfinished:
             with self._locked(part):
                 self._cut_half_written_line(part)
         if self.is_complete():
-            # Killed after the last file was in place: only this was left to do.
+            # An earlier run was killed after the last file was in place.
             shutil.rmtree(self.parts)
 
     def is_complete(self) -> bool:
         return self.output.exists()
 
     def done(self) -> dict[int, tuple[Path, int]]:
-        """Number of each finished block, and where its line is: file and offset."""
+        """Return the number of each finished block, with the file and the offset of its line."""
         places = {}
         for part in self._parts():
             with part.open("rb") as file:
@@ -70,31 +72,32 @@ class Unfinished:
         return places
 
     def open_part(self, process_index: int):
-        """Open the file of one process, whose lock it holds until [`~Unfinished.close`]."""
+        """Open the file of one process, and hold its lock until [`~Unfinished.close`]."""
         part = self.parts / f"part-{process_index:05d}.jsonl"
         self.locks.enter_context(self._locked(part))
         self.file = self.locks.enter_context(part.open("ab"))
         sync_folder(self.parts)
 
     def append(self, block: int, rows: list[dict], rejects: list[dict]):
-        """Write one finished block; when this returns, it is on the disk."""
+        """Write one finished block to the disk."""
         line = json.dumps({"block": block, "rows": rows, "rejects": rejects}, ensure_ascii=False)
         self.file.write(line.encode() + b"\n")
         self.file.flush()
         os.fsync(self.file.fileno())
 
     def close(self):
+        """Close the file of this process, and release its lock."""
         self.locks.close()
 
     def keep_audio(self, index: int, audio: bytes, kind: str) -> Path:
-        """Write the embedded audio of row `index` as a file beside the manifest."""
+        """Write the embedded audio of row `index` to a file beside the manifest, and return its path."""
         path = self.audio / f"{index // 1000:06d}" / f"{index:09d}.{kind}"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, [audio])
         return path
 
     def finish(self, num_blocks: int) -> tuple[int, int]:
-        """Join all blocks, in the order of the rows. Returns the number of rows and of rejects.
+        """Join all blocks, in the order of the rows, and return the number of rows and of rejects.
 
         Raises:
             RuntimeError: a block is missing.
@@ -118,7 +121,7 @@ class Unfinished:
                         yield json.dumps(row, ensure_ascii=False) + "\n"
 
         write_atomically(self.rejects, lines("rejects"))
-        # Last of all: that it exists means that all is done.
+        # This comes last, because a run is complete when this file exists.
         write_atomically(self.output, lines("rows"))
         shutil.rmtree(self.parts)
         return counts["rows"], counts["rejects"]
@@ -147,7 +150,7 @@ class Unfinished:
             )
 
     def _cut_half_written_line(self, part: Path):
-        """Whoever was killed while writing left a last line without an end."""
+        """Remove the last line if its end is missing, because a process was killed while it wrote."""
         with part.open("rb+") as file:
             end = 0
             for number, line in enumerate(file, start=1):
@@ -170,7 +173,7 @@ def _is_json(line: bytes) -> bool:
 
 
 def write_atomically(path: Path, pieces):
-    """Write pieces of text or bytes so that `path` is either what it was, or all of them, also after a power cut."""
+    """Write pieces of text or bytes so that, even after a power cut, `path` is either complete or what it was."""
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("wb") as file:
         for piece in pieces:
@@ -182,7 +185,7 @@ def write_atomically(path: Path, pieces):
 
 
 def sync_folder(folder: Path):
-    """Have the names in a folder on the disk, too."""
+    """Write the names in a folder to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)

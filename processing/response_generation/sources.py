@@ -1,7 +1,7 @@
-"""Rows of ASR data, in blocks of consecutive rows: JSONL manifests, parquet with embedded audio, Hub data sets.
+"""Read ASR data in blocks of consecutive rows: JSONL manifests, parquet with embedded audio, data sets of the Hub.
 
-Audio stays undecoded until it is checked with the package's own `load_audio`, so torchcodec is not needed.
-Leaves out: data sets on the Hub whose audio is not embedded in them.
+`load_audio` of this package decodes the audio, so torchcodec is not needed. Leaves out: data sets of the Hub whose
+audio is not embedded in them.
 """
 
 import hashlib
@@ -18,16 +18,18 @@ from processing.audio_loading import load_audio
 from processing.manifests import BadRow, OutsideFolderError, audio_path, manifest_lines, parse_line
 from processing.speech_features import ANALYSIS_WINDOW_S
 
+from .options import SourceOptions
+
 SAMPLING_RATE = 16_000
 IDENTITY_BYTES = 16 * 2**20
 
 
 class ManifestSource:
-    """One JSON object per line; audio is a path, relative to the manifest.
+    """A manifest with one JSON object per line; audio is a path, relative to the manifest.
 
     Raises:
-        ValueError: a path leaves the manifest's folder and `allow_outside` is not set. All lines are looked at when the
-            source is made, so that this does not come after hours.
+        ValueError: a path leaves the manifest's folder and `allow_outside` is False. All lines are checked here, so
+            that this error does not come after hours.
     """
 
     place_name, first_place = "line", 1
@@ -41,15 +43,16 @@ class ManifestSource:
             try:
                 audio_path(self.folder, self.parse(line).get(audio_column), allow_outside)
             except BadRow:
-                continue  # it is rejected when its turn comes
+                continue  # `RowMaker` rejects this row
             except OutsideFolderError as error:
                 raise ValueError(f"{path}, line {index + 1}: {error}") from None
 
     def identity(self) -> dict:
+        """Return what tells this data from other data."""
         return {"manifest": file_identity(self.path)}
 
     def blocks(self, size: int) -> Iterator[tuple[int, list[bytes]]]:
-        """(number, lines) of blocks; a line is parsed by `parse`."""
+        """Return an iterator over (number, lines) of blocks; `parse` parses a line."""
         return enumerate(_in_blocks(self._lines(), size))
 
     def parse(self, line: bytes) -> dict:
@@ -63,9 +66,9 @@ class ManifestSource:
 
 
 class DatasetSource:
-    """Rows of parquet files or of a data set on the Hub, streamed; audio is embedded bytes, as the Hub keeps it.
+    """Parquet files, or a data set of the Hub; rows are streamed, and audio is embedded bytes.
 
-    In parquet files of this machine it may also be a path, relative to the first of them.
+    In local parquet files, audio may also be a path, relative to the first file.
 
     Args:
         name: a Hub id or folder, or "parquet".
@@ -88,7 +91,7 @@ class DatasetSource:
         self.num_rows = self._count()
 
     def _count(self) -> int | None:
-        """How many rows, where that is known without reading them."""
+        """Return the number of rows if it is known without reading them."""
         if self.files:
             count = sum(pyarrow.parquet.read_metadata(file).num_rows for file in self.files)
         else:
@@ -98,6 +101,7 @@ class DatasetSource:
         return min(known, default=None)
 
     def identity(self) -> dict:
+        """Return what tells this data from other data."""
         if self.files:
             return {"parquet": [file_identity(file) for file in self.files]}
         if os.path.isdir(self.name):
@@ -120,14 +124,30 @@ class DatasetSource:
         return audio_path(self.folder, audio.get("path"), self.allow_outside)
 
 
+def open_source(options: SourceOptions) -> ManifestSource | DatasetSource:
+    """Open the source that `options` name; see there for errors."""
+    common = {
+        "audio_column": options.audio_column,
+        "allow_outside": options.allow_outside_paths,
+        "limit": options.limit,
+    }
+    if options.manifest:
+        return ManifestSource(options.manifest, **common)
+    if options.parquet:
+        return DatasetSource("parquet", data_files=options.parquet, split="train", **common)
+    return DatasetSource(
+        options.dataset, config=options.config, split=options.split, revision=options.revision, **common
+    )
+
+
 def check_audio(audio: Path | bytes, max_duration_s: float) -> tuple[float, str]:
-    """Decode a clip wholly, as training will.
+    """Decode a whole clip, as training will.
 
     Returns:
-        `tuple[float, str]`: its duration in seconds and its format (`flac`, `wav`, ...).
+        `tuple[float, str]`: the duration in seconds and the format (`flac`, `wav`, ...).
 
     Raises:
-        BadRow: missing, damaged, empty, silent, too short or too long.
+        BadRow: the clip is missing, damaged, empty, silent, too short or too long.
     """
     try:
         num_samples = len(load_audio(audio, SAMPLING_RATE, max_duration_s=max_duration_s))
@@ -140,7 +160,7 @@ def check_audio(audio: Path | bytes, max_duration_s: float) -> tuple[float, str]
 
 
 def file_identity(path: Path) -> dict:
-    """Tells a changed file: its name, size, and a checksum of its first and last 16 MiB (often all of it)."""
+    """Return name, size, and a checksum of the first and last 16 MiB, which change when the file does."""
     with path.open("rb") as file:
         checksum = hashlib.sha256(file.read(IDENTITY_BYTES))
         size = file.seek(0, os.SEEK_END)

@@ -1,7 +1,7 @@
-"""Transcripts as corpora write them to text as LLMs write it.
+"""Convert the notation of a corpus's transcripts to ordinary text.
 
-LibriSpeech is in capitals without punctuation, GigaSpeech (arXiv 2106.06909) spells punctuation as tags, Common Voice
-has stray quotes. Leaves out: capitals of names, numbers and abbreviations, which no rule finds.
+LibriSpeech is in capitals without punctuation, GigaSpeech (arXiv 2106.06909) spells punctuation as tags, and Common
+Voice has stray quotes. Leaves out: capitals of names, numbers and abbreviations, which no rule finds.
 """
 
 import re
@@ -17,12 +17,12 @@ SENTENCE_START = re.compile(r"(?:^|(?<=[.?!]\s))\W*\w")
 
 
 def as_it_is(text: str) -> str:
-    """Only white space is changed: none at the ends, one blank elsewhere."""
+    """Strip white space at the ends, and reduce it to single spaces elsewhere."""
     return " ".join(text.split())
 
 
 def librispeech(text: str) -> str:
-    """`HE SAID I'LL GO` to `He said I'll go`. Text with small letters keeps its case.
+    """Convert `HE SAID I'LL GO` to `He said I'll go`. Text that has lower-case letters keeps its case.
 
     No full stop is added: LibriSpeech cuts its utterances at pauses, often within a sentence.
     """
@@ -30,10 +30,10 @@ def librispeech(text: str) -> str:
 
 
 def gigaspeech(text: str) -> str:
-    """`YES <COMMA> I DO <PERIOD>` to `Yes, I do.`
+    """Convert `YES <COMMA> I DO <PERIOD>` to `Yes, I do.`
 
     Raises:
-        BadRow: a tag says that this is no speech, or is none of GigaSpeech's.
+        BadRow: a tag says that this is no speech, or is not one of GigaSpeech's.
     """
     words = []
     for word in text.split():
@@ -49,12 +49,12 @@ def gigaspeech(text: str) -> str:
 
 
 def common_voice(text: str) -> str:
-    """`"Where is it going"` to `Where is it going.`: without the quotes around it, with a mark at its end.
+    """Convert `"Where is it going"` to `Where is it going.`: remove the quotes around it, and add a full stop.
 
-    Scripts written without blanks between words (Chinese, Japanese) end sentences otherwise and get no mark.
+    Scripts without spaces between words (Chinese, Japanese) end sentences in other ways and get no full stop.
     """
     text = as_it_is(text.replace('""', '"'))
-    # Only a pair around all of it: not '"Yes" and "no"'.
+    # Remove only a pair around the whole text: not those of '"Yes" and "no"'.
     if len(text) > 1 and QUOTES.get(text[0]) == text[-1] and not {text[0], text[-1]} & set(text[1:-1]):
         text = text[1:-1].strip()
     if text and text[-1].isalnum() and unicodedata.east_asian_width(text[-1]) not in ("W", "F"):
@@ -63,7 +63,7 @@ def common_voice(text: str) -> str:
 
 
 def sentence_case(text: str) -> str:
-    """Text in capitals alone to small letters, with a capital at the start of sentences and for the pronoun I."""
+    """Lower text that is all in capitals, except for the start of sentences and the pronoun I."""
     if text != text.upper():
         return text
     text = PRONOUN_I.sub("I", text.lower())
