@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, WhisperFeatureExtractor, WhisperF
 from modeling_blsp_kd.speech_encoder import TrueLengthWhisperEncoder
 from processing import BlspKdDataCollator, BlspKdProcessor
 from processing.publishing.verify import as_hub_cache
+from tests.helpers.asr_data import write_asr, write_parquet
 from tests.helpers.models import speech_config, text_config
 from tests.helpers.prompts import CHAT_TEMPLATE, SAMPLING_RATE, clip, make_tokenizer
 from tests.portability.other_rounding import OtherRounding
@@ -123,3 +124,15 @@ def other_processor(tmp_path, backbones):
         return BlspKdProcessor.from_backbones(backbones[0], tmp_path / "llm", **kwargs)
 
     return make
+
+
+@pytest.fixture
+def asr(tmp_path):
+    """A folder with a manifest of eight good rows."""
+    return write_asr(tmp_path / "asr")
+
+
+@pytest.fixture
+def parquet(asr, tmp_path):
+    """A folder of two parquet files, with the eight rows and two bad ones."""
+    return write_parquet(asr, tmp_path / "hub")

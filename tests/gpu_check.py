@@ -148,14 +148,16 @@ def check_benchmarks(device, small: bool):
 def check_recipe(device, small: bool):
     """Steps of the first recipe: its model in its size, its batches, its optimiser."""
     sys.path.insert(0, str(ROOT / "examples"))
-    from estimate import Assumptions, build_model, make_batch, model_config, read_recipe
     from train import Arguments, ModelOptions, optimizer_and_options
     from transformers import AutoConfig
 
+    from examples.estimate import CONFIGS
     from modeling_blsp_kd import BlspKdConfig, BlspKdTrainer
+    from modeling_blsp_kd.training.estimate import Assumptions, build_model, make_batch, model_config, read_recipe
 
     recipe, estimate = read_recipe(RECIPE)
-    config, clip_s, accumulation = model_config(recipe), estimate["clip_s"], recipe["gradient_accumulation_steps"]
+    config, clip_s = model_config(recipe, CONFIGS), estimate["clip_s"]
+    accumulation = recipe["gradient_accumulation_steps"]
     if small:
         from tests.helpers.models import speech_config, text_config
 

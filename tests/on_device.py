@@ -16,7 +16,6 @@ import torch
 from accelerate import PartialState
 from transformers import TrainingArguments
 
-from examples.training_data.engines import RowSampler
 from modeling_blsp_kd import BlspKdTrainer
 from modeling_blsp_kd.cif import continuous_integrate_and_fire
 from modeling_blsp_kd.cif_streaming import flush_stream, stream_integrate_and_fire
@@ -24,6 +23,7 @@ from modeling_blsp_kd.distillation import linear_kl
 from modeling_blsp_kd.speech_windows import tokens_per_window
 from processing.demo import hear
 from processing.pipeline_blsp_kd import BlspKdPipeline, BlspKdSpeechRecognitionPipeline
+from processing.response_generation.engines import RowSampler
 from tests.helpers.models import make_model
 from tests.helpers.prompts import SAMPLING_RATE, clip, spoken_prompts
 

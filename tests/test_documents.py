@@ -163,6 +163,7 @@ def where_documents_are_read(tmp_path, monkeypatch):
         "docs/demo.md",
         "docs/evaluation.md",
         "docs/threads.md",
+        "docs/training.md",
     ],
 )
 def test_python_blocks_run(page, where_documents_are_read):

@@ -6,8 +6,10 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from transformers import HfArgumentParser
 
+from examples.estimate import CONFIGS
 from modeling_blsp_kd import BlspKdConfig
-from tests.benchmarks.memory_estimate import ASSUME, compare, estimate, make_config
+from modeling_blsp_kd.training import estimate, step_cost
+from tests.benchmarks.memory_estimate import ASSUME, compare, make_config
 from tests.helpers.example_scripts import EXAMPLES, load_example
 
 TINY_WORLD = EXAMPLES / "tiny_world"
@@ -29,9 +31,9 @@ def test_memory_is_what_a_step_takes(size, case):
 def test_operations_of_the_llm_are_those_of_its_products():
     """Teacher: forward. Student: the same, and as much again for gradients of the inputs, none for frozen weights."""
     config = make_config("tiny", {"freeze_speech_encoder": True})
-    model = estimate.without_contents(lambda: estimate.build_model(config, torch.float32, checkpoints=False))
+    model = step_cost.without_contents(lambda: estimate.build_model(config, torch.float32, checkpoints=False))
     batch = estimate.make_batch(config, 3, 2.0, ASSUME)
-    operations = estimate.count_operations(model, batch, bf16=False)
+    operations = step_cost.count_operations(model, batch, bf16=False)
     text, (num_rows, length) = config.text_config, batch["teacher_input_ids"].shape
     weights = sum(
         weight.numel() for name, weight in model.language_model.model.named_parameters() if "proj.weight" in name
@@ -47,7 +49,7 @@ def test_operations_of_the_llm_are_those_of_its_products():
 
 
 def test_shards_hold_their_part_and_what_is_gathered():
-    memory = estimate.Memory(weights=800, gradients=80, optimizer=160, activations=50)
+    memory = step_cost.Memory(weights=800, gradients=80, optimizer=160, activations=50)
     alone = estimate.memory_of_gpu(memory, 300, estimate.Assumptions(overhead_gb=0))
     assert sum(alone.values()) == memory.peak
     two = estimate.memory_of_gpu(memory, 300, estimate.Assumptions(num_gpus=2, overhead_gb=0))
@@ -66,7 +68,7 @@ def test_a_recipe_is_read_by_both_scripts(path, monkeypatch):
     assert (args.learning_rate, args.max_steps, args.seed) == (recipe["learning_rate"], recipe["max_steps"], 7)
     assert (model_options.plora, model_options.dtype) == (True, "bfloat16") and data_options.train_manifest
     with torch.device("meta"):
-        model = estimate.build_model(estimate.model_config(recipe), torch.bfloat16, checkpoints=True)
+        model = estimate.build_model(estimate.model_config(recipe, CONFIGS), torch.bfloat16, checkpoints=True)
     parameters = estimate.count_parameters(model)
     assert parameters["LLM"] == (0, PUBLISHED[recipe["text_model"]])
     assert sum(map(sum, parameters.values())) == sum(each.numel() for each in model.parameters())

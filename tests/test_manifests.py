@@ -11,6 +11,7 @@ from examples.experiments.ablation import plan
 from examples.experiments.human_speech import sentences
 from processing.evaluation.rows import manifest_rows
 from processing.manifests import manifest_lines, read_manifest, read_objects
+from processing.response_generation.sources import ManifestSource
 from tests.helpers.prompts import clip
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -88,13 +89,12 @@ def test_all_scripts_read_a_marked_manifest_and_refuse_utf_16(tmp_path, monkeypa
     other.write_text(content, encoding="utf-16")
     monkeypatch.syspath_prepend(str(EXAMPLES))
     import train
-    from training_data import sources
 
     readers = {
         "train.py": lambda path: train.load_rows(train.DataOptions(train_manifest=str(path)), 0)[0],
         "evaluate.py": manifest_rows,
         "make_training_data.py": lambda path: [
-            sources.ManifestSource(path).parse(line) for line in next(sources.ManifestSource(path).blocks(8))[1]
+            ManifestSource(path).parse(line) for line in next(ManifestSource(path).blocks(8))[1]
         ],
         "make_digit_manifest.py": lambda path: digits.read_recordings(path)["x"]["three"],
         "sentences.py": lambda path: list(sentences.read_sentences(path, 9.0).values()),

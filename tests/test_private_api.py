@@ -252,6 +252,20 @@ TABLE = [
         of("modeling_blsp_kd", "cif_integral"),
         "what autograd itself calls; all else costs several times the frames in time and memory",
     ),
+    # -- the estimate of a training's cost ----------------------------------------------------------------------------
+    *(
+        Private(
+            owner, name, of("modeling_blsp_kd/training", "step_cost"), "the only tensors with a shape and no contents"
+        )
+        for owner, name in (("torch", "_subclasses"), ("torch.utils", "_python_dispatch"))
+    ),
+    *(
+        Private("torch.ops.aten", name, of("modeling_blsp_kd/training", "step_cost"), "not counted by FlopCounterMode")
+        for name in (
+            "_scaled_dot_product_flash_attention_for_cpu",
+            "_scaled_dot_product_flash_attention_for_cpu_backward",
+        )
+    ),
     # -- processor and pipelines --------------------------------------------------------------------------------------
     Private(
         PROCESSOR,

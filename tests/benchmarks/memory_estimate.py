@@ -1,4 +1,4 @@
-"""Memory of a training step as `examples/estimate.py` foretells it, beside what the step takes.
+"""Compare the memory of a training step that `examples/estimate.py` predicts with what the step takes.
 
     python -m tests.benchmarks.memory_estimate [--small]
 
@@ -8,21 +8,17 @@ the allocator counts. Leaves out: sharding, and what CUDA itself holds.
 
 # ruff: noqa: T201 (a command talks to the terminal)
 import argparse
-import sys
-from pathlib import Path
 
 import torch
 from transformers import LlamaConfig, Qwen2Config, WhisperConfig
 
 from modeling_blsp_kd import BlspKdConfig
+from modeling_blsp_kd.training.estimate import Assumptions, build_model, make_batch
+from modeling_blsp_kd.training.step_cost import peak_memory, training_step, without_contents
 
 from .measure import peak_bytes
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-
-import estimate
-
-ASSUME = estimate.Assumptions(prompt_tokens=12, response_tokens=20)
+ASSUME = Assumptions(prompt_tokens=12, response_tokens=20)
 # Layers and widths of encoder and LLM, vocabulary, clips and their seconds.
 SIZES = {
     "tiny": (1, 32, 1, 48, 300, 3, 2.0),
@@ -79,17 +75,17 @@ def compare(size: str, case: str, device: torch.device) -> tuple[int, int]:
     """Estimated and measured bytes of one step."""
     options, checkpoints, bf16, accumulates = CASES[case]
     config, dtype = make_config(size, options), torch.bfloat16 if bf16 else torch.float32
-    batch = estimate.make_batch(config, *SIZES[size][-2:], ASSUME)
+    batch = make_batch(config, *SIZES[size][-2:], ASSUME)
 
     def build():
-        return estimate.build_model(config, dtype, checkpoints)
+        return build_model(config, dtype, checkpoints)
 
-    weightless, on_gpu = estimate.without_contents(build), device.type == "cuda"
-    estimated = estimate.peak_memory(weightless, batch, bf16, accumulates, on_gpu).peak
+    weightless, on_gpu = without_contents(build), device.type == "cuda"
+    estimated = peak_memory(weightless, batch, bf16, accumulates, on_gpu).peak
     batch = {name: values.to(device) for name, values in batch.items()}
     model = build().to(device)
     weights = sum({tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}.values())
-    beyond = peak_bytes(lambda: estimate.training_step(model, batch, bf16, accumulates), device)
+    beyond = peak_bytes(lambda: training_step(model, batch, bf16, accumulates), device)
     return estimated, weights + beyond
 
 

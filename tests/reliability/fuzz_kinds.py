@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, WhisperFeatureExtractor
 
-from examples.training_data.sources import ManifestSource, check_audio
 from modeling_blsp_kd import BlspKdConfig, BlspKdForCausalLM
 from modeling_blsp_kd.speech_encoder import TrueLengthWhisperEncoder
 from processing import BlspKdProcessor
@@ -24,6 +23,7 @@ from processing.chat_audio import read_block
 from processing.evaluation.rows import check_rows
 from processing.manifests import OutsideFolderError
 from processing.publishing.handler import EndpointHandler, read_inputs
+from processing.response_generation.sources import ManifestSource, check_audio
 from tests.helpers.audio_files import encode, encode_by_ffmpeg
 from tests.helpers.models import SMALL_CFORMER, speech_config, text_config
 from tests.helpers.prompts import SAMPLING_RATE, clip, make_tokenizer
