@@ -41,7 +41,7 @@ def answer(
 def answer_rows(
     model: BlspKdForCausalLM, processor: BlspKdProcessor, rows: list[dict], source: str, **options
 ) -> list[str]:
-    """Answers to rows, from their `"text"` or from their `"audio"`."""
+    """Answer rows, from their `"text"` or from their `"audio"`."""
     content = {
         "text": lambda row: {"type": "text", "text": row["text"].strip()},
         "audio": lambda row: {"type": "audio", "audio": row["audio"]},
@@ -51,7 +51,7 @@ def answer_rows(
 
 
 def accuracy(rows: Sequence[dict], answers: Sequence[str]) -> dict:
-    """Share of exact matches with `row["answer"]`, over all rows and by `row["kind"]`."""
+    """Return the share of exact matches with `row["answer"]`, over all rows and by `row["kind"]`."""
     right = defaultdict(list)
     for row, given in zip(rows, answers):
         right[row.get("kind") or "all"].append(given == row["answer"])

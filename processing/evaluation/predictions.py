@@ -47,7 +47,7 @@ class Predictions:
         self.by_id = {line["id"]: line for line in self._read()}
 
     def _read(self) -> list[dict]:
-        """All whole lines; what a killed process left of another is cut off."""
+        """Return all whole lines; cut off what a killed process left of another."""
         contents = self.path.read_bytes()
         whole = contents[: contents.rfind(b"\n") + 1]
         if len(whole) < len(contents):

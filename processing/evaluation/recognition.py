@@ -20,7 +20,7 @@ WHISPER_WINDOW_S = 30
 
 
 def load_recognizer(name: str, dtype: torch.dtype | str = "auto") -> Callable[[list], list[str]]:
-    """What turns a list of clips (each as in `load_audio`) into transcripts.
+    """Return a function that transcribes a list of clips (each as in `load_audio`).
 
     Args:
         name: folder or Hub id of a BLSP-KD model, or of a model for transformers' "automatic-speech-recognition".
@@ -56,7 +56,7 @@ def load_recognizer(name: str, dtype: torch.dtype | str = "auto") -> Callable[[l
 def transcribe(
     model: BlspKdForCausalLM, processor: BlspKdProcessor, clips: list, max_new_tokens: int = 256
 ) -> list[str]:
-    """Transcripts of clips by a BLSP-KD model.
+    """Transcribe clips with a BLSP-KD model.
 
     A model that was trained with transcript cross-entropy is a recogniser: the tokens are read off its speech vectors,
     with the LLM's embeddings as output matrix, and the LLM does not run. Any other is asked to repeat the words.
@@ -76,7 +76,7 @@ def transcribe(
 def read_off(
     model: BlspKdForCausalLM, input_features: torch.Tensor, input_features_mask: torch.Tensor
 ) -> list[list[int]]:
-    """Token ids that the speech tokens of each clip stand for, by the LLM's embeddings as the output matrix."""
+    """Return the token ids that each clip's speech tokens stand for, with the LLM's embeddings as output matrix."""
     audio = model.get_audio_features(input_features, input_features_mask)
     embeddings = model.get_input_embeddings().weight
     token_ids = (audio.pooler_output.to(embeddings.dtype) @ embeddings.T).argmax(-1)

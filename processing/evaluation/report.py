@@ -53,7 +53,7 @@ def _overall(systems: dict, num_rows: int) -> list[list[str]]:
 
 
 def _line(heading: str, scores: list[dict | None], num_rows: int, factor: float = 1, decimals: int = 3) -> list[str]:
-    """One score of all systems, and of how many rows it is, if not of all."""
+    """Return one score of all systems, and the number of rows behind it, if not all."""
     counts = {score["n"] for score in scores if score is not None}
     if counts and counts != {num_rows}:
         heading += f" ({max(counts)} rows)"
@@ -61,7 +61,7 @@ def _line(heading: str, scores: list[dict | None], num_rows: int, factor: float 
 
 
 def shown(score: dict | None, factor: float, decimals: int) -> str:
-    """A score with its interval; nothing where there is none."""
+    """Return a score with its interval, or nothing if there is none."""
     if score is None:
         return ""
     value, low, high = (f"{factor * score[name]:.{decimals}f}" for name in ("value", "low", "high"))

@@ -70,7 +70,7 @@ def open_rows(options: Any, default: Callable | None = None) -> tuple[str, int |
 
 
 def check_rows(rows: Iterable[dict]) -> Iterator[dict]:
-    """Rows with an id each, and the fields that are known.
+    """Check rows, and yield each with an id and the known fields.
 
     Raises:
         ValueError: a row has no audio or no text, or two rows have the same id.
@@ -92,7 +92,7 @@ def check_rows(rows: Iterable[dict]) -> Iterator[dict]:
 
 
 def manifest_rows(path: str, train_manifest: str | None = None, allow_outside_paths: bool = False) -> list[dict]:
-    """Rows of a JSONL manifest; a training manifest tells which voices were seen."""
+    """Return the rows of a JSONL manifest; a training manifest tells which voices were seen."""
     rows = read_manifest(path, allow_outside_paths)
     if train_manifest:
         seen = {row.get("voice") for row in read_manifest(train_manifest, allow_outside_paths, allow_text_only=True)}
@@ -105,7 +105,7 @@ def voice_group(is_seen: bool) -> str:
 
 
 def hub_rows(name: str, config: str | None, split: str | None, streaming: bool) -> Iterator[dict]:
-    """Rows of a data set of the Hub (or of a folder of parquet files), by one of `SCHEMAS`."""
+    """Return the rows of a data set of the Hub (or of a folder of parquet files), by one of `SCHEMAS`."""
     if not split:
         raise ValueError(f"--dataset {name} needs a --split, such as test.")
     dataset = load_dataset(name, config, split=split, streaming=streaming)
@@ -119,7 +119,7 @@ def hub_rows(name: str, config: str | None, split: str | None, streaming: bool) 
 
 
 def schema_of(columns: Iterable[str]) -> str:
-    """The name of the first schema whose columns are all there."""
+    """Return the name of the first schema whose columns are all there."""
     for name, columns_of in SCHEMAS.items():
         if {"audio", *columns_of.values()} <= set(columns):
             return name
@@ -131,7 +131,7 @@ def schema_of(columns: Iterable[str]) -> str:
 
 
 def map_row(row: dict, schema: str) -> dict:
-    """One of its rows as one of ours."""
+    """Convert a row of a schema to one of ours."""
     mapped = {field: row[column] for field, column in SCHEMAS[schema].items()}
     mapped["audio"] = row["audio"]
     if mapped.get("voice") is not None:

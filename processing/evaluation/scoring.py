@@ -30,7 +30,7 @@ class Scorer:
         self.tasks, self.num_resamples, self.seed, self.bleu_tokenizer = tasks, num_resamples, seed, bleu_tokenizer
 
     def __call__(self, predictions: dict[str, list[dict]]) -> dict[str, dict]:
-        """Scores of the lines of each system (`Systems.predict`), of the same rows in the same order.
+        """Score the lines of each system (`Systems.predict`), of the same rows in the same order.
 
         Returns:
             by system and task, each score as `{"value", "low", "high", "n"}`, n the number of rows. A task that no row
@@ -47,14 +47,14 @@ class Scorer:
         return scores
 
     def bootstrap(self, statistic: Callable[..., np.ndarray], num_rows: int) -> dict:
-        """A statistic of all rows, and of samples of them; it takes an array of row numbers."""
+        """Compute a statistic of all rows, and its interval from samples of them; it takes an array of row numbers."""
         rng = np.random.default_rng(self.seed)
         samples = [statistic(rng.integers(num_rows, size=num_rows)) for _ in range(self.num_resamples)]
         low, high = np.nanpercentile(samples, INTERVAL)
         return {"value": float(statistic(np.arange(num_rows))), "low": float(low), "high": float(high), "n": num_rows}
 
     def ratio(self, numerators: Sequence[float] | np.ndarray, denominators: Sequence[float] | np.ndarray) -> dict:
-        """The sum of the ones over the sum of the others, both by row."""
+        """Divide the sum of the ones by the sum of the others, both given by row."""
         above, below = np.asarray(numerators, float), np.asarray(denominators, float)
 
         def statistic(rows):

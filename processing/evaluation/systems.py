@@ -67,7 +67,7 @@ class Systems:
             self.recognizer = lambda clips: transcribe(self.model, self.processor, clips)
 
     def predict(self, system: str, rows: list[dict]) -> list[dict]:
-        """What a system predicts: for each row its fields but the audio, and
+        """Return what a system predicts: for each row its fields but the audio, and
 
         - `predicted`: a text for each task; of the cascade always its transcript;
         - `alignment` (speech): for each part of the distillation loss its sum and count in this row;

@@ -130,7 +130,7 @@ def answer(source: str, clip: str, instruction: str, results_path: str, attempts
 
 
 def endpoint(source: str) -> Any:
-    """The handler, as the toolkit of Inference Endpoints loads it: by file, with the repository on the path."""
+    """Load the handler as the toolkit of Inference Endpoints does: by file, with the repository on the path."""
     from huggingface_hub import snapshot_download
 
     folder = Path(snapshot_download(source))
@@ -139,8 +139,8 @@ def endpoint(source: str) -> Any:
 
 
 def memory(source: str, clip: str, instruction: str) -> dict | None:
-    """Resident memory (10^6 bytes) at the peak of loading and answering, and before it, with all libraries and code
-    imported; None where Linux does not tell."""
+    """Measure resident memory (10^6 bytes): before loading, with all libraries and code imported, and at the peak of
+    loading and answering. Return None where Linux does not report it."""
     import transformers
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 

@@ -50,7 +50,7 @@ def describe_checkpoint(
 
 
 def describe_parts(model: BlspKdForCausalLM, training: dict | None, given: dict[str, tuple]) -> list[dict]:
-    """The parts of a model: what they are, where they come from, and how many parameters they have.
+    """Describe the parts of a model: what they are, where they come from, and how many parameters they have.
 
     Args:
         model: as loaded; a thin checkpoint's backbones are counted too.

@@ -23,7 +23,7 @@ from collections.abc import Callable
 from numbers import Real
 from typing import Any
 
-# torch and oneDNN keep 1,024 prepared convolutions each, up to 100 kB of memory for every one. Encoders that hear the
+# torch and oneDNN keep 1,024 prepared convolutions each, up to 100 kB of memory for every one. Encoders that take the
 # waveform meet an ever new length with every clip.
 os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
@@ -147,7 +147,7 @@ def read_parameters(parameters: Any) -> dict:
 
 
 def _checked(name: str, value):
-    """The value of a parameter, of its type and within its bounds."""
+    """Return the value of a parameter, checked for its type and bounds."""
     kind, smallest, largest = PARAMETERS[name]
     if kind in (bool, int, float) or isinstance(kind, tuple):
         value = _from_query(value)
@@ -250,7 +250,7 @@ class _Budget:
         self.num_bytes, self.duration_s = 0, 0.0
 
     def read(self, audio) -> bytes:
-        """The contents of an audio file, sent as they are or as base64.
+        """Return the contents of an audio file, sent as they are or as base64.
 
         A string is never taken for a path or a URL: that would open the server's files and network to its clients.
         """

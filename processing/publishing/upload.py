@@ -73,7 +73,7 @@ def _earlier_files(api: HfApi, repo_id: str, commit: str) -> set[str]:
 
 
 def _status(error: BaseException | None) -> int | None:
-    """The HTTP status that an error came from, if any."""
+    """Return the HTTP status that an error came from, if any."""
     while error is not None and not isinstance(error, HfHubHTTPError):
         error = error.__cause__
     return None if error is None or error.response is None else error.response.status_code

@@ -57,7 +57,7 @@ def run_script(
     timeout_s: float | None = None,
     **environment,
 ) -> str:
-    """Run a script in a fresh interpreter that sees none of this one's settings; returns what it prints.
+    """Run a script in a fresh interpreter that sees none of this one's settings, and return what it prints.
 
     Raises:
         RuntimeError: it failed.
@@ -82,7 +82,7 @@ def _process_options(folder, environment) -> dict:
 
 @contextmanager
 def elsewhere(folder: Path, repo_id: str, backbones: dict | None) -> Iterator[dict]:
-    """An emulated Hub cache with the model in it; yields the options of [`run_script`].
+    """Emulate a Hub cache with the model in it, and yield the options of [`run_script`] for it.
 
     Args:
         backbones: `config.backbones`; the base models of a thin checkpoint are linked from this machine's Hub cache.
@@ -159,7 +159,7 @@ def compare(results: dict, expected: dict) -> list[tuple[str, bool, str]]:
 
 
 def ask_server(repo_id: str, clip: str | Path, instruction: str, options: dict) -> str:
-    """The answer of `transformers serve` to a chat completion with the clip in it."""
+    """Return the answer of `transformers serve` to a chat completion with the clip in it."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
