@@ -1,5 +1,6 @@
 """Fixtures that all tests share, and the settings of a run. What they are made of is in `helpers/`."""
 
+import gc
 import os
 
 import evaluate  # noqa: F401  (before tests put examples/ on the path, whose evaluate.py has the same name)
@@ -43,6 +44,12 @@ def pytest_configure(config):
 def pytest_ignore_collect(collection_path, config):
     # transformers' own tests need a download, so they are not even imported unless they are asked for.
     return True if "hf_common" in collection_path.parts and not _runs_common_tests(config) else None
+
+
+def pytest_collection_finish():
+    """Freeze what was imported: each training collects garbage, and would spend most of its time on looking there."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items):
