@@ -71,14 +71,14 @@ def choose_checkpoint(resume_from: str | bool, output_dir: str) -> str:
     Raises:
         ValueError: the named checkpoint is broken, or there is no good one.
     """
-    if resume_from is not True:
+    if not isinstance(resume_from, bool):
         if problem := defect(Path(resume_from)):
             raise ValueError(
                 f"Cannot resume from {resume_from}: {problem}. Name another checkpoint, or pass "
                 "resume_from_checkpoint=True for the last good one."
             )
         return resume_from
-    broken = []
+    broken: list[str] = []
     for checkpoint in sorted(checkpoints_in(output_dir), key=_step_of, reverse=True):
         problem = defect(checkpoint)
         if problem is None:

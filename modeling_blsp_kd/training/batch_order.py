@@ -66,7 +66,8 @@ class ExactOrder(Trainer):
 
     def __init__(self, *args, max_batch_length: float | None = None, **kwargs):
         super().__init__(*args, **kwargs)
-        self.order, self.max_batch_length = None, max_batch_length
+        self.order: RandomOrder | LengthGroupedOrder | LengthBudgetBatches | None = None
+        self.max_batch_length = max_batch_length
         self.add_callback(_TellEpoch(self))
 
     def get_train_dataloader(self):

@@ -66,8 +66,8 @@ def model_config(recipe: dict, configs: Path | None = None) -> BlspKdConfig:
     """
 
     def read_config(name: str):
-        is_local = configs is not None and (configs / name).is_dir()
-        return AutoConfig.from_pretrained(configs / name if is_local else name)
+        folder = None if configs is None else configs / name
+        return AutoConfig.from_pretrained(name if folder is None or not folder.is_dir() else folder)
 
     stage = {
         "freeze_speech_encoder": recipe.get("freeze_speech_encoder", False),
@@ -118,7 +118,7 @@ def make_batch(config: BlspKdConfig, batch_size: int, clip_s: float, assume: Ass
     is_token[-1, -1] = 0
     is_response = (place >= length - num_response) & is_token.bool()
 
-    def spoken(values, at_placeholder: int):
+    def spoken(values, at_placeholder: int | None):
         column = torch.full((batch_size, 1), at_placeholder)
         return torch.cat([values[:, :num_before], column, values[:, num_before + num_content :]], dim=1)
 

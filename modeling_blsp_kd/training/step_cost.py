@@ -76,7 +76,7 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self.on_gpu = on_gpu
         self.held = self.peak = 0
-        self.sizes = {}
+        self.sizes: dict[int, int] = {}
 
     def hold(self, tensor: torch.Tensor):
         storage = tensor.untyped_storage()

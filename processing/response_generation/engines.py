@@ -6,7 +6,7 @@ keeps those that also hold for greedy search (a repetition penalty, for example)
 """
 
 import importlib.util
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -52,7 +52,7 @@ class TransformersEngine:
     @torch.inference_mode()
     def answer(self, prompts: list[list[int]], seeds: list[int]) -> list[Answer]:
         """Return the answers to prompts (token ids), in their order; `seeds` has one number per prompt."""
-        answers = [None] * len(prompts)
+        answers: list[Answer | None] = [None] * len(prompts)
         # Prompts of similar length go together, which saves padding. The sort is stable, so batches are reproducible.
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
         for start in range(0, len(order), self.batch_size):
@@ -61,7 +61,7 @@ class TransformersEngine:
                 batch, self._answer([prompts[index] for index in batch], [seeds[index] for index in batch])
             ):
                 answers[index] = answer
-        return answers
+        return cast(list[Answer], answers)
 
     def _answer(self, prompts, seeds) -> list[Answer]:
         inputs = self.processor.tokenizer.pad(
@@ -154,7 +154,7 @@ class VllmEngine:
 
 def make_engine(options: AnswerOptions, processor, device, max_prompt_tokens: int) -> TransformersEngine | VllmEngine:
     """Load the LLM into the engine that `options` name."""
-    common = {
+    common: dict[str, Any] = {
         "dtype": options.dtype,
         "max_new_tokens": options.max_new_tokens,
         "temperature": options.temperature,

@@ -128,10 +128,11 @@ def describe(
     answer_options: AnswerOptions,
 ) -> dict:
     """Return all that the rows depend on, and nothing else: it must be the same when a run is continued."""
-    model = answer_options.text_model
-    if os.path.isdir(model):
-        files = sorted({path for pattern in WEIGHTS for path in Path(model).glob(pattern)})
-        model = {"folder": Path(model).name, "files": [file_identity(path) for path in files]}
+    name = answer_options.text_model
+    model: str | dict = name
+    if os.path.isdir(name):
+        files = sorted({path for pattern in WEIGHTS for path in Path(name).glob(pattern)})
+        model = {"folder": Path(name).name, "files": [file_identity(path) for path in files]}
     options = asdict(source_options) | asdict(row_options) | asdict(answer_options)
     return {
         "source": source.identity(),

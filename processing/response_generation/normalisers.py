@@ -35,7 +35,7 @@ def gigaspeech(text: str) -> str:
     Raises:
         BadRow: a tag says that this is no speech, or is not one of GigaSpeech's.
     """
-    words = []
+    words: list[str] = []
     for word in text.split():
         if word in NOT_SPEECH_TAGS:
             raise BadRow(f"no speech: the transcript holds {word}")

@@ -15,7 +15,7 @@ from processing.manifests import BadRow
 from processing.processing_blsp_kd import BlspKdProcessor
 from processing.spoken_inputs import user_turn
 
-from .engines import TransformersEngine, VllmEngine
+from .engines import Answer, TransformersEngine, VllmEngine
 from .normalisers import NORMALISERS
 from .options import AnswerOptions, RowOptions, SourceOptions
 from .sources import DatasetSource, ManifestSource, check_audio
@@ -26,7 +26,7 @@ from .unfinished import Unfinished
 class Prompt(NamedTuple):
     """A prompt for the LLM, and what becomes a training row with its answer."""
 
-    index: int  # of the source row
+    row_index: int  # of the source row
     source_row: dict
     audio: Path | bytes
     audio_format: str
@@ -57,17 +57,17 @@ class RowMaker:
         """Return the training rows and the rejects of a block, both in the order of its rows."""
         prompts, rejects = self._prompts(first_index, block)
         rows, places = [], {}
-        answers = []
+        answers: list[Answer] = []
         if prompts:
             answers = self.engine.answer([each.token_ids for each in prompts], [each.row["seed"] for each in prompts])
         for prompt, answer in zip(prompts, answers):
             if fault := self._fault(prompt.token_ids, answer.text):
                 error = BadRow(f"answer: that of the LLM to template {prompt.row['template']!r} {fault}")
-                rejects.append(self._reject(prompt.index, prompt.source_row, error))
+                rejects.append(self._reject(prompt.row_index, prompt.source_row, error))
                 continue
-            if prompt.index not in places:
-                places[prompt.index] = self._place(prompt)
-            made = {"audio": places[prompt.index], "response": answer.text, "finished": answer.is_finished}
+            if prompt.row_index not in places:
+                places[prompt.row_index] = self._place(prompt)
+            made = {"audio": places[prompt.row_index], "response": answer.text, "finished": answer.is_finished}
             rows.append({**prompt.row, **made})
         return rows, sorted(rejects, key=lambda reject: reject[self.source.place_name])
 
@@ -150,7 +150,7 @@ class RowMaker:
         """Return the path of a row's audio, relative to the output; embedded audio becomes a file."""
         path = prompt.audio
         if isinstance(path, bytes):
-            path = self.unfinished.keep_audio(prompt.index, prompt.audio, prompt.audio_format)
+            path = self.unfinished.keep_audio(prompt.row_index, path, prompt.audio_format)
         folder = self.unfinished.output.parent
         place = os.path.relpath(path, folder)
         if os.path.realpath(folder / place) != os.path.realpath(path):  # ".." after a symbolic link leads elsewhere

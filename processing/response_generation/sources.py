@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet
 from datasets import Audio, load_dataset
@@ -126,7 +127,7 @@ class DatasetSource:
 
 def open_source(options: SourceOptions) -> ManifestSource | DatasetSource:
     """Open the source that `options` name; see there for errors."""
-    common = {
+    common: dict[str, Any] = {
         "audio_column": options.audio_column,
         "allow_outside": options.allow_outside_paths,
         "limit": options.limit,
@@ -136,7 +137,7 @@ def open_source(options: SourceOptions) -> ManifestSource | DatasetSource:
     if options.parquet:
         return DatasetSource("parquet", data_files=options.parquet, split="train", **common)
     return DatasetSource(
-        options.dataset, config=options.config, split=options.split, revision=options.revision, **common
+        str(options.dataset), config=options.config, split=options.split, revision=options.revision, **common
     )
 
 

@@ -146,7 +146,7 @@ class ClipFeatures:
         seed: int = 0,
     ):
         self.processor, self.augmentation, self.skipped, self.seed = processor, augmentation, skipped, seed
-        self.kept = {} if keep and not augmentation else None
+        self.kept: dict[str | bytes | None, np.ndarray] | None = {} if keep and not augmentation else None
 
     def __call__(self, rows: list[dict]) -> list[dict]:
         """Rows with `epoch`, to rows with `input_features` in the place of `audio`; text only has `audio` None.
@@ -163,11 +163,11 @@ class ClipFeatures:
             try:
                 heard.append({**told, "input_features": self._features(row)})
             except (OSError, TypeError, ValueError) as error:
-                error = bad_clip(row, error)
+                bad = bad_clip(row, error)
                 if self.skipped is None:
-                    raise error from None
-                self.skipped.add(row, error)
-        if not heard:
+                    raise bad from None
+                self.skipped.add(row, bad)
+        if not heard and self.skipped is not None:
             raise BadClipError(
                 f"No clip of a batch of {len(rows)} can be used, which is more than --skip_bad_audio is for. Use "
                 f"larger batches, or mend the data. They are listed in {self.skipped.path}."

@@ -63,7 +63,8 @@ class StreamedRows(Dataset):
     def __init__(self, stream, hear: ClipFeatures, seed: int, length_buffer: int, seconds_per_token: float):
         self.stream, self.hear, self.seed = stream, hear, seed
         self.length_buffer, self.seconds_per_token = length_buffer, seconds_per_token
-        self.num_rows, self.voices = 0, set()  # read so far; rows count once
+        self.num_rows = 0  # read so far; rows count once
+        self.voices: set[str] = set()
 
     def batch_sampler(self, batch_size: int) -> "StreamedBatches":
         """Return the batches of one process."""

@@ -78,7 +78,7 @@ def read_sources(sources: list[Source], seed: int, allow_outside_paths: bool) ->
     """All rows of one epoch, in memory; rows that a mixture repeats are the same objects."""
     if names := [source.dataset for source in sources if source.dataset]:
         raise ValueError(f"The rows of {', '.join(names)} hold audio and are not read into memory: add --streaming.")
-    tables = [read_manifest(source.manifest, allow_outside_paths, allow_text_only=True) for source in sources]
+    tables = [read_manifest(str(source.manifest), allow_outside_paths, allow_text_only=True) for source in sources]
     if len(tables) == 1:
         return tables[0]
     places = [
