@@ -78,14 +78,14 @@ class FrameStacking(nn.Module):
         self.join_proj = nn.Linear(stride * dim, dim)
         self.split_proj = nn.Linear(dim, stride * dim)
 
-    def join(self, frames, frame_mask):
+    def join(self, frames: torch.Tensor, frame_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Join frames (W, T, H) with mask (W, T) to frames (W, ceil(T / stride), H) with a mask of their own."""
         missing = -frame_mask.shape[1] % self.stride
         frames = nn.functional.pad(frames.masked_fill(~frame_mask[..., None], 0.0), (0, 0, 0, missing))
         joined_mask = nn.functional.pad(frame_mask, (0, missing)).unflatten(1, (-1, self.stride)).any(-1)
         return self.join_proj(frames.unflatten(1, (-1, self.stride)).flatten(2)), joined_mask
 
-    def split(self, joined, frames):
+    def split(self, joined: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
         """Add to each frame its share of the joined frame: (W, T, H)."""
         shares = self.split_proj(joined).unflatten(2, (self.stride, -1)).flatten(1, 2)
         return frames + shares[:, : frames.shape[1]]
@@ -144,7 +144,13 @@ class CFormer(nn.Module):
     def set_attn_implementation(self, attn_implementation: str):
         self.layer_config._attn_implementation = attn_implementation
 
-    def forward(self, hidden_states, frame_mask, target_lengths=None, windows_per_clip=None) -> AdapterOutput:
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        frame_mask: torch.Tensor,
+        target_lengths: torch.Tensor | None = None,
+        windows_per_clip: torch.Tensor | None = None,
+    ) -> AdapterOutput:
         """Turn frames into as many speech tokens as the clip has text tokens.
 
         Args:
@@ -237,7 +243,13 @@ class Subsampler(nn.Module):
     def set_attn_implementation(self, attn_implementation: str):
         """Do nothing: this adapter has no attention."""
 
-    def forward(self, hidden_states, frame_mask, target_lengths=None, windows_per_clip=None) -> AdapterOutput:
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        frame_mask: torch.Tensor,
+        target_lengths: torch.Tensor | None = None,
+        windows_per_clip: torch.Tensor | None = None,
+    ) -> AdapterOutput:
         """Turn frames into speech tokens at a fixed rate.
 
         Args:

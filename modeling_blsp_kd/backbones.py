@@ -8,7 +8,7 @@ import os
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers import AutoQuantizationConfig
 
 from .configuration_blsp_kd import SPEECH_ENCODERS
@@ -28,7 +28,9 @@ OTHER_PARTS = (
 MAY_BE_MISSING = (r"^masked_spec_embed$",)
 
 
-def load_audio_tower(name_or_path, config=None, dtype: torch.dtype | str = "auto", **kwargs) -> PreTrainedModel:
+def load_audio_tower(
+    name_or_path: str | os.PathLike, config: PreTrainedConfig | None = None, dtype: torch.dtype | str = "auto", **kwargs
+) -> PreTrainedModel:
     """Load a speech encoder, alone or out of a whole speech model.
 
     The other parts of a whole model are skipped silently. Weights that belong to none of its parts are logged, as in
@@ -72,7 +74,7 @@ def load_audio_tower(name_or_path, config=None, dtype: torch.dtype | str = "auto
     return audio_tower
 
 
-def without_folder(config):
+def without_folder(config: PreTrainedConfig) -> PreTrainedConfig:
     """Return a copy of a backbone's config without the folder that it came from; a Hub id stays."""
     config = copy.deepcopy(config)
     if os.path.isdir(config.name_or_path or ""):
@@ -80,7 +82,9 @@ def without_folder(config):
     return config
 
 
-def load_language_model(name_or_path, dtype: torch.dtype | str = "auto", **kwargs) -> PreTrainedModel:
+def load_language_model(
+    name_or_path: str | os.PathLike, dtype: torch.dtype | str = "auto", **kwargs
+) -> PreTrainedModel:
     """Load a causal LLM; `kwargs` are for `from_pretrained`.
 
     Raises:
@@ -90,7 +94,7 @@ def load_language_model(name_or_path, dtype: torch.dtype | str = "auto", **kwarg
     return AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, **kwargs)
 
 
-def for_language_model_only(quantization_config):
+def for_language_model_only(quantization_config: Any) -> Any:
     """Return a quantisation that exempts all but the LLM's linear layers, in addition to what its user exempts.
 
     Raises:

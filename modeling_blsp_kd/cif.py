@@ -36,7 +36,12 @@ class CifOutput(ModelOutput):
 
 
 @computes_in_float64
-def continuous_integrate_and_fire(hidden_states, alphas, frame_mask=None, target_lengths=None) -> CifOutput:
+def continuous_integrate_and_fire(
+    hidden_states: torch.Tensor,
+    alphas: torch.Tensor,
+    frame_mask: torch.Tensor | None = None,
+    target_lengths: torch.Tensor | None = None,
+) -> CifOutput:
     """Integrate whole utterances and fire a fixed number of tokens from each.
 
     The alphas of each row are scaled so that they sum to its token count exactly: `target_lengths` (training), or

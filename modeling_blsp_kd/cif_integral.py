@@ -164,7 +164,7 @@ class _Integral(torch.autograd.Function):
         return grad_frames, grad_alphas, *[None] * 6
 
 
-def have_much_in_common(frames):
+def have_much_in_common(frames: torch.Tensor) -> bool:
     """Tell whether the frames' mean over time is larger than their deviation from it, estimated from a sample; () bool.
 
     The sample includes padding. That can make the guess wrong, which costs time or digits but nothing else.
@@ -174,16 +174,16 @@ def have_much_in_common(frames):
 
 
 def integrate(
-    hidden_states,
-    alphas,
-    integral,
-    num_tokens,
-    start=0.0,
-    alpha_sum=None,
-    frame_mask=None,
-    unreadable=None,
-    are_centred=False,
-):
+    hidden_states: torch.Tensor,
+    alphas: torch.Tensor,
+    integral: torch.Tensor,
+    num_tokens: int,
+    start: float = 0.0,
+    alpha_sum: torch.Tensor | None = None,
+    frame_mask: torch.Tensor | None = None,
+    unreadable: torch.Tensor | None = None,
+    are_centred: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Integrate frames between whole numbers.
 
     Args:

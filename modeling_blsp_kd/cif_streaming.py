@@ -30,7 +30,9 @@ class CifStreamState:
 
 
 @computes_in_float64
-def stream_integrate_and_fire(hidden_states, alphas, state: CifStreamState | None = None):
+def stream_integrate_and_fire(
+    hidden_states: torch.Tensor, alphas: torch.Tensor, state: CifStreamState | None = None
+) -> tuple[torch.Tensor, torch.Tensor, CifStreamState]:
     """Integrate the next chunk of one stream, without scaling, and fire every token that it completes.
 
     Args:
@@ -68,7 +70,7 @@ def stream_integrate_and_fire(hidden_states, alphas, state: CifStreamState | Non
     return tokens[:num_fired].to(hidden_states.dtype), firing_places.float(), next_state
 
 
-def flush_stream(state: CifStreamState):
+def flush_stream(state: CifStreamState) -> tuple[torch.Tensor, torch.Tensor]:
     """End a stream: a residue of at least 0.5 fires once more, divided by its weight.
 
     Returns:

@@ -7,6 +7,7 @@ the parts themselves take plain numbers. Leaves out: training arguments, which b
 import copy
 import difflib
 import math
+import os
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
@@ -331,7 +332,7 @@ class BlspKdConfig(PreTrainedConfig):
         self.custom_pipelines = {task: code for task, code in pipelines.items() if task not in self.registered_tasks}
 
     @classmethod
-    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+    def get_config_dict(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> tuple[dict, dict]:
         with explained(f"The config of {pretrained_model_name_or_path} cannot be read"):
             config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         # For a missing file transformers gives an empty dict, which would stand for its defaults.
@@ -343,12 +344,12 @@ class BlspKdConfig(PreTrainedConfig):
         return config_dict, kwargs
 
     @classmethod
-    def from_dict(cls, config_dict, **kwargs):
+    def from_dict(cls, config_dict: dict, **kwargs) -> "BlspKdConfig":
         # transformers sets options given at loading after the config is made, past the checks.
         given = {name: kwargs.pop(name) for name in CHECKED_OPTIONS if name in kwargs}
         return super().from_dict({**config_dict, **given}, **kwargs)
 
-    def to_dict(self):
+    def to_dict(self) -> dict:
         # Libraries set attributes of their own on configs. In a file they would be unknown options.
         unknown = set(self.__dict__) - set(self.__class__.__dataclass_fields__) - GENERAL_OPTIONS
         known = {name: value for name, value in super().to_dict().items() if name not in unknown}

@@ -7,15 +7,18 @@ documents (`generation_blsp_kd.py`).
 Shapes: B prompts, L their length, P positions in the cache.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
+from transformers import Cache
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .speech_prompt import ExpandedPrompt
 from .versions import CACHE_NAME
 
 
-def mask_after_cache(attention_mask, input_ids, num_past: int) -> torch.LongTensor | None:
+def mask_after_cache(attention_mask: torch.Tensor, input_ids: torch.Tensor, num_past: int) -> torch.LongTensor | None:
     """Return the attention mask of P cached and L new positions, (B, P + L); None if there is no cache and no mask.
 
     Args:
@@ -40,7 +43,7 @@ def mask_after_cache(attention_mask, input_ids, num_past: int) -> torch.LongTens
     return attention_mask.long()
 
 
-def check_cache(prompt: ExpandedPrompt, cache, num_past: int):
+def check_cache(prompt: ExpandedPrompt, cache: Cache, num_past: int):
     """Check that whole conversations begin with what the cache holds, at the same positions.
 
     Args:
@@ -66,7 +69,7 @@ def check_cache(prompt: ExpandedPrompt, cache, num_past: int):
         )
 
 
-def note_mask(output, prompt_mask, prompt_length: int, settings: dict):
+def note_mask(output: Any, prompt_mask: torch.Tensor, prompt_length: int, settings: dict):
     """Keep the mask of the cached positions on the cache, because only this call knows how prompts were expanded.
 
     Args:

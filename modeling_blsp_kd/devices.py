@@ -7,6 +7,7 @@ has its own fallback (PYTORCH_ENABLE_MPS_FALLBACK).
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import torch
 from transformers.utils import logging
@@ -46,7 +47,7 @@ def fast_dtype(dtype: torch.dtype | str | None = None, device: torch.device | No
     return "float32"
 
 
-def computes_in_float64(function):
+def computes_in_float64(function: Callable) -> Callable:
     """Decorate a function that computes in float64, so that it also accepts tensors on a device without float64.
 
     The first argument decides the device. If it has no float64, all tensors in the arguments are moved to the CPU, and

@@ -28,7 +28,7 @@ def predicts_next(selected: torch.Tensor) -> torch.Tensor:
     return nn.functional.pad(selected[:, 1:], (0, 1), value=False)
 
 
-def postprocess_logits(logits, scale: float = 1.0, softcap: float | None = None) -> torch.Tensor:
+def postprocess_logits(logits: torch.Tensor, scale: float = 1.0, softcap: float | None = None) -> torch.Tensor:
     """Apply what some LLMs apply after the output head: `softcap * tanh(scale * logits / softcap)`, in float32."""
     logits = logits.float()
     if scale != 1.0:
@@ -97,12 +97,12 @@ def _compare_logits_(student, teacher, kl, softcap: float | None, needs_grad: bo
 
 
 def linear_kl_of_rows(
-    student_hidden,
-    teacher_hidden,
-    lm_head_weight,
+    student_hidden: torch.Tensor,
+    teacher_hidden: torch.Tensor,
+    lm_head_weight: torch.Tensor,
     temperature: float = 2.0,
     *,
-    lm_head_bias=None,
+    lm_head_bias: torch.Tensor | None = None,
     scale: float = 1.0,
     softcap: float | None = None,
     chunk_rows: int | None = None,
@@ -139,12 +139,12 @@ def linear_kl_of_rows(
 
 
 def linear_kl(
-    student_hidden,
-    teacher_hidden,
-    lm_head_weight,
+    student_hidden: torch.Tensor,
+    teacher_hidden: torch.Tensor,
+    lm_head_weight: torch.Tensor,
     temperature: float = 2.0,
     *,
-    lm_head_bias=None,
+    lm_head_bias: torch.Tensor | None = None,
     scale: float = 1.0,
     softcap: float | None = None,
     reduction: str = "mean",
@@ -176,12 +176,28 @@ def linear_kl(
     """
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}.")
-    options = {"lm_head_bias": lm_head_bias, "scale": scale, "softcap": softcap, "chunk_rows": chunk_rows}
-    total = linear_kl_of_rows(student_hidden, teacher_hidden, lm_head_weight, temperature, **options).sum()
+    total = linear_kl_of_rows(
+        student_hidden,
+        teacher_hidden,
+        lm_head_weight,
+        temperature,
+        lm_head_bias=lm_head_bias,
+        scale=scale,
+        softcap=softcap,
+        chunk_rows=chunk_rows,
+    ).sum()
     return total / max(student_hidden.shape[0], 1) if reduction == "mean" else total
 
 
-def linear_cross_entropy(hidden, targets, weight, *, lm_head_bias=None, scale=1.0, softcap=None) -> torch.Tensor:
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    lm_head_bias: torch.Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+) -> torch.Tensor:
     """Return the cross-entropy of target tokens from hidden states, summed over rows. Its minimum is 0.
 
     Args:
@@ -198,7 +214,7 @@ def linear_cross_entropy(hidden, targets, weight, *, lm_head_bias=None, scale=1.
     return nn.functional.cross_entropy(postprocess_logits(logits, scale, softcap), targets, reduction="sum")
 
 
-def quantity_loss(alpha_sum, num_tokens) -> torch.Tensor:
+def quantity_loss(alpha_sum: torch.Tensor, num_tokens: torch.Tensor) -> torch.Tensor:
     """|sum of unscaled alphas - U| / U, summed over clips: makes CIF fire as often as the transcript has tokens.
 
     Args:

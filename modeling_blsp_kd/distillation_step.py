@@ -7,7 +7,7 @@ Shapes: B prompts, L student and L' teacher length, N audio clips in reading ord
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -118,7 +118,7 @@ def wanted_losses(weights: dict[str, float], is_training: bool, one_to_one: bool
 
 def distillation_loss(
     prompts: ComparedPrompts,
-    audio,
+    audio: Any,
     language_model: nn.Module,
     weights: dict[str, float],
     wanted: set[str],

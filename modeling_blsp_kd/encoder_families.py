@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from transformers import PreTrainedConfig
 
 WINDOW_S = 30.0
 SAMPLING_RATE = 16_000
@@ -74,23 +75,23 @@ ENCODER_FAMILIES = {
 }
 
 
-def window_of(config) -> tuple[int, int]:
+def window_of(config: PreTrainedConfig) -> tuple[int, int]:
     """Return the longest input that an encoder takes at once (30 s), and the axis of the features that it lies on."""
     family = ENCODER_FAMILIES[config.model_type]
     return family.window(config), family.time_axis
 
 
-def frame_duration_s(config) -> float:
+def frame_duration_s(config: PreTrainedConfig) -> float:
     """Return how much audio one encoder frame stands for, in seconds."""
     return ENCODER_FAMILIES[config.model_type].frame_duration_s(config)
 
 
-def steps_per_frame(config) -> int:
+def steps_per_frame(config: PreTrainedConfig) -> int:
     """Return how many steps on the features' time axis one encoder frame stands for."""
     return round(window_of(config)[0] * frame_duration_s(config) / WINDOW_S)
 
 
-def frame_starts_s(config, num_frames: int, frames_per_window: int) -> torch.Tensor:
+def frame_starts_s(config: PreTrainedConfig, num_frames: int, frames_per_window: int) -> torch.Tensor:
     """Return where each encoder frame begins, in seconds from the start of its clip: (num_frames,).
 
     Frames may leave a rest of a window uncovered (wav2vec 2.0 makes 1499 frames of 20 ms in 30 s), but the next window

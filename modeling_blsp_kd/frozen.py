@@ -4,6 +4,7 @@ Follows no paper. The speech encoder, the teacher's pass of the LLM and the demo
 parameters are frozen.
 """
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 
 
 @contextmanager
-def frozen(module: nn.Module, *inputs: torch.Tensor):
+def frozen(module: nn.Module, *inputs: torch.Tensor) -> Iterator[None]:
     """Run a frozen module: without dropout in any mode, and without gradients unless one of its inputs needs them.
 
     This is not inference mode: FSDP2 keeps the weights that it gathers there, and may not write to them in the

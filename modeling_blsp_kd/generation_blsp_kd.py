@@ -8,10 +8,11 @@ Shapes: B prompts, L prompt length, P positions in a key-value cache, N audio cl
 """
 
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationMixin, SuppressTokensLogitsProcessor
+from transformers import Cache, GenerationConfig, GenerationMixin, SuppressTokensLogitsProcessor
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
@@ -43,14 +44,14 @@ class BlspKdGenerationMixin(GenerationMixin):
     @torch.no_grad()
     def generate(
         self,
-        inputs=None,
-        generation_config=None,
+        inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
         *args,
-        input_features=None,
-        streamer=None,
+        input_features: torch.Tensor | None = None,
+        streamer: Any = None,
         return_timestamps: bool = False,
         **kwargs,
-    ):
+    ) -> Any:
         """Generate after prompts of text and audio; see `GenerationMixin.generate` for all other arguments.
 
         The result begins with the prompts exactly as they were given (one placeholder per audio), so
@@ -239,14 +240,14 @@ class BlspKdGenerationMixin(GenerationMixin):
 
     def prepare_inputs_for_generation(
         self,
-        input_ids,
-        inputs_embeds=None,
-        past_key_values=None,
-        cache=None,
-        speech_embeds=None,
-        is_speech=None,
+        input_ids: torch.Tensor,
+        inputs_embeds: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
+        speech_embeds: torch.Tensor | None = None,
+        is_speech: torch.Tensor | None = None,
         **kwargs,
-    ):
+    ) -> dict:
         cache = one_cache(past_key_values, cache)
         inputs = super().prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, **{CACHE_NAME: cache}, **kwargs

@@ -13,7 +13,9 @@ from torch import nn
 DYNAMIC_RANGE = 8.0
 
 
-def loudness(features, features_mask, time_axis: int, steps_per_frame: int, num_frames: int) -> torch.Tensor:
+def loudness(
+    features: torch.Tensor, features_mask: torch.Tensor, time_axis: int, steps_per_frame: int, num_frames: int
+) -> torch.Tensor:
     """Return the logarithmic loudness of encoder frames.
 
     Args:
@@ -40,7 +42,7 @@ def loudness(features, features_mask, time_axis: int, steps_per_frame: int, num_
     return power.maximum(floor).clamp(min=torch.finfo(power.dtype).tiny).log10()
 
 
-def find_silence(frame_loudness, frame_mask, silence: float) -> torch.BoolTensor:
+def find_silence(frame_loudness: torch.Tensor, frame_mask: torch.Tensor, silence: float) -> torch.BoolTensor:
     """Return True where nothing is said, padding included: (N, T).
 
     Args:

@@ -6,7 +6,7 @@ out: the Hub, whose files huggingface_hub checks when it fetches them, and pickl
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,7 +21,7 @@ NOT_OF_CONTENT = (OSError, ImportError, MemoryError, RuntimeError)
 
 
 @contextmanager
-def explained(problem: str, remedy: str = REMEDY):
+def explained(problem: str, remedy: str = REMEDY) -> Iterator[None]:
     """Turn another library's error about the content of a file into a ValueError that says which content is wrong."""
     try:
         yield
@@ -31,7 +31,7 @@ def explained(problem: str, remedy: str = REMEDY):
         raise ValueError(f"{problem}: {type(error).__name__}: {str(error)[:500]}. {remedy}") from error
 
 
-def check_folder(name_or_path, subfolder: str = "", variant: str | None = None):
+def check_folder(name_or_path: str | os.PathLike, subfolder: str = "", variant: str | None = None):
     """Check what `from_pretrained` would read from a folder beside its config: weights and generation config.
 
     Args:
@@ -97,7 +97,7 @@ def _check_shards(index: Path, is_safetensors: bool):
             )
 
 
-def misfits(name_or_path, weights: Iterable[tuple]) -> str:
+def misfits(name_or_path: str | os.PathLike, weights: Iterable[tuple]) -> str:
     """Describe weights that do not fit their config, each given as (name, stored shape, shape in the model)."""
     listed = [f"{name} is {stored} instead of {own}" for name, stored, own in sorted(weights)]
     return (

@@ -19,7 +19,8 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoModelForCausalLM
+from torch import nn
+from transformers import AutoModelForCausalLM, Cache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
@@ -98,7 +99,12 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, BlspKdGenerationMixin):
             place when the config asks for partial LoRA. Omitted: built from the config.
     """
 
-    def __init__(self, config: BlspKdConfig, audio_tower=None, language_model=None):
+    def __init__(
+        self,
+        config: BlspKdConfig,
+        audio_tower: PreTrainedModel | None = None,
+        language_model: PreTrainedModel | None = None,
+    ):
         super().__init__(config)
         speech_config, text_config = config.speech_config, config.text_config
         with explained("The speech encoder of speech_config cannot be built", CHECK_CONFIG):
@@ -122,19 +128,19 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, BlspKdGenerationMixin):
         self._no_split_modules = set(self._no_split_modules) & {type(module).__name__ for module in self.modules()}
         self.freeze_backbones()
 
-    def get_input_embeddings(self):
+    def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
 
-    def set_input_embeddings(self, value):
+    def set_input_embeddings(self, value: nn.Module):
         self.language_model.set_input_embeddings(value)
 
-    def get_output_embeddings(self):
+    def get_output_embeddings(self) -> nn.Module:
         return self.language_model.get_output_embeddings()
 
-    def set_output_embeddings(self, new_embeddings):
+    def set_output_embeddings(self, new_embeddings: nn.Module):
         self.language_model.set_output_embeddings(new_embeddings)
 
-    def get_decoder(self):
+    def get_decoder(self) -> PreTrainedModel:
         return self.language_model.get_decoder()
 
     # -- clips to speech tokens ---------------------------------------------------------------------------------------
@@ -147,9 +153,9 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, BlspKdGenerationMixin):
     @can_return_tuple
     def get_audio_features(
         self,
-        input_features,
-        input_features_mask=None,
-        num_speech_tokens=None,
+        input_features: torch.Tensor,
+        input_features_mask: torch.Tensor | None = None,
+        num_speech_tokens: torch.Tensor | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         output_token_times: bool = False,
@@ -365,7 +371,7 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, BlspKdGenerationMixin):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values=None,
+        past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         input_features: torch.FloatTensor | None = None,
         input_features_mask: torch.Tensor | None = None,
@@ -380,7 +386,7 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, BlspKdGenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
-        cache=None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BlspKdOutputWithPast:
         """Predict next tokens after text and speech, or compute the distillation loss.

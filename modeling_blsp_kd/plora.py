@@ -9,10 +9,12 @@ import copy
 import functools
 import math
 import os
+from collections.abc import Callable
 
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import logging
 
@@ -24,7 +26,7 @@ logger = logging.get_logger(__name__)
 ADAPTER_NAME = "plora"
 
 
-def leave_out_of_peft_model(model, state_dict, prefix, local_metadata):
+def leave_out_of_peft_model(model: PreTrainedModel, state_dict: dict, prefix: str, local_metadata: dict):
     """Drop partial LoRA from the state dict of a `PeftModel`, as a hook: PEFT would save it with its user's adapter."""
     if prefix.endswith("base_model.model."):
         for name in [name for name in state_dict if f".{ADAPTER_NAME}." in name]:
@@ -142,7 +144,9 @@ class PartialLora:
         ValueError: PEFT finds no such layer.
     """
 
-    def __init__(self, language_model: nn.Module, r: int, lora_alpha: int, lora_dropout: float, target_modules):
+    def __init__(
+        self, language_model: nn.Module, r: int, lora_alpha: int, lora_dropout: float, target_modules: str | list[str]
+    ):
         # PEFT takes a second to import, and a model without partial LoRA does not need it.
         from peft import LoraConfig, inject_adapter_in_model
         from peft.tuners.lora import LoraLayer
@@ -261,7 +265,7 @@ class PartialLora:
         # Once for all layers: the host waits for the device here.
         return self._switched_to(is_speech, SpeechRows.of(is_speech))
 
-    def keep_mask_in_recomputation(self, checkpoint_func):
+    def keep_mask_in_recomputation(self, checkpoint_func: Callable) -> Callable:
         """Wrap a function for gradient checkpointing so that the recomputation sees the mask of the pass it repeats.
 
         The recomputation runs inside backward, perhaps in a thread of autograd's, after the block of `at` has ended.

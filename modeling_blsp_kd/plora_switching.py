@@ -6,8 +6,9 @@ layers, because its weights would not fit.
 """
 
 import copy
+import os
 
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from .plora import ADAPTER_NAME, PartialLora
@@ -16,7 +17,9 @@ from .thin_checkpoints import HUB_OPTIONS
 logger = logging.get_logger(__name__)
 
 
-def load_as_stored(config_class, name_or_path, kwargs: dict) -> tuple[dict, dict | None, bool]:
+def load_as_stored(
+    config_class: type[PreTrainedConfig], name_or_path: str | os.PathLike, kwargs: dict
+) -> tuple[dict, dict | None, bool]:
     """Change the arguments of `from_pretrained` so that it loads a checkpoint with partial LoRA as stored.
 
     Args:
@@ -54,7 +57,7 @@ def load_as_stored(config_class, name_or_path, kwargs: dict) -> tuple[dict, dict
     return {**kwargs, "plora": stored}, wanted, True
 
 
-def switch(model, options: dict | None, name_or_path) -> set[str]:
+def switch(model: PreTrainedModel, options: dict | None, name_or_path: str | os.PathLike) -> set[str]:
     """Add partial LoRA to a model that has none (`options`), or remove it (None).
 
     When added, it changes no answer until it is trained, because A is random and B is zero.

@@ -5,6 +5,9 @@ differ in dtype, and that only the LLM is quantised. Leaves out: how that is don
 `stored_dtypes.py`, `plora_switching.py`, `backbones.py`), and what the model computes (`modeling_blsp_kd.py`).
 """
 
+import os
+from typing import Any
+
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -47,8 +50,8 @@ class BlspKdPreTrainedModel(PreTrainedModel):
     @classmethod
     def from_backbones(
         cls,
-        speech_model,
-        text_model,
+        speech_model: str | os.PathLike,
+        text_model: str | os.PathLike,
         *,
         audio_token_id: int,
         dtype: torch.dtype | str = "auto",
@@ -105,7 +108,7 @@ class BlspKdPreTrainedModel(PreTrainedModel):
         return model.eval()
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args, **kwargs) -> Any:
         """Load a checkpoint, full or thin; see `PreTrainedModel.from_pretrained` for all arguments.
 
         Each part comes in the dtype that it was saved in, so that trained float32 weights beside a half-precision LLM
@@ -165,7 +168,7 @@ class BlspKdPreTrainedModel(PreTrainedModel):
             )
         return loading_info
 
-    def save_pretrained(self, save_directory, *args, full: bool = False, **kwargs):
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, full: bool = False, **kwargs):
         """Save a checkpoint; see `PreTrainedModel.save_pretrained` for the other arguments.
 
         Args:
@@ -194,7 +197,7 @@ class BlspKdPreTrainedModel(PreTrainedModel):
             self.config.backbones, self.config.part_dtypes = backbones, None
             self._skip_backbones_on_save()
 
-    def resize_token_embeddings(self, *args, **kwargs):
+    def resize_token_embeddings(self, *args, **kwargs) -> Any:
         if self.config.backbones is not None:
             raise ValueError(
                 "The vocabulary belongs to the LLM, which this model's thin checkpoints leave out, so new embeddings "

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutput
@@ -58,7 +58,9 @@ class TrueLengthWhisperEncoder(WhisperEncoder):
             init.copy_(module.weight, sinusoids(*module.weight.shape))
 
     @capture_outputs
-    def forward(self, input_features, input_features_mask=None, **kwargs) -> SpeechEncoderOutput:
+    def forward(
+        self, input_features: torch.Tensor, input_features_mask: torch.Tensor | None = None, **kwargs
+    ) -> SpeechEncoderOutput:
         """Encode log-mel features.
 
         Args:
@@ -129,12 +131,12 @@ def _follow_by_silence(log_mel, mel_mask, num_mel_frames: int):
     return torch.where(mel_mask[:, None], log_mel, silence), torch.ones_like(mel_mask)
 
 
-def encoder_class_of(config) -> type[PreTrainedModel]:
+def encoder_class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """Return the class of the encoder that a config is for."""
     return TrueLengthWhisperEncoder if config.model_type == "whisper" else MODEL_MAPPING[type(config)]
 
 
-def build_speech_encoder(config) -> PreTrainedModel:
+def build_speech_encoder(config: PreTrainedConfig) -> PreTrainedModel:
     """Build a speech encoder with random weights.
 
     Args:
@@ -143,7 +145,9 @@ def build_speech_encoder(config) -> PreTrainedModel:
     return encoder_class_of(config)._from_config(config)
 
 
-def encode_speech(audio_tower: PreTrainedModel, input_features, input_features_mask, **kwargs) -> SpeechEncoderOutput:
+def encode_speech(
+    audio_tower: PreTrainedModel, input_features: torch.Tensor, input_features_mask: torch.Tensor, **kwargs
+) -> SpeechEncoderOutput:
     """Run any supported encoder on windows of clips.
 
     Args:

@@ -81,7 +81,7 @@ class SpeechPrompt:
             is_token = self.attention_mask[:, -self.input_ids.shape[1] :].bool()
             self.is_placeholder = self.is_placeholder & is_token
 
-    def is_repeated(self, num_audios: int, num_speech_tokens=None) -> bool:
+    def is_repeated(self, num_audios: int, num_speech_tokens: torch.Tensor | None = None) -> bool:
         """Tell whether the placeholders stand once per speech token already, and not once per audio.
 
         Args:
@@ -100,7 +100,9 @@ class SpeechPrompt:
             f"{num_audios} audio(s) were given. Write the placeholder exactly once per audio, in reading order."
         )
 
-    def expand(self, speech_tokens, num_speech_tokens, is_repeated: bool, pad_id: int) -> ExpandedPrompt:
+    def expand(
+        self, speech_tokens: torch.Tensor, num_speech_tokens: torch.Tensor, is_repeated: bool, pad_id: int
+    ) -> ExpandedPrompt:
         """Repeat the placeholder of each audio once per speech token, and pad anew on the side that was padded.
 
         Prompts without padding count as left-padded, which is what generation needs.
@@ -156,7 +158,7 @@ class SpeechPrompt:
         )
 
 
-def find_in_embeds(inputs_embeds, embeddings: nn.Module, audio_token_id: int) -> torch.LongTensor:
+def find_in_embeds(inputs_embeds: torch.Tensor, embeddings: nn.Module, audio_token_id: int) -> torch.LongTensor:
     """Return ids that tell the placeholders in embedded prompts from all else: (B, L, D) to (B, L).
 
     Args:
@@ -175,7 +177,7 @@ def find_in_embeds(inputs_embeds, embeddings: nn.Module, audio_token_id: int) ->
     return torch.where(is_placeholder, audio_token_id, -1)
 
 
-def check_text_only(input_ids, attention_mask, audio_token_id: int | None):
+def check_text_only(input_ids: torch.Tensor, attention_mask: torch.Tensor, audio_token_id: int | None):
     """Check that prompts without audio hold no placeholder.
 
     Raises:
@@ -188,7 +190,7 @@ def check_text_only(input_ids, attention_mask, audio_token_id: int | None):
     SpeechPrompt(input_ids, audio_token_id, attention_mask).is_repeated(num_audios=0)
 
 
-def cut_out(values, start: int, length: int):
+def cut_out(values: torch.Tensor, start: int, length: int) -> torch.Tensor:
     """Return what one call reads of a prompt: positions `start` to `start + length` of (B, L, ...).
 
     Positions past the prompt are generated text: zero, or False.

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 
-def check_mask(features, features_mask, time_axis: int) -> torch.Tensor:
+def check_mask(features: torch.Tensor, features_mask: torch.Tensor, time_axis: int) -> torch.Tensor:
     """Return the mask of clips (all ones if omitted), and check that every clip has frames.
 
     Args:
@@ -37,7 +37,9 @@ def check_mask(features, features_mask, time_axis: int) -> torch.Tensor:
     return features_mask
 
 
-def split_into_windows(features, features_mask, window: int, time_axis: int):
+def split_into_windows(
+    features: torch.Tensor, features_mask: torch.Tensor, window: int, time_axis: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Cut clips into windows, the last window of a clip shorter.
 
     Args:
@@ -62,7 +64,7 @@ def split_into_windows(features, features_mask, window: int, time_axis: int):
     return windows[is_used.flatten()], mask[is_used], is_used.sum(1)
 
 
-def regroup(values, mask, group_sizes) -> torch.Tensor:
+def regroup(values: torch.Tensor, mask: torch.Tensor, group_sizes: torch.Tensor) -> torch.Tensor:
     """Take the valid items of all rows in order and lay them out in rows of other lengths.
 
     Args:
@@ -75,7 +77,7 @@ def regroup(values, mask, group_sizes) -> torch.Tensor:
     return pad_sequence(values[mask].split(group_sizes.tolist()), batch_first=True)
 
 
-def join_windows(windows_per_clip, mask, *values) -> tuple[torch.Tensor, ...]:
+def join_windows(windows_per_clip: torch.Tensor | None, mask: torch.Tensor, *values) -> tuple[torch.Tensor, ...]:
     """Lay the valid items of each clip's windows end to end.
 
     Args:
@@ -93,18 +95,20 @@ def join_windows(windows_per_clip, mask, *values) -> tuple[torch.Tensor, ...]:
     return is_within(lengths, joined[0].shape[1]), *joined
 
 
-def is_within(lengths, length: int) -> torch.BoolTensor:
+def is_within(lengths: torch.Tensor, length: int) -> torch.BoolTensor:
     """Return True at the first `lengths` places of each row: (G,) to (G, length)."""
     return torch.arange(length, device=lengths.device) < lengths[:, None]
 
 
-def per_clip(window_values, windows_per_clip) -> torch.Tensor:
+def per_clip(window_values: torch.Tensor, windows_per_clip: torch.Tensor) -> torch.Tensor:
     """Sum a value of each window over the windows of a clip: (W,) and (N,) to (N,)."""
     clip = torch.arange(len(windows_per_clip), device=window_values.device).repeat_interleave(windows_per_clip)
     return window_values.new_zeros(len(windows_per_clip)).index_add(0, clip, window_values)
 
 
-def tokens_per_window(firing_places, is_token, frames_per_window, windows_per_clip) -> torch.LongTensor:
+def tokens_per_window(
+    firing_places: torch.Tensor, is_token: torch.Tensor, frames_per_window: torch.Tensor, windows_per_clip: torch.Tensor
+) -> torch.LongTensor:
     """Count the tokens that are complete in each window.
 
     Args:

@@ -10,7 +10,7 @@ import copy
 import functools
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .plora import ADAPTER_NAME
@@ -34,7 +34,7 @@ def dtypes_of_parts(state_dict: dict[str, torch.Tensor]) -> dict[str, str] | Non
     return {part: str(functools.reduce(torch.promote_types, dtypes))[6:] for part, dtypes in found.items()}
 
 
-def build_in(model, part_dtypes: dict[str, str] | None):
+def build_in(model: PreTrainedModel, part_dtypes: dict[str, str] | None):
     """Convert the weights of a newly built model to the dtypes in a checkpoint's config."""
     if part_dtypes is None or is_deepspeed_zero3_enabled():  # ZeRO-3 holds shards of weights, in its own dtype
         return

@@ -7,7 +7,9 @@ does not list. Leaves out: what is trained, which is the model's own choice (`fr
 import copy
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -27,7 +29,12 @@ PLACING_OPTIONS = ("low_cpu_mem_usage", "max_memory", "offload_buffers", "offloa
 AUTO_OPTIONS = ("trust_remote_code", "code_revision", "adapter_kwargs", "tqdm_class", "_from_auto", "_commit_hash")
 
 
-def is_thin(config_class, name_or_path, config=None, **kwargs) -> bool:
+def is_thin(
+    config_class: type[PreTrainedConfig],
+    name_or_path: str | os.PathLike,
+    config: PreTrainedConfig | None = None,
+    **kwargs,
+) -> bool:
     """Return whether `from_pretrained`, with these arguments, was asked for a thin checkpoint."""
     if isinstance(config, PreTrainedConfig):
         return config.backbones is not None
@@ -52,12 +59,12 @@ def trained_names(model: PreTrainedModel) -> set[str]:
 
 
 def load_thin(
-    model_class,
-    name_or_path,
-    config=None,
+    model_class: type[PreTrainedModel],
+    name_or_path: str | os.PathLike,
+    config: PreTrainedConfig | None = None,
     dtype: torch.dtype | str = "auto",
-    device_map=None,
-    quantization_config=None,
+    device_map: str | dict | None = None,
+    quantization_config: Any = None,
     attn_implementation: str | dict | None = None,
     output_loading_info: bool = False,
     **kwargs,
@@ -198,7 +205,7 @@ def _part_of(device_map, part: str):
     return inside or ({"": device_map[""]} if "" in device_map else None)
 
 
-def identify(name_or_path, loading_options: dict) -> dict[str, str]:
+def identify(name_or_path: str | os.PathLike, loading_options: dict) -> dict[str, str]:
     """Name a backbone so that the same weights can be fetched again.
 
     Args:
@@ -220,7 +227,7 @@ def identify(name_or_path, loading_options: dict) -> dict[str, str]:
     return {"name_or_path": str(name_or_path), "revision": commit}
 
 
-def fetch(part: str, backbone: dict[str, str], load, **kwargs) -> PreTrainedModel:
+def fetch(part: str, backbone: dict[str, str], load: Callable, **kwargs) -> PreTrainedModel:
     """Load a backbone that a thin checkpoint names.
 
     Args:

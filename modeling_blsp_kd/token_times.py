@@ -15,7 +15,12 @@ from .devices import computes_in_float64
 
 @computes_in_float64
 def token_times(
-    alphas, num_speech_tokens, is_silent, frame_starts_s, frame_duration_s: float, delay_s: float
+    alphas: torch.Tensor,
+    num_speech_tokens: torch.Tensor,
+    is_silent: torch.Tensor,
+    frame_starts_s: torch.Tensor,
+    frame_duration_s: float,
+    delay_s: float,
 ) -> torch.Tensor:
     """Return start and end of every speech token, in seconds from the start of its clip.
 
@@ -62,7 +67,7 @@ def token_times(
     return times.masked_fill(~is_token[..., None], torch.nan).float()
 
 
-def text_token_times(text_embeds, speech_embeds, times) -> torch.Tensor:
+def text_token_times(text_embeds: torch.Tensor, speech_embeds: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
     """Return start and end of the text tokens that one clip's speech tokens were turned into.
 
     Speech tokens stand where the embeddings of the transcript would stand, so a text token is looked for where its
@@ -85,7 +90,7 @@ def text_token_times(text_embeds, speech_embeds, times) -> torch.Tensor:
     return torch.stack([start + turn * step, start + (turn + 1) * step], dim=-1)
 
 
-def align(similarity) -> torch.LongTensor:
+def align(similarity: torch.Tensor) -> torch.LongTensor:
     """Lay J text tokens on U speech tokens in order, where they are most alike in sum.
 
     With J <= U every text token has a speech token of its own, and speech tokens may be left over; with J > U every
