@@ -1,19 +1,18 @@
 """The tiny world: what its sentences promise, and that its speech is deterministic and complete."""
 
 import hashlib
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-
-from tiny_world.dataset import make_rows
-from tiny_world.speech import HELD_OUT_VOICES, SAMPLING_RATE, TRAIN_VOICES, make_clips, synthesize, word_times
-from tiny_world.world import DIGITS, KINDS, digit_sentence, questions, sentences, split_of
 from transformers import AutoTokenizer
+
+from examples.tiny_world.dataset import make_rows
+from examples.tiny_world.espeak import SAMPLING_RATE, synthesize
+from examples.tiny_world.sentence_kinds import DIGITS
+from examples.tiny_world.speech import HELD_OUT_VOICES, TRAIN_VOICES, make_clips, word_times
+from examples.tiny_world.world import KINDS, digit_sentence, questions, sentences, split_of
 
 LLM = Path(__file__).parent.parent / "examples" / "tiny_world" / "llm"
 

@@ -31,7 +31,8 @@ from tqdm import tqdm
 from processing.manifests import read_objects
 from processing.training_rows.augmentation import Augmentation
 
-from ..tiny_world.world import DIGITS, digit_sentence, questions
+from ..tiny_world.sentence_kinds import DIGITS
+from ..tiny_world.world import digit_sentence, questions
 from .human_speech.digits import draw_question, draw_string, kinds_of
 from .human_speech.synthetic import SYNTHESIZERS, synthesize_recordings
 

@@ -1,9 +1,9 @@
-"""Build `llm/`, the text LLM of the tiny world: its tokenizer, training, score on held-out sentences, files.
+"""Build `llm/`, the text LLM of the tiny world: train it, score it on held-out sentences, save it.
 
-Follows the Qwen2 architecture and a ChatML-like template. Trained from nothing in about 25 minutes on one core.
-Leaves out: speech. The LLM is finished before any of it is heard.
+Follows the Qwen2 architecture; training takes about 25 minutes on one core. Leaves out: speech, and the tokenizer
+(`chat_tokenizer.py`).
 
-    cd examples && python -m tiny_world.build_llm
+    python -m examples.tiny_world.build_llm
 """
 
 import argparse
@@ -12,70 +12,15 @@ from itertools import chain
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast, Qwen2Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Qwen2Config
 
-from .world import INSTRUCTIONS, KINDS, questions, sentences
+from .chat_tokenizer import SYSTEM_MESSAGES, build_tokenizer, check_tokens_are_the_same_alone_and_in_prompts
+from .world import KINDS, questions, sentences
 
 LLM_DIR = Path(__file__).parent / "llm"
-SYSTEM_MESSAGES = ("You are a helpful assistant.", "Answer with few words.")
-SPECIAL_TOKENS = ("<|pad|>", "<|unk|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
-CHAT_TEMPLATE = (
-    "{%- for message in messages %}"
-    "{{- '<|' + message['role'] + '|>\\n' + message['content'] + '<|end|>\\n' }}"
-    "{%- endfor %}"
-    "{%- if add_generation_prompt %}{{- '<|assistant|>\\n' }}{%- endif %}"
-)
-
-
-def build_tokenizer(num_pieces=384, seed=0):
-    """The tokenizer of [`train_tokenizer`] in which content words take one to five pieces."""
-    corpus = [*SYSTEM_MESSAGES, *[text for wordings in INSTRUCTIONS.values() for text in wordings]] * 40
-    for sentence in sentences("train", 6000, seed):
-        corpus += [sentence.text, sentence.answers.get("spanish", "")]
-    return train_tokenizer(corpus, num_pieces)
-
-
-def train_tokenizer(corpus, num_pieces):
-    """Train a byte-level BPE on lines of text.
-
-    A token never reaches over a line end or a special token, so a sentence has the same tokens alone and in a prompt.
-
-    Returns:
-        `PreTrainedTokenizerFast` of `num_pieces` tokens; a character outside ASCII becomes `<|unk|>`.
-    """
-    bpe = Tokenizer(models.BPE(unk_token="<|unk|>"))
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    printable_ascii = [chr(code) for code in range(33, 127)] + ["Ġ", "Ċ"]  # the last two are space and line end
-    bpe.train_from_iterator(
-        corpus,
-        trainers.BpeTrainer(
-            vocab_size=num_pieces,
-            special_tokens=list(SPECIAL_TOKENS),
-            initial_alphabet=printable_ascii,
-            show_progress=False,
-        ),
-    )
-    return for_chats(bpe)
-
-
-def for_chats(bpe):
-    """The tokenizer of transformers that makes dialogues of `SPECIAL_TOKENS` and what `bpe` makes of the words."""
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        pad_token="<|pad|>",
-        unk_token="<|unk|>",
-        eos_token="<|end|>",
-        additional_special_tokens=["<|system|>", "<|user|>", "<|assistant|>"],
-        chat_template=CHAT_TEMPLATE,
-        model_max_length=512,
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
-    )
 
 
 def build_model(tokenizer):
@@ -233,25 +178,6 @@ def print_scores(table):
         print(f"{kind:10} {share:.3f} of {num_prompts} held-out prompts")
     mean_share = sum(share * num for share, num in table.values()) / sum(num for _, num in table.values())
     print(f"{'all':10} {mean_share:.3f}")
-
-
-def check_tokens_are_the_same_alone_and_in_prompts(tokenizer, num_sentences=3000):
-    """Raise `RuntimeError` if a sentence's tokens in a prompt are not exactly its tokens alone."""
-
-    def tokens(text):
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    for split in ("train", "test"):
-        for sentence in sentences(split, num_sentences // 2, seed=2):
-            for question in questions(sentence):
-                content = f"{question.instruction}\n{sentence.text}"
-                messages = [{"role": "user", "content": content}]
-                prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-                before, after = prompt.split(sentence.text)
-                if tokens(before) + tokens(sentence.text) + tokens(after) != tokens(prompt):
-                    raise RuntimeError(
-                        f"A token reaches over the border of the sentence in {prompt!r}. Check the pre-tokenizer."
-                    )
 
 
 def main():

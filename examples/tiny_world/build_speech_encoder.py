@@ -3,7 +3,7 @@
 Follows CTC (Graves et al. 2006) over the LLM's tokens with light SpecAugment (arXiv 1904.08779), in about ten minutes
 on one core. Leaves out: the CTC head, which is thrown away; what stays is in the place of a pretrained Whisper encoder.
 
-    cd examples && python -m tiny_world.build_speech_encoder
+    python -m examples.tiny_world.build_speech_encoder
 """
 
 import argparse
@@ -19,7 +19,8 @@ from transformers import AutoTokenizer, WhisperConfig, WhisperFeatureExtractor
 from modeling_blsp_kd.speech_encoder import TrueLengthWhisperEncoder
 
 from .build_llm import LLM_DIR
-from .speech import HELD_OUT_VOICES, SAMPLING_RATE, TRAIN_VOICES, make_clips
+from .espeak import SAMPLING_RATE
+from .speech import HELD_OUT_VOICES, TRAIN_VOICES, make_clips
 from .world import sentences
 
 SPEECH_ENCODER_DIR = Path(__file__).parent / "speech_encoder"

@@ -12,7 +12,7 @@ import random
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from ...tiny_world.build_llm import SPECIAL_TOKENS, for_chats
+from ...tiny_world.chat_tokenizer import SPECIAL_TOKENS, for_chats
 from .digits import DIGITS, INSTRUCTIONS, KINDS, SPLITS, draw_question, draw_string, kinds_of, number_in_words
 from .llm import build_llm, llm_parser
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from processing.manifests import read_objects
 
-from ...tiny_world.build_llm import train_tokenizer
+from ...tiny_world.chat_tokenizer import train_tokenizer
 from .llm import build_llm, llm_parser
 from .sentences import INSTRUCTIONS
 

@@ -7,7 +7,8 @@ Strings, unlike sentences, follow no grammar: a misheard digit cannot be guessed
 import hashlib
 import random
 
-from ...tiny_world.world import DIGITS, Question
+from ...tiny_world.sentence_kinds import DIGITS
+from ...tiny_world.world import Question
 
 MAX_DIGITS = 6
 MAX_SUMMED = 4

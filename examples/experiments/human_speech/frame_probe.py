@@ -26,7 +26,7 @@ from transformers import WhisperFeatureExtractor
 from modeling_blsp_kd.backbones import load_audio_tower
 from processing.audio_loading import load_audio
 
-from ...tiny_world.world import DIGITS
+from ...tiny_world.sentence_kinds import DIGITS
 from ..make_digit_manifest import read_recordings
 from .synthetic import SYNTHESIZERS, synthesize_recordings
 

@@ -16,7 +16,7 @@ import soundfile
 import soxr
 from tqdm import tqdm
 
-from ...tiny_world.world import DIGITS
+from ...tiny_world.sentence_kinds import DIGITS
 
 ESPEAK_ACCENTS = ("en-us", "en", "en-gb-scotland", "en-gb-x-rp", "en-029")
 ESPEAK_LEFT_OUT = {"Alien", "Demonic", "Mr serious", "croak", "klatt6", "whisper", "whisperf"}
@@ -64,7 +64,7 @@ def espeak_voices() -> tuple[dict[str, Say], int]:
     # Imported here: espeakng-loader is an extra.
     import espeakng_loader
 
-    from ...tiny_world.speech import SAMPLING_RATE, synthesize
+    from ...tiny_world.espeak import SAMPLING_RATE, synthesize
 
     def saying(variant):
         def say(word, rng):
