@@ -22,6 +22,7 @@ from .distillation_step import ItemCounts, check_output_head
 from .training.atomic_checkpoints import ASIDE, choose_checkpoint, move_into_place, remove_old
 from .training.batch_order import ExactOrder
 from .training.card import card_of_training
+from .training.parameter_groups import OPTIMIZERS_WITH_OWN_GROUPS, optimizer_with_groups
 from .training.sigterm import TerminationNotice
 from .training.supported_arguments import (
     best_metric_is_greater,
@@ -65,6 +66,8 @@ class BlspKdTrainer(ExactOrder):
         make_card (callable, *optional*): returns the [`ModelCard`] that `push_to_hub` uploads; omitted, one of what
             the Trainer knows (`training/card.py`).
 
+        encoder_learning_rate (`float`, *optional*): of the speech encoder; omitted, that of `args`.
+
     Raises:
         ValueError: an argument cannot do what it says; the message has the reason.
     """
@@ -76,6 +79,7 @@ class BlspKdTrainer(ExactOrder):
         *rest,
         non_finite_loss: str = "stop",
         make_card=None,
+        encoder_learning_rate: float | None = None,
         **kwargs,
     ):
         if args is not None:
@@ -100,6 +104,17 @@ class BlspKdTrainer(ExactOrder):
                 "that their config names. Pass processing_class=processor, or save the processor beside the model: "
                 "processor.save_pretrained(folder)."
             )
+        if encoder_learning_rate is not None and not (self.optimizer is self.optimizer_cls_and_kwargs is None):
+            raise ValueError(
+                "encoder_learning_rate groups the parameters of the optimiser of TrainingArguments, and optimizers or "
+                "optimizer_cls_and_kwargs bring their own groups. Pass the one or the other."
+            )
+        if encoder_learning_rate is not None and self.args.optim in OPTIMIZERS_WITH_OWN_GROUPS:
+            raise ValueError(
+                f"optim={self.args.optim.value!r} takes its own groups of parameters, so encoder_learning_rate cannot "
+                "group them by learning rate. Use another optimiser, or leave encoder_learning_rate out."
+            )
+        self.encoder_learning_rate = encoder_learning_rate
         self.args.remove_unused_columns = self.args.logging_nan_inf_filter = False
         model = self.accelerator.unwrap_model(self.model)
         # FSDP's cpu_ram_efficient_loading gives the weights to one process per node, and to the others later.
@@ -169,6 +184,12 @@ class BlspKdTrainer(ExactOrder):
         if self._notice.came:
             signal.raise_signal(signal.SIGTERM)  # after the last step: no longer ours
         return output
+
+    def create_optimizer(self, model=None):
+        if self.encoder_learning_rate is not None and self.optimizer is None:
+            grouped = self.model if model is None else model
+            self.optimizer_cls_and_kwargs = optimizer_with_groups(grouped, self.args, self.encoder_learning_rate)
+        return super().create_optimizer(model)
 
     def get_train_dataloader(self):
         # Sums of an attempt that ran out of memory (`auto_find_batch_size`) are of steps that are taken anew.

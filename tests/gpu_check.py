@@ -147,13 +147,12 @@ def check_benchmarks(device, small: bool):
 
 def check_recipe(device, small: bool):
     """Steps of the first recipe: its model in its size, its batches, its optimiser."""
-    sys.path.insert(0, str(ROOT / "examples"))
-    from train import Arguments, ModelOptions, optimizer_and_options
     from transformers import AutoConfig
 
     from examples.estimate import CONFIGS
     from modeling_blsp_kd import BlspKdConfig, BlspKdTrainer
     from modeling_blsp_kd.training.estimate import Assumptions, build_model, make_batch, model_config, read_recipe
+    from modeling_blsp_kd.training.options import Arguments
 
     recipe, estimate = read_recipe(RECIPE)
     config, clip_s = model_config(recipe, CONFIGS), estimate["clip_s"]
@@ -196,13 +195,12 @@ def check_recipe(device, small: bool):
                 "bf16": recipe["bf16"],
             }
         )
-        options = ModelOptions(encoder_learning_rate=recipe["encoder_learning_rate"])
         trainer = BlspKdTrainer(
             model,
             args,
             data_collator=lambda rows: batch,
             train_dataset=list(range(args.per_device_train_batch_size * accumulation * NUM_STEPS)),
-            optimizer_cls_and_kwargs=optimizer_and_options(model, options, args),
+            encoder_learning_rate=recipe["encoder_learning_rate"],
         )
         start = time.perf_counter()
         trainer.train()

@@ -17,13 +17,6 @@ import torch
 from transformers import AutoConfig, HfArgumentParser
 from transformers.utils import ModelOutput
 
-from tests.helpers.models import make_config, make_model, text_config
-from tests.helpers.prompts import spoken_prompts
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-
-import train
-
 from examples.experiments.ablation import __main__ as ablate
 from examples.experiments.ablation import analysis, report, runs
 from examples.experiments.ablation.matrix import BY_NAME, CLAIMS, CONFIGURATIONS, RECOGNIZER, TRAIN
@@ -31,7 +24,11 @@ from examples.experiments.ablation.plan import Plan, read_rows
 from examples.experiments.ablation.train_global_lora import GlobalLoraForCausalLM, merge_lora
 from examples.experiments.ablation.train_recognizer import CtcRecognizer, RecognizerOptions
 from modeling_blsp_kd import BlspKdConfig
+from modeling_blsp_kd.training.options import TINY_SPEECH_MODEL, Arguments, ModelOptions
 from processing.evaluation.recognition import read_off
+from processing.training_rows.options import DataOptions
+from tests.helpers.models import make_config, make_model, text_config
+from tests.helpers.prompts import spoken_prompts
 
 
 @pytest.fixture
@@ -69,11 +66,11 @@ def test_scripts_take_the_options_and_a_config_can_be_built(name, plan, tmp_path
     else:
         assert Path(script).exists()
     own = (RecognizerOptions,) if BY_NAME[name].script == RECOGNIZER else ()
-    parser = HfArgumentParser((*own, train.ModelOptions, train.DataOptions, train.Arguments))
+    parser = HfArgumentParser((*own, ModelOptions, DataOptions, Arguments))
     *_, model_options, data_options, args = parser.parse_args_into_dataclasses(arguments)
     assert (args.max_steps, args.seed, data_options.num_utterances) == (3, 1, 24)
     config = BlspKdConfig(
-        speech_config=AutoConfig.from_pretrained(train.TINY_SPEECH_MODEL),
+        speech_config=AutoConfig.from_pretrained(TINY_SPEECH_MODEL),
         text_config=text_config(),
         adapter=model_options.adapter,
         plora=model_options.plora,

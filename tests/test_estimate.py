@@ -9,8 +9,11 @@ from transformers import HfArgumentParser
 from examples.estimate import CONFIGS
 from modeling_blsp_kd import BlspKdConfig
 from modeling_blsp_kd.training import estimate, step_cost
+from modeling_blsp_kd.training.command_line import unfold_recipe
+from modeling_blsp_kd.training.options import Arguments, ModelOptions
+from processing.training_rows.options import DataOptions
 from tests.benchmarks.memory_estimate import ASSUME, compare, make_config
-from tests.helpers.example_scripts import EXAMPLES, load_example
+from tests.helpers.example_scripts import EXAMPLES
 
 TINY_WORLD = EXAMPLES / "tiny_world"
 RECIPES = sorted(path for path in (EXAMPLES / "recipes").glob("*.yaml") if "fsdp" not in path.name)
@@ -59,10 +62,9 @@ def test_shards_hold_their_part_and_what_is_gathered():
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_a_recipe_is_read_by_both_scripts(path, monkeypatch):
-    train = load_example("train", monkeypatch)
-    parser = HfArgumentParser((train.ModelOptions, train.DataOptions, train.Arguments))
-    given = train.unfold_recipe([str(path), "--bf16", "false", "--use_cpu", "true", "--seed", "7"])
+def test_a_recipe_is_read_by_both_scripts(path):
+    parser = HfArgumentParser((ModelOptions, DataOptions, Arguments))
+    given = unfold_recipe([str(path), "--bf16", "false", "--use_cpu", "true", "--seed", "7"])
     model_options, data_options, args = parser.parse_args_into_dataclasses(given)
     recipe, assumed = estimate.read_recipe(path)
     assert (args.learning_rate, args.max_steps, args.seed) == (recipe["learning_rate"], recipe["max_steps"], 7)
@@ -76,21 +78,19 @@ def test_a_recipe_is_read_by_both_scripts(path, monkeypatch):
     assert assume.num_gpus % assume.num_shards == 0
 
 
-def test_an_unknown_option_in_a_recipe_is_refused(tmp_path, monkeypatch):
-    train = load_example("train", monkeypatch)
+def test_an_unknown_option_in_a_recipe_is_refused(tmp_path):
     (tmp_path / "wrong.yaml").write_text(yaml.safe_dump({"learning_speed": 1e-3, "estimate": {"num_gpus": 2}}))
-    parser = HfArgumentParser((train.ModelOptions, train.DataOptions, train.Arguments))
+    parser = HfArgumentParser((ModelOptions, DataOptions, Arguments))
     with pytest.raises(ValueError, match="learning_speed"):
-        parser.parse_args_into_dataclasses(train.unfold_recipe([str(tmp_path / "wrong.yaml")]))
+        parser.parse_args_into_dataclasses(unfold_recipe([str(tmp_path / "wrong.yaml")]))
 
 
-def test_options_of_a_recipe_may_be_mappings(tmp_path, monkeypatch):
-    train = load_example("train", monkeypatch)
+def test_options_of_a_recipe_may_be_mappings(tmp_path):
     (tmp_path / "short.yaml").write_text("adapter_options: {num_pre_layers: 2}\nplora: true\nlearning_rate: 1e-4\n")
-    assert train.unfold_recipe([str(tmp_path / "short.yaml"), "--seed", "2"]) == [
+    assert unfold_recipe([str(tmp_path / "short.yaml"), "--seed", "2"]) == [
         *("--adapter_options", '{"num_pre_layers": 2}', "--plora", "true", "--learning_rate", "1e-4", "--seed", "2")
     ]
-    assert train.unfold_recipe(["--seed", "2"]) == ["--seed", "2"] and train.unfold_recipe([]) == []
+    assert unfold_recipe(["--seed", "2"]) == ["--seed", "2"] and unfold_recipe([]) == []
 
 
 def test_a_model_that_is_trained_further_costs_what_its_parts_cost(tmp_path):

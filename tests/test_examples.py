@@ -13,7 +13,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import GenerationConfig, pipeline
 
+from examples import train
+from modeling_blsp_kd.training.building import build_model, build_processor, make_trainer, warn_of_endless_answers
+from modeling_blsp_kd.training.options import Arguments, ModelOptions
+from processing.manifests import read_manifest
 from processing.publishing.verify import ELSEWHERE
+from processing.training_rows import responses
+from processing.training_rows.options import DataOptions
 from tests.helpers.example_scripts import EXAMPLES, load_example
 from tests.helpers.prompts import CHAT_TEMPLATE, clip, make_tokenizer
 from tests.helpers.shipping import run_python
@@ -165,7 +171,6 @@ def test_a_model_is_trained_further(trained, tmp_path):
 @pytest.mark.parametrize("inside", ["", "checkpoint-2"])
 def test_further_training_does_not_write_over_where_it_started(trained, inside, monkeypatch):
     folder, _ = trained
-    train = load_example("train", monkeypatch)
     start, output = str(folder / "model" / inside), str(folder / "samples" / ".." / "model")
     monkeypatch.setattr(sys, "argv", ["train.py", "--start_from", start, "--output_dir", output, "--use_cpu", "true"])
     with pytest.raises(ValueError, match="holds the model of --start_from. Give a folder of its own"):
@@ -173,17 +178,16 @@ def test_further_training_does_not_write_over_where_it_started(trained, inside, 
 
 
 @pytest.mark.parametrize("thin", [False, True])
-def test_a_further_stage_has_its_own_settings_and_the_models_weights(tmp_path, monkeypatch, thin):
-    train = load_example("train", monkeypatch)
-    options = train.ModelOptions(thin=thin, freeze_speech_encoder=True, speech_padding="max_length")
-    processor = train.build_processor(options)
-    first = train.build_model(options, processor)
+def test_a_further_stage_has_its_own_settings_and_the_models_weights(tmp_path, thin):
+    options = ModelOptions(thin=thin, freeze_speech_encoder=True, speech_padding="max_length")
+    processor = build_processor(options)
+    first = build_model(options, processor)
     first.save_pretrained(tmp_path / "first")
     processor.save_pretrained(tmp_path / "first")
 
-    options = train.ModelOptions(start_from=str(tmp_path / "first"), distillation='{"input_kl": 0.5}')
-    assert train.build_processor(options).audio_token_id == first.config.audio_token_id
-    second = train.build_model(options, None)
+    options = ModelOptions(start_from=str(tmp_path / "first"), distillation='{"input_kl": 0.5}')
+    assert build_processor(options).audio_token_id == first.config.audio_token_id
+    second = build_model(options, None)
     assert (second.config.backbones is not None) == thin
     assert second.config.speech_padding == "do_not_pad" and not second.audio_tower.pad_to_window
     assert second.config.distillation["input_kl"] == 0.5 and second.audio_tower.config.apply_spec_augment
@@ -192,14 +196,14 @@ def test_a_further_stage_has_its_own_settings_and_the_models_weights(tmp_path, m
         assert torch.equal(second.state_dict()[name], value), name
 
     second.save_pretrained(tmp_path / "second")
-    options = train.ModelOptions(
+    options = ModelOptions(
         start_from=str(tmp_path / "second"), freeze_speech_encoder=True, spec_augment=False, dtype="bfloat16"
     )
     if thin:
         with pytest.raises(ValueError, match=r"a thin checkpoint, was trained; .* full=True"):
-            train.build_model(options, None)
+            build_model(options, None)
         return
-    third = train.build_model(options, None)
+    third = build_model(options, None)
     assert parts_trained(third) == {"adapter"} and not third.audio_tower.config.apply_spec_augment
     for name, value in third.state_dict().items():
         assert value.dtype == (torch.float32 if name.startswith("adapter.") else torch.bfloat16)
@@ -212,43 +216,39 @@ def parts_trained(model):
     return {name.split(".")[0] for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def test_parts_of_a_model_that_is_trained_further_are_not_asked_for(monkeypatch):
-    train = load_example("train", monkeypatch)
+def test_parts_of_a_model_that_is_trained_further_are_not_asked_for():
     with pytest.raises(ValueError, match="brings its own adapter, plora. Leave out --adapter, --plora, or"):
-        train.ModelOptions(start_from="org/model", adapter="subsampler", plora=True)
+        ModelOptions(start_from="org/model", adapter="subsampler", plora=True)
 
 
-def test_a_manifest_row_without_text_is_named(tmp_path, monkeypatch):
+def test_a_manifest_row_without_text_is_named(tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"audio": "a.wav", "text": "words"}\n{"audio": "b.wav", "text": ""}\n')
-    train = load_example("train", monkeypatch)
     with pytest.raises(ValueError, match=r"bad\.jsonl, row 2: expected 'audio' and 'text'"):
-        train.read_manifest(str(tmp_path / "bad.jsonl"))
+        read_manifest(str(tmp_path / "bad.jsonl"))
 
 
-def test_options_of_the_chat_template_come_from_the_command_line_or_the_model(tmp_path, monkeypatch, backbones):
-    train = load_example("train", monkeypatch)
+def test_options_of_the_chat_template_come_from_the_command_line_or_the_model(tmp_path, backbones):
     llm = make_tokenizer()
     llm.chat_template = "{% if enable_thinking %}(thinks){% endif %}" + CHAT_TEMPLATE
     llm.save_pretrained(tmp_path / "llm")
     names = {"speech_model": str(backbones[0]), "text_model": str(tmp_path / "llm")}
-    first = train.build_processor(train.ModelOptions(**names, chat_template_kwargs='{"enable_thinking": true}'))
+    first = build_processor(ModelOptions(**names, chat_template_kwargs='{"enable_thinking": true}'))
     first.save_pretrained(tmp_path / "first")
     further = {"start_from": str(tmp_path / "first")}
     for options, thinks in [({}, True), ({"chat_template_kwargs": '{"enable_thinking": false}'}, False)]:
-        processor = train.build_processor(train.ModelOptions(**further, **options))
+        processor = build_processor(ModelOptions(**further, **options))
         assert processor.chat_template_kwargs == {"enable_thinking": thinks}
         prompt = processor.apply_chat_template([{"role": "user", "content": "cat"}])
         assert prompt.startswith("(thinks)") == thinks
     with pytest.raises(ValueError, match="--chat_template_kwargs must be a JSON object"):
-        train.build_processor(train.ModelOptions(**names, chat_template_kwargs="enable_thinking=true"))
+        build_processor(ModelOptions(**names, chat_template_kwargs="enable_thinking=true"))
 
 
-def test_an_end_of_answers_that_generation_does_not_stop_at_is_warned_of(processor, monkeypatch, caplog):
-    train = load_example("train", monkeypatch)
+def test_an_end_of_answers_that_generation_does_not_stop_at_is_warned_of(processor, caplog):
     for ends, num_warnings in ((2, 0), ([7, 2], 0), (7, 1), ([7], 1), (None, 1)):
         caplog.clear()
         model = SimpleNamespace(generation_config=GenerationConfig(eos_token_id=ends))
-        train.warn_of_endless_answers(model, processor)
+        warn_of_endless_answers(model, processor)
         assert len(caplog.messages) == num_warnings
         assert all("trained to end with '<|end|>' (token 2)" in message for message in caplog.messages)
 
@@ -260,12 +260,11 @@ def test_an_llm_that_answers_nothing_stops_before_training(tmp_path, monkeypatch
     soundfile.write(tmp_path / "a.wav", clip(0.8), 16_000)
     rows = [{"audio": "a.wav", "text": "the red cat", "response": "red"}, {"audio": "a.wav", "text": "the sea"}]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    train = load_example("train", monkeypatch)
-    monkeypatch.setattr(train, "answer_rows", lambda model, processor, rows, *_, **__: [answer] * len(rows))
-    data = train.DataOptions(train_manifest=str(tmp_path / "train.jsonl"))
-    args = train.Arguments(output_dir=str(tmp_path / "model"), use_cpu=True, report_to="none")
+    monkeypatch.setattr(responses, "answer_rows", lambda model, processor, rows, *_, **__: [answer] * len(rows))
+    data = DataOptions(train_manifest=str(tmp_path / "train.jsonl"))
+    args = Arguments(output_dir=str(tmp_path / "model"), use_cpu=True, report_to="none")
     with pytest.raises(ValueError, match=rf"1 of 1 .*{message}.*train\.jsonl, row 2"):
-        train.make_trainer(train.ModelOptions(), data, args)
+        make_trainer(ModelOptions(), data, args)
 
 
 def test_digit_manifest_joins_recordings_and_holds_one_speaker_out(tmp_path):

@@ -5,21 +5,14 @@ import os
 import random
 import sys
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import torch
-
-from tests.helpers.models import make_model
-from tests.helpers.prompts import SAMPLING_RATE, clip
-
-sys.path.append(str(Path(__file__).parents[1] / "examples"))
-
-import train
 from transformers import AutoTokenizer
 
+from examples import train
 from examples.experiments import make_digit_manifest
 from examples.experiments.human_speech import build_sentence_llm, error_analysis, frame_probe, learning_curve, sentences
 from examples.experiments.human_speech.build_digit_llm import build_tokenizer, draw_dialogues, held_out_prompts
@@ -37,6 +30,8 @@ from examples.experiments.human_speech.error_analysis import as_markdown, descri
 from examples.tiny_world.build_llm import build_model
 from processing.training_rows.augmentation import Augmentation
 from processing.training_rows.kept_frames import KeptFrames
+from tests.helpers.models import make_model
+from tests.helpers.prompts import SAMPLING_RATE, clip
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from tests.helpers.example_scripts import load_example
+from modeling_blsp_kd.training.options import Arguments, where_to_resume
 from tests.reliability.kill_and_resume import KINDS, SHORT, run, table
 
 
@@ -21,12 +21,11 @@ def test_killed_trainings_end_as_the_one_that_nobody_killed(tmp_path):
     "given, at_first, later",
     [(None, False, False), ("false", False, False), ("True", False, True), ("a/folder", "a/folder", "a/folder")],
 )
-def test_resuming_may_stand_in_a_command_from_its_first_start_on(given, at_first, later, tmp_path, monkeypatch, caplog):
+def test_resuming_may_stand_in_a_command_from_its_first_start_on(given, at_first, later, tmp_path, caplog):
     """`--resume_from_checkpoint true` was taken for a folder of that name."""
-    train = load_example("train", monkeypatch)
-    args = train.Arguments(output_dir=str(tmp_path), resume_from_checkpoint=given, use_cpu=True)
+    args = Arguments(output_dir=str(tmp_path), resume_from_checkpoint=given, use_cpu=True)
     with caplog.at_level(logging.INFO):
-        assert train.where_to_resume(args) == at_first
+        assert where_to_resume(args) == at_first
     assert ("training starts anew" in caplog.text) == (given == "True")
     (tmp_path / "checkpoint-7").mkdir()
-    assert train.where_to_resume(args) == later
+    assert where_to_resume(args) == later

@@ -12,6 +12,8 @@ from examples.experiments.human_speech import sentences
 from processing.evaluation.rows import manifest_rows
 from processing.manifests import manifest_lines, read_manifest, read_objects
 from processing.response_generation.sources import ManifestSource
+from processing.training_rows.loading import load_rows
+from processing.training_rows.options import DataOptions
 from tests.helpers.prompts import clip
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -77,7 +79,7 @@ def test_fields_of_another_type_are_named(field, value, message, tmp_path):
         read_manifest(tmp_path / "m.jsonl")
 
 
-def test_all_scripts_read_a_marked_manifest_and_refuse_utf_16(tmp_path, monkeypatch):
+def test_all_scripts_read_a_marked_manifest_and_refuse_utf_16(tmp_path):
     """Two readers treated them differently, and six scripts had one of their own."""
     soundfile.write(tmp_path / "a.wav", clip(0.4), 16_000)
     row = {**ROW, "text": "three", "file_name": "a.wav", "speaker": "x", "seconds": "0.4", "instruction": "Repeat."}
@@ -87,11 +89,8 @@ def test_all_scripts_read_a_marked_manifest_and_refuse_utf_16(tmp_path, monkeypa
     content = "".join(json.dumps(each) + "\n" for each in (row, sentence))
     marked.write_text(content, encoding="utf-8-sig")
     other.write_text(content, encoding="utf-16")
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    import train
-
     readers = {
-        "train.py": lambda path: train.load_rows(train.DataOptions(train_manifest=str(path)), 0)[0],
+        "train.py": lambda path: load_rows(DataOptions(train_manifest=str(path)), 0)[0],
         "evaluate.py": manifest_rows,
         "make_training_data.py": lambda path: [
             ManifestSource(path).parse(line) for line in next(ManifestSource(path).blocks(8))[1]

@@ -16,23 +16,27 @@ from huggingface_hub import HfApi, ModelCard
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
+from examples import train
 from modeling_blsp_kd import BlspKdConfig, BlspKdTrainer
+from modeling_blsp_kd.training import building
+from modeling_blsp_kd.training.building import build_model
+from modeling_blsp_kd.training.options import (
+    TINY_SPEECH_MODEL,
+    TINY_TEXT_MODEL,
+    Arguments,
+    ModelOptions,
+    encoder_learning_rate,
+)
+from modeling_blsp_kd.training.parameter_groups import optimizer_with_groups
 from processing import BlspKdProcessor
 from processing.publishing.facts import describe_parts
+from processing.training_rows.options import DataOptions
 from tests.helpers.models import make_model
 from tests.helpers.prompts import clip
 from tests.helpers.stand_in_hub import REPO_ID, StandInHub
 from tests.helpers.trainers import make_trainer
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture
-def train(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
-    import train
-
-    return train
 
 
 @pytest.fixture
@@ -53,7 +57,7 @@ def data(tmp_path):
     return write
 
 
-def start(train, monkeypatch, output, *options, **given):
+def start(monkeypatch, output, *options, **given):
     arguments = {"output_dir": output, "use_cpu": True, "disable_tqdm": True, "report_to": "none", **given}
     arguments |= {"per_device_train_batch_size": 2, "dataloader_num_workers": 0, "freeze_speech_encoder": True}
     words = [word for name, value in arguments.items() for word in (f"--{name}", str(value))]
@@ -62,18 +66,18 @@ def start(train, monkeypatch, output, *options, **given):
     return json.loads((output / "results.json").read_text())
 
 
-def test_the_model_card_of_this_repository_describes_the_default_model(train):
+def test_the_model_card_of_this_repository_describes_the_default_model():
     facts = json.loads((ROOT / "tests" / "data" / "default_publication.json").read_text())["facts"]
-    processor = BlspKdProcessor.from_backbones(train.TINY_SPEECH_MODEL, train.TINY_TEXT_MODEL)
-    model = train.build_model(train.ModelOptions(), processor)
+    processor = BlspKdProcessor.from_backbones(TINY_SPEECH_MODEL, TINY_TEXT_MODEL)
+    model = build_model(ModelOptions(), processor)
     assert describe_parts(model, facts["results"]["training"], {}) == facts["parts"]
     assert model.config.distillation == facts["losses"]
 
 
-def test_an_evaluation_without_answers_reports_what_can_be_computed(train, data, tmp_path, monkeypatch, capsys):
+def test_an_evaluation_without_answers_reports_what_can_be_computed(data, tmp_path, monkeypatch, capsys):
     """An `answer` is optional, but without one training ended in a KeyError, and its results were lost."""
     given = {"train_manifest": data("train", {}, {}, {}, {}), "eval_manifest": data("eval", {}, {}), "max_steps": 1}
-    results = start(train, monkeypatch, tmp_path / "model", **given)
+    results = start(monkeypatch, tmp_path / "model", **given)
     assert {"response_kl", "input_kl", "token_count_accuracy", "token_count_error", "total_seconds"} <= set(results)
     assert not {"num_scored", "text_accuracy", "speech_accuracy"} & set(results) and len(results["samples"]) == 2
     printed = capsys.readouterr().out
@@ -81,7 +85,7 @@ def test_an_evaluation_without_answers_reports_what_can_be_computed(train, data,
     assert printed.count("  answers ") == 2
 
 
-def test_evaluation_while_training_and_the_best_model_work_with_a_manifest(train, data, tmp_path, monkeypatch):
+def test_evaluation_while_training_and_the_best_model_work_with_a_manifest(data, tmp_path, monkeypatch):
     """Evaluation while training had no rows, and epochs were ignored, since steps had a default."""
     some = {"answer": "red", "voice": "a", "kind": "colour"}, {"instruction": "Repeat."}, {"answer": 4}
     given = {
@@ -95,7 +99,7 @@ def test_evaluation_while_training_and_the_best_model_work_with_a_manifest(train
         "metric_for_best_model": "eval_response_kl",
         "logging_steps": 1,
     }
-    results = start(train, monkeypatch, tmp_path / "model", **given)
+    results = start(monkeypatch, tmp_path / "model", **given)
     assert results["training"]["steps"] == 4, "two epochs of two batches"
     assert results["num_scored"] == 2 and set(results["speech_accuracy"]["by_kind"]) == {"all", "colour"}
     assert set(results["text_accuracy"]) == {"seen_voices", "unnamed_voices", "by_kind"}
@@ -106,7 +110,7 @@ def test_evaluation_while_training_and_the_best_model_work_with_a_manifest(train
     assert results["response_kl"] == pytest.approx(state["best_metric"], rel=1e-4), "what is saved is the best model"
 
 
-def test_results_are_there_before_what_may_fail(train, data, tmp_path, monkeypatch):
+def test_results_are_there_before_what_may_fail(data, tmp_path, monkeypatch):
     given = {"train_manifest": data("train", {}, {}), "eval_manifest": data("eval", {"answer": "red"}), "max_steps": 1}
 
     def fail(*args, **kwargs):
@@ -116,7 +120,7 @@ def test_results_are_there_before_what_may_fail(train, data, tmp_path, monkeypat
 
     monkeypatch.setattr(train, "answer_rows", fail)
     with pytest.raises(MemoryError):
-        start(train, monkeypatch, tmp_path / "model", **given)
+        start(monkeypatch, tmp_path / "model", **given)
     results = json.loads((tmp_path / "model" / "results.json").read_text())
     assert results["training"]["steps"] == 1 and "response_kl" in results
     assert (tmp_path / "model" / "model.safetensors").exists()
@@ -131,62 +135,62 @@ def test_results_are_there_before_what_may_fail(train, data, tmp_path, monkeypat
         ({"audio": "click.wav"}, r"row 2 \(audio .*too short.* an evaluation leaves none out"),
     ],
 )
-def test_a_bad_clip_of_the_evaluation_is_found_first(change, message, train, data, tmp_path, monkeypatch):
+def test_a_bad_clip_of_the_evaluation_is_found_first(change, message, data, tmp_path, monkeypatch):
     """It was found after the last step, as libsndfile's "System error.", with advice that held for training alone."""
     (tmp_path / "broken.wav").write_bytes(b"RIFF of no use")
     soundfile.write(tmp_path / "silent.wav", 0 * clip(0.5), 16_000)
     soundfile.write(tmp_path / "click.wav", clip(0.02), 16_000)
     given = {"train_manifest": data("train", {}), "eval_manifest": data("eval", {}, change)}
-    monkeypatch.setattr(train, "build_model", lambda *_: pytest.fail("the model is made afterwards"))
+    monkeypatch.setattr(building, "build_model", lambda *_: pytest.fail("the model is made afterwards"))
     with pytest.raises(ValueError, match=message) as caught:
-        start(train, monkeypatch, tmp_path / "model", **given)
+        start(monkeypatch, tmp_path / "model", **given)
     assert "skip_bad_audio" not in str(caught.value) and "System error" not in str(caught.value)
 
 
-def test_a_missing_clip_of_the_training_is_not_found(train, data, tmp_path, monkeypatch):
+def test_a_missing_clip_of_the_training_is_not_found(data, tmp_path, monkeypatch):
     given = {"train_manifest": data("train", {}, {"audio": "gone.wav"}), "max_steps": 1}
     with pytest.raises(ValueError, match=r"row 2 .*not found: .*gone\.wav.*--skip_bad_audio true"):
-        start(train, monkeypatch, tmp_path / "model", **given)
+        start(monkeypatch, tmp_path / "model", **given)
 
 
-def parse(train, *words):
-    return HfArgumentParser(train.Arguments).parse_args_into_dataclasses(["--use_cpu", "true", *words])[0]
+def parse(*words):
+    return HfArgumentParser(Arguments).parse_args_into_dataclasses(["--use_cpu", "true", *words])[0]
 
 
-def test_epochs_count_unless_steps_are_given(train):
+def test_epochs_count_unless_steps_are_given():
     """Steps had a default, so that --num_train_epochs did nothing."""
-    assert parse(train).max_steps == 2400
-    epochs = parse(train, "--num_train_epochs", "1.5")
+    assert parse().max_steps == 2400
+    epochs = parse("--num_train_epochs", "1.5")
     assert (epochs.max_steps, epochs.num_train_epochs) == (-1, 1.5)
-    assert parse(train, "--num_train_epochs", "2", "--max_steps", "7").max_steps == 7
+    assert parse("--num_train_epochs", "2", "--max_steps", "7").max_steps == 7
 
 
-def test_a_stream_has_no_epochs(train, data):
-    options = train.DataOptions(train_manifest=data("train", {}), streaming=True)
+def test_a_stream_has_no_epochs(data):
+    options = DataOptions(train_manifest=data("train", {}), streaming=True)
     with pytest.raises(ValueError, match="no epochs to count. Give --max_steps"):
-        train.make_trainer(train.ModelOptions(), options, parse(train, "--num_train_epochs", "1"))
+        building.make_trainer(ModelOptions(), options, parse("--num_train_epochs", "1"))
 
 
 @pytest.mark.parametrize(
     "words", [("--optim", "galore_adamw", "--optim_target_modules", "adapter"), ("--optim", "lomo")]
 )
-def test_optimisers_with_groups_of_their_own_are_refused_by_the_script(words, train):
+def test_optimisers_with_groups_of_their_own_are_refused_by_the_script(words):
     """GaLore's groups were replaced by the script's, so that it was plain AdamW."""
     with pytest.raises(ValueError, match="takes its own groups of parameters"):
-        parse(train, *words)
+        parse(*words)
 
 
-def test_refused_arguments_are_refused_before_any_work(train):
+def test_refused_arguments_are_refused_before_any_work():
     with pytest.raises(ValueError, match="label_smoothing_factor=0.1: "):
-        parse(train, "--label_smoothing_factor", "0.1")
+        parse("--label_smoothing_factor", "0.1")
 
 
-def test_weights_decay_that_decay_in_the_trainer(train):
+def test_weights_decay_that_decay_in_the_trainer():
     """The script let biases and norms decay, too."""
-    args = parse(train, "--weight_decay", "0.1", "--learning_rate", "1e-3")
+    args = parse("--weight_decay", "0.1", "--learning_rate", "1e-3")
     model = make_model(freeze_speech_encoder=False)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    _, options = train.optimizer_and_options(model, train.ModelOptions(), args)
+    _, options = optimizer_with_groups(model, args, encoder_learning_rate(ModelOptions(), args))
     decaying = {names[id(each)] for group in options["params"] if group["weight_decay"] for each in group["params"]}
     expected = BlspKdTrainer.get_decay_parameter_names(None, model)
     assert decaying == {name for name, parameter in model.named_parameters() if parameter.requires_grad} & set(expected)
@@ -196,15 +200,15 @@ def test_weights_decay_that_decay_in_the_trainer(train):
     }
 
 
-def test_documented_differences_of_defaults_are_all(train):
+def test_documented_differences_of_defaults_are_all():
     """Defaults of script and library differed without a word."""
     text = (ROOT / "docs" / "training.md").read_text()
     rows = dict(line.strip("| \n").split(" | ", 1) for line in text.splitlines() if line.startswith("| `"))
-    own, theirs = train.Arguments(use_cpu=True), TrainingArguments("x", use_cpu=True)
-    chosen = {name for name in vars(train.Arguments) if name in TrainingArguments.__dataclass_fields__}
+    own, theirs = Arguments(use_cpu=True), TrainingArguments("x", use_cpu=True)
+    chosen = {name for name in vars(Arguments) if name in TrainingArguments.__dataclass_fields__}
     chosen -= {"output_dir", "dataloader_pin_memory", "remove_unused_columns"}
     shown = {name: (getattr(own, name), getattr(theirs, name)) for name in sorted(chosen)}
-    shown["freeze_speech_encoder"] = train.ModelOptions().freeze_speech_encoder, BlspKdConfig().freeze_speech_encoder
+    shown["freeze_speech_encoder"] = ModelOptions().freeze_speech_encoder, BlspKdConfig().freeze_speech_encoder
     for name, values in shown.items():
         values = [
             value.value if isinstance(value, (IntervalStrategy,)) else getattr(value, "value", value)
@@ -270,10 +274,10 @@ def test_every_push_has_code_and_card(strategy, hub, tmp_path, processor, collat
         assert torch.equal(loaded.state_dict()[name], value), name
 
 
-def test_the_script_pushes_its_card(hub, train, data, tmp_path, monkeypatch):
+def test_the_script_pushes_its_card(hub, data, tmp_path, monkeypatch):
     given = {"train_manifest": data("train", {}, {}), "eval_manifest": data("eval", {"answer": "red"}), "max_steps": 1}
     given |= {"push_to_hub": True, "hub_model_id": REPO_ID, "hub_token": "hf_stand_in", "save_strategy": "no"}
-    results = start(train, monkeypatch, tmp_path / "model", **given)
+    results = start(monkeypatch, tmp_path / "model", **given)
     assert hub.num_commits == 1, "one push, with everything"
     assert {"results.json", "samples/1.wav", "modeling_blsp_kd.py", "processing_blsp_kd.py"} <= set(hub.files)
     card = ModelCard(hub.files["README.md"].decode())

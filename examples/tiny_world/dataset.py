@@ -8,8 +8,6 @@ import random
 from collections import Counter
 from pathlib import Path
 
-from processing.evaluation.rows import voice_group
-
 from .speech import HELD_OUT_VOICES, TRAIN_VOICES, make_clips, word_times
 from .world import KINDS, Sentence, questions, sentences
 
@@ -89,6 +87,8 @@ def make_evaluation_rows(split: str, num_utterances: int, cache_dir: str | Path)
         split, cache_dir: as in [`make_rows`].
         num_utterances: number of rows per kind of voice.
     """
+    from processing.evaluation.rows import voice_group  # here, since it imports transformers, which takes seconds
+
     groups = []
     for seed, voices in enumerate((TRAIN_VOICES, HELD_OUT_VOICES), start=1):
         rows = make_rows(split, num_utterances, voices, seed, cache_dir, with_words=True)

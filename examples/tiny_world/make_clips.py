@@ -1,6 +1,6 @@
 """Remake the short clips of `examples/tiny_world/clips`, which the demo offers to those without a microphone.
 
-    python examples/tiny_world/make_clips.py
+    python -m examples.tiny_world.make_clips
 
 Test sentences in held-out voices, so the default run has trained on neither. Leaves out: `metadata.jsonl` has a row for
 every question that a sentence can answer, in its first wording; the demo shows the first row of each clip.
@@ -8,14 +8,11 @@ every question that a sentence can answer, in its first wording; the demo shows 
 
 import json
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from tiny_world.speech import HELD_OUT_VOICES, make_clips
-from tiny_world.world import INSTRUCTIONS, sentences
+from .speech import HELD_OUT_VOICES, make_clips
+from .world import INSTRUCTIONS, sentences
 
 FOLDER = Path(__file__).parent / "clips"
 CLIPS = {  # what is said: its file, and what is asked first

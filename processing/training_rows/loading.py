@@ -1,17 +1,20 @@
-"""From options to the data set that the Trainer gets.
+"""From options to rows and to the data sets that the Trainer gets.
 
-Leaves out: the tiny world's rows and missing responses, which are made before (`train.py`).
+`responses.py` makes missing responses in between.
 """
 
 import logging
 from pathlib import Path
 
+from datasets import Dataset
+
 from modeling_blsp_kd.training.batch_order import data_seed
+from processing.manifests import read_manifest
 
 from .augmentation import Augmentation
-from .clips import BadClipError, ClipFeatures, SkippedClips, audio_name, lengths
+from .clips import BadClipError, ClipFeatures, SkippedClips, audio_name, duration_s, lengths
 from .data_sets import RowsInMemory, StreamedRows
-from .mixtures import Source, read_mixture, stream_sources
+from .mixtures import Source, read_mixture, read_sources, stream_sources
 from .options import DataOptions
 
 SKIPPED_FILE = "skipped_audio.jsonl"
@@ -19,14 +22,27 @@ logger = logging.getLogger(__name__)
 
 
 def training_sources(options: DataOptions) -> list[Source]:
-    """Where training rows come from; empty for the tiny world."""
+    """Return where training rows come from.
+
+    Raises:
+        ValueError: options name neither a manifest nor a mixture.
+    """
     if options.train_mixture:
         return read_mixture(options.train_mixture)
-    return [Source(manifest=options.train_manifest)] if options.train_manifest else []
+    if options.train_manifest:
+        return [Source(manifest=options.train_manifest)]
+    raise ValueError("There are no rows to train on. Give --train_manifest or --train_mixture.")
+
+
+def load_rows(options: DataOptions, seed: int) -> tuple[list[dict], list[dict]]:
+    """Return training rows (none if they are streamed) and evaluation rows (none without a manifest)."""
+    eval_rows = read_manifest(options.eval_manifest, options.allow_outside_paths) if options.eval_manifest else []
+    sources = training_sources(options)
+    return [] if options.streaming else read_sources(sources, seed, options.allow_outside_paths), eval_rows
 
 
 def training_data(rows: list[dict], options: DataOptions, args, processor) -> RowsInMemory | StreamedRows:
-    """What to train on.
+    """Return the data set to train on.
 
     Args:
         rows: all of them, with their responses; of no use if they are streamed.
@@ -46,8 +62,7 @@ def training_data(rows: list[dict], options: DataOptions, args, processor) -> Ro
         processor,
         augmentation=Augmentation(options.speeds, options.noise, options.noise_snr_db, options.noise_share),
         skipped=skipped,
-        # The tiny world's clips fit in memory.
-        keep=options.keep_features or not training_sources(options),
+        keep=options.keep_features,
         seed=seed,
     )
     if options.streaming:
@@ -68,3 +83,11 @@ def training_data(rows: list[dict], options: DataOptions, args, processor) -> Ro
     if num_text_only := sum(audio_name(row) is None for row in kept):
         logger.info("%d of %d training rows have no audio: they train on text alone.", num_text_only, len(kept))
     return RowsInMemory(kept, kept_lengths, hear)
+
+
+def evaluation_data(rows: list[dict], length_column: str = "length") -> Dataset:
+    """Return the data set to evaluate on: what the collator reads, and the length that batches are grouped by."""
+    read = ("audio", "text", "instruction", "response")
+    return Dataset.from_list(
+        [{**{name: row.get(name) for name in read}, length_column: duration_s(row)} for row in rows]
+    )

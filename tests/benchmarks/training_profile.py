@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import statistics
-import sys
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -21,11 +20,12 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback, set_seed
 
+from examples.train import with_tiny_world
+from modeling_blsp_kd.training.building import make_trainer
+from modeling_blsp_kd.training.options import Arguments, ModelOptions
+from processing.training_rows.options import DataOptions
+
 from .report import machine
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-
-import train
 
 NUM_WARMUP_STEPS = 5
 WAITING = "waiting for the next batch"
@@ -92,13 +92,13 @@ def main():
     parser.add_argument(
         "--dataloader_num_workers",
         type=int,
-        default=train.Arguments.dataloader_num_workers,
+        default=Arguments.dataloader_num_workers,
         help="processes that read ahead",
     )
     parser.add_argument("--output", type=Path, default=Path("outputs/benchmarks"), help="folder for the results")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    args = train.Arguments(
+    args = Arguments(
         output_dir=str(options.output / "profiled_run"),
         max_steps=options.steps,
         save_strategy="no",
@@ -106,14 +106,14 @@ def main():
         dataloader_num_workers=options.dataloader_num_workers,
     )
     set_seed(args.seed)
-    data = train.DataOptions(num_utterances=options.num_utterances, num_eval_utterances=1)
+    data = DataOptions(num_utterances=options.num_utterances, num_eval_utterances=1)
     epoch = -(-options.num_utterances // args.per_device_train_batch_size)
     if not NUM_WARMUP_STEPS < epoch < options.steps:
         parser.error(
             f"--num_utterances {options.num_utterances} make an epoch of {epoch} steps, which is to be longer than "
             f"{NUM_WARMUP_STEPS} and shorter than the {options.steps} --steps."
         )
-    trainer, _, _ = train.make_trainer(train.ModelOptions(), data, args)
+    trainer, _, _ = make_trainer(ModelOptions(), with_tiny_world(data, args), args)
     marks = Marks(trainer)
     where = machine(args.device, torch.float32, "wall")
     trainer.train()

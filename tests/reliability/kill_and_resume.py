@@ -39,15 +39,19 @@ def train(folder: Path, clips: Path, steps: int, utterances: int):
     log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    sys.path.insert(0, str(ROOT / "examples"))
     import torch
-    import train as example
     from transformers import TrainerCallback, set_seed
     from transformers.trainer_utils import IntervalStrategy
 
+    from examples.train import with_tiny_world
+    from modeling_blsp_kd.training.building import make_trainer
+    from modeling_blsp_kd.training.options import Arguments, ModelOptions, where_to_resume
+    from processing.training_rows.loading import evaluation_data
+    from processing.training_rows.options import DataOptions
+
     torch.set_num_threads(1)
     logging.basicConfig(level=logging.INFO)
-    args = example.Arguments(
+    args = Arguments(
         output_dir=str(folder),
         resume_from_checkpoint="true",
         max_steps=steps,
@@ -62,10 +66,10 @@ def train(folder: Path, clips: Path, steps: int, utterances: int):
         disable_tqdm=True,
     )
     set_seed(args.seed)
-    args.resume_from_checkpoint = example.where_to_resume(args)
-    data = example.DataOptions(num_utterances=utterances, num_eval_utterances=EVAL_UTTERANCES, cache_dir=str(clips))
-    trainer, _, eval_rows = example.make_trainer(example.ModelOptions(plora=True), data, args)
-    trainer.eval_dataset = example.make_dataset(eval_rows)
+    args.resume_from_checkpoint = where_to_resume(args)
+    data = DataOptions(num_utterances=utterances, num_eval_utterances=EVAL_UTTERANCES, cache_dir=str(clips))
+    trainer, _, eval_rows = make_trainer(ModelOptions(plora=True), with_tiny_world(data, args), args)
+    trainer.eval_dataset = evaluation_data(eval_rows)
     args.eval_strategy = IntervalStrategy.STEPS
     progress = os.open(folder / "progress.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
 

@@ -6,10 +6,12 @@ Takes the options of `examples/train.py`. Leaves out: training.
 import json
 from pathlib import Path
 
-from train import Arguments, DataOptions, ModelOptions, build_model, build_processor
 from transformers import HfArgumentParser, set_seed
 
+from modeling_blsp_kd.training.building import build_model, build_processor
 from modeling_blsp_kd.training.command_line import HelpFormatter
+from modeling_blsp_kd.training.options import Arguments, ModelOptions
+from processing.training_rows.options import DataOptions
 
 
 def main():

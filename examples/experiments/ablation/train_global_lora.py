@@ -14,12 +14,18 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from train import REPORTED, Arguments, DataOptions, ModelOptions, make_dataset, make_trainer
 from transformers import HfArgumentParser, set_seed
 
 from modeling_blsp_kd import BlspKdForCausalLM
 from modeling_blsp_kd.plora import ADAPTER_NAME, PartialLora
+from modeling_blsp_kd.training.building import make_trainer
 from modeling_blsp_kd.training.command_line import HelpFormatter
+from modeling_blsp_kd.training.options import Arguments, ModelOptions
+from processing.evaluation.after_training import REPORTED
+from processing.training_rows.loading import evaluation_data
+from processing.training_rows.options import DataOptions
+
+from ...train import with_tiny_world
 
 
 class GlobalLoraForCausalLM(BlspKdForCausalLM):
@@ -61,13 +67,15 @@ def main():
         raise ValueError("LoRA at all positions takes the layers of PLoRA: pass --plora true.")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     set_seed(args.seed)
-    trainer, _, eval_rows = make_trainer(model_options, data_options, args, model_class=GlobalLoraForCausalLM)
+    trainer, _, eval_rows = make_trainer(
+        model_options, with_tiny_world(data_options, args), args, model_class=GlobalLoraForCausalLM
+    )
     start = time.time()
     trainer.train()
     results = {"train_seconds": round(time.time() - start, 1)}
     processor = trainer.processing_class
     if eval_rows:
-        alignment = trainer.evaluate(make_dataset(eval_rows))
+        alignment = trainer.evaluate(evaluation_data(eval_rows))
         results |= {name: alignment[f"eval_{name}"] for name in REPORTED if f"eval_{name}" in alignment}
     merge_lora(trainer.model).save_pretrained(args.output_dir)
     processor.save_pretrained(args.output_dir)

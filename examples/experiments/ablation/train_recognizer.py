@@ -18,13 +18,18 @@ from pathlib import Path
 import torch
 from torch import nn
 from tqdm import tqdm
-from train import Arguments, DataOptions, ModelOptions, make_trainer, optimizer_and_options
 from transformers import HfArgumentParser, set_seed
 
 from modeling_blsp_kd.speech_encoder import encode_speech
 from modeling_blsp_kd.training.batch_order import ExactOrder
+from modeling_blsp_kd.training.building import make_trainer
 from modeling_blsp_kd.training.command_line import HelpFormatter
+from modeling_blsp_kd.training.options import Arguments, ModelOptions, encoder_learning_rate
+from modeling_blsp_kd.training.parameter_groups import optimizer_with_groups
 from processing.evaluation.recognition import read_off
+from processing.training_rows.options import DataOptions
+
+from ...train import with_tiny_world
 
 # What a row says of which nothing was heard: manifests have no empty transcripts.
 NOTHING = "..."
@@ -98,7 +103,7 @@ def train_ctc(distillation_trainer, model_options: ModelOptions, args: Arguments
         args=args,
         train_dataset=distillation_trainer.train_dataset,
         data_collator=collate,
-        optimizer_cls_and_kwargs=optimizer_and_options(recognizer, model_options, args),
+        optimizer_cls_and_kwargs=optimizer_with_groups(recognizer, args, encoder_learning_rate(model_options, args)),
     )
     trainer.train()
     return recognizer.eval()
@@ -124,7 +129,7 @@ def main():
         raise ValueError("A cascade needs --eval_manifest: the rows whose clips are recognised.")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     set_seed(args.seed)
-    trainer, _, eval_rows = make_trainer(model_options, data_options, args)
+    trainer, _, eval_rows = make_trainer(model_options, with_tiny_world(data_options, args), args)
     start = time.time()
     if options.recognizer == "ctc":
         read_clips = train_ctc(trainer, model_options, args).read_off

@@ -1,0 +1,150 @@
+"""From the options of `examples/train.py` to processor, model, data and trainer.
+
+Everything that options can get wrong fails here, before the first step.
+"""
+
+import json
+import logging
+from pathlib import Path
+
+from transformers import AutoConfig
+from transformers.integrations import unset_hf_deepspeed_config
+
+from processing import BlspKdDataCollator, BlspKdProcessor
+from processing.chat_templates import read_options
+from processing.data_collator import split_prompt
+from processing.manifests import read_manifest
+from processing.training_rows.clips import check_clips
+from processing.training_rows.loading import evaluation_data, load_rows, training_data
+from processing.training_rows.options import DataOptions
+from processing.training_rows.responses import add_responses
+
+from ..devices import fast_dtype
+from ..modeling_blsp_kd import BlspKdForCausalLM
+from ..trainer import BlspKdTrainer
+from .batch_order import data_seed
+from .options import TINY_SPEECH_MODEL, Arguments, ModelOptions, encoder_learning_rate
+
+logger = logging.getLogger(__name__)
+
+SPEC_AUGMENT = {"apply_spec_augment": True, "mask_time_prob": 0.05, "mask_time_length": 5, "mask_feature_prob": 0.05}
+# For its 25 frames a second: less depth than the defaults, and 6.25 tokens a second from the subsampler.
+TINY_ADAPTERS = {"cformer": {"num_pre_layers": 1, "num_post_layers": 2}, "subsampler": {"num_layers": 2}}
+
+
+def check_options(model_options: ModelOptions, data_options: DataOptions, args: Arguments) -> None:
+    """Refuse options that contradict each other, before any work.
+
+    Raises:
+        ValueError: there are such options.
+    """
+    if model_options.kept_frames and (data_options.speeds or data_options.noise):
+        raise ValueError(
+            "--kept_frames encodes each clip once, but --speeds and --noise make another clip of it in every epoch. "
+            "Leave out the one or the other."
+        )
+    started_from = model_options.start_from and Path(model_options.start_from).resolve()
+    if started_from and started_from.is_dir() and started_from.is_relative_to(Path(args.output_dir).resolve()):
+        raise ValueError(f"--output_dir {args.output_dir} holds the model of --start_from. Give a folder of its own.")
+    if data_options.streaming and args.max_steps <= 0:
+        raise ValueError("--streaming reads rows without end, so there are no epochs to count. Give --max_steps.")
+
+
+def make_trainer(
+    model_options: ModelOptions, data_options: DataOptions, args: Arguments, model_class=BlspKdForCausalLM
+):
+    """Build model (of `model_class`), data, and the trainer that trains the one on the other.
+
+    Args:
+        data_options: with a manifest or a mixture to train on.
+
+    Returns:
+        `tuple`: the trainer, training rows and evaluation rows, all with the LLM's own answers.
+    """
+    check_options(model_options, data_options, args)
+    if data_options.eval_manifest:  # seconds; a fault would else be known only when all has been trained
+        check_clips(read_manifest(data_options.eval_manifest, data_options.allow_outside_paths))
+    processor = build_processor(model_options)
+    if args.deepspeed_plugin is not None and not args.deepspeed_plugin.zero3_init_flag:
+        # TrainingArguments asks for shares of the weights all the same, but the LLM is to answer first.
+        unset_hf_deepspeed_config()
+    model = build_model(model_options, processor, model_class, args.device)
+    warn_of_endless_answers(model, processor)
+    train_rows, eval_rows = load_rows(data_options, data_seed(args))
+    # As in the method, the LLM's own answers are what it learns to give after speech.
+    for rows in (train_rows, eval_rows):
+        add_responses(rows, model, processor, data_options.max_response_tokens)
+    with args.main_process_first(desc="looking at the clips"):
+        train_dataset = training_data(train_rows, data_options, args, processor)
+    trainer = BlspKdTrainer(
+        model=model,
+        args=args,
+        train_dataset=train_dataset,
+        eval_dataset=evaluation_data(eval_rows, args.length_column_name) if eval_rows else None,
+        data_collator=BlspKdDataCollator(processor),
+        processing_class=processor,
+        encoder_learning_rate=encoder_learning_rate(model_options, args),
+        non_finite_loss=args.non_finite_loss,
+    )
+    return trainer, train_rows, eval_rows
+
+
+def build_processor(options: ModelOptions) -> BlspKdProcessor:
+    """Return the processor of the model that options describe."""
+    given = read_options(options.chat_template_kwargs)
+    if options.start_from:
+        return BlspKdProcessor.from_pretrained(options.start_from, **given)
+    return BlspKdProcessor.from_backbones(options.speech_model, options.text_model, **given)
+
+
+def build_model(options: ModelOptions, processor, model_class=BlspKdForCausalLM, device=None) -> BlspKdForCausalLM:
+    """Return the model (of `model_class`) that options describe, with its frozen weights in the dtype of `device`."""
+    dtype = fast_dtype(options.dtype, device)
+    training = {
+        "freeze_speech_encoder": options.freeze_speech_encoder,
+        "speech_padding": options.speech_padding,
+        "distillation": json.loads(options.distillation),
+    }
+    if options.start_from:
+        config = model_class.config_class.from_pretrained(options.start_from, **training)
+        if hasattr(config.speech_config, "apply_spec_augment"):
+            config.speech_config.update(SPEC_AUGMENT if options.spec_augment else {"apply_spec_augment": False})
+        # As stored, so that what goes on being trained is not rounded by the dtype of the rest.
+        model = model_class.from_pretrained(options.start_from, config=config).upcast_trained().cast_frozen(dtype)
+        if options.freeze_speech_encoder and any(each.requires_grad for each in model.audio_tower.parameters()):
+            raise ValueError(
+                f"The encoder of {options.start_from}, a thin checkpoint, was trained; frozen, it would be missing in "
+                "the next. Train it on, or start from a full checkpoint: model.save_pretrained(folder, full=True)."
+            )
+        return model
+    speech_config = AutoConfig.from_pretrained(options.speech_model)
+    if options.spec_augment and hasattr(speech_config, "apply_spec_augment"):
+        speech_config.update(SPEC_AUGMENT)
+    adapter_options = json.loads(options.adapter_options) if options.adapter_options else {}
+    if options.adapter_options is None and options.speech_model == TINY_SPEECH_MODEL:
+        adapter_options = TINY_ADAPTERS.get(options.adapter, {})
+    return model_class.from_backbones(
+        options.speech_model,
+        options.text_model,
+        audio_token_id=processor.audio_token_id,
+        speech_kwargs={"config": speech_config},
+        dtype=dtype,
+        adapter={"type": options.adapter, **adapter_options},
+        plora=options.plora,
+        thin=options.thin,
+        **training,
+    )
+
+
+def warn_of_endless_answers(model, processor):
+    """Warn if answers are trained to end with a token that generation does not stop at."""
+    [ids] = processor.tokenize([split_prompt(processor, None, "yes")[2]], add_special_tokens=False)["input_ids"]
+    ends = model.generation_config.eos_token_id
+    if ids[-1] not in (ends if isinstance(ends, list) else [ends]):
+        logger.warning(
+            "Answers are trained to end with %r (token %s), but generation of this LLM stops at %s: add it to "
+            "eos_token_id of the LLM's generation_config.json, or its answers may go on.",
+            processor.tokenizer.convert_ids_to_tokens(ids[-1]),
+            ids[-1],
+            ends,
+        )
