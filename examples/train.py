@@ -27,6 +27,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import HfArgumentParser, set_seed
@@ -65,7 +66,7 @@ def main():
     trainer, _, eval_rows = make_trainer(model_options, with_tiny_world(data_options, args), args)
     model, processor = trainer.model, trainer.processing_class
     kept_frames = KeptFrames(model.audio_tower, model_options.kept_frames) if model_options.kept_frames else None
-    results = {}
+    results: dict[str, Any] = {}
     trainer.make_card = lambda: card_of_run(trainer, results)
     training_start = time.time()
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
@@ -116,10 +117,10 @@ def with_tiny_world(options: DataOptions, args: Arguments) -> DataOptions:
         if args.local_process_index == 0:
             # In a process of its own: a script imports no other one, and synthesis needs espeakng-loader.
             command = [sys.executable, "-m", "examples.tiny_world.make_manifests"]
-            command += ["--train", train.absolute(), "--num_utterances", options.num_utterances]
+            command += ["--train", str(train.absolute()), "--num_utterances", str(options.num_utterances)]
             if not options.eval_manifest:
-                command += ["--test", test.absolute(), "--num_eval_utterances", options.num_eval_utterances]
-            subprocess.run(list(map(str, command)), cwd=ROOT, check=True)
+                command += ["--test", str(test.absolute()), "--num_eval_utterances", str(options.num_eval_utterances)]
+            subprocess.run(command, cwd=ROOT, check=True)
     # The clips fit in memory.
     return replace(
         options, train_manifest=str(train), eval_manifest=options.eval_manifest or str(test), keep_features=True

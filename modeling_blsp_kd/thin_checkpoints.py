@@ -68,7 +68,7 @@ def load_thin(
     attn_implementation: str | dict | None = None,
     output_loading_info: bool = False,
     **kwargs,
-):
+) -> Any:
     """Load a thin checkpoint: fetch its backbones, join them, and put in what was trained.
 
     Takes the arguments of `from_pretrained`. `dtype` "auto" keeps the dtypes of training. `quantization_config` is for

@@ -9,11 +9,15 @@ import math
 import os
 import shutil
 import signal
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import DistributedType, broadcast_object_list
-from transformers import ProcessorMixin, TrainingArguments
+from huggingface_hub import ModelCard
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, ProcessorMixin, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
@@ -72,13 +76,18 @@ class BlspKdTrainer(ExactOrder):
         ValueError: an argument cannot do what it says; the message has the reason.
     """
 
+    # Of the Trainer, whose types are not known here:
+    _tr_loss: torch.Tensor
+    _globalstep_last_logged: int
+    optimizer_cls_and_kwargs: tuple[type, dict] | None
+
     def __init__(
         self,
-        model=None,
+        model: PreTrainedModel | None = None,
         args: TrainingArguments | None = None,
         *rest,
         non_finite_loss: str = "stop",
-        make_card=None,
+        make_card: Callable[[], ModelCard] | None = None,
         encoder_learning_rate: float | None = None,
         **kwargs,
     ):
@@ -125,15 +134,15 @@ class BlspKdTrainer(ExactOrder):
             check_fsdp(self.accelerator.state.fsdp_plugin)
         # forward divides each part by its own count over the whole optimiser step.
         self.model_accepts_loss_kwargs = True
-        self._loss_parts = {"train": {}, "eval": {}}
-        self._step_parts = {}
+        self._loss_parts: dict[str, dict[str, torch.Tensor]] = {"train": {}, "eval": {}}
+        self._step_parts: dict[str, torch.Tensor] = {}
         self.non_finite_loss, self.make_card = non_finite_loss, make_card
         self._non_finite_steps = self._skipped_in_a_row = 0
         if self.args.metric_for_best_model is not None and self.args.eval_strategy != "no":
             self._choose_direction(model)
         self._is_writing_aside = False
         self._notice = TerminationNotice()
-        self._notices = None  # how many processes had a notice when the step began
+        self._notices: torch.Tensor = None  # how many processes had a notice when the step began
         self._is_terminating = False
 
     def _check_lengths(self):
@@ -159,7 +168,7 @@ class BlspKdTrainer(ExactOrder):
             logger.warning(f"The best model is that of the lowest {name}: greater_is_better is False.")
             self.args.greater_is_better = False
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs) -> Any:
         """`Trainer.train`, from a checkpoint that has been verified.
 
         Raises:
@@ -185,13 +194,13 @@ class BlspKdTrainer(ExactOrder):
             signal.raise_signal(signal.SIGTERM)  # after the last step: no longer ours
         return output
 
-    def create_optimizer(self, model=None):
+    def create_optimizer(self, model: PreTrainedModel | None = None) -> torch.optim.Optimizer:
         if self.encoder_learning_rate is not None and self.optimizer is None:
             grouped = self.model if model is None else model
             self.optimizer_cls_and_kwargs = optimizer_with_groups(grouped, self.args, self.encoder_learning_rate)
         return super().create_optimizer(model)
 
-    def get_train_dataloader(self):
+    def get_train_dataloader(self) -> DataLoader:
         # Sums of an attempt that ran out of memory (`auto_find_batch_size`) are of steps that are taken anew.
         self._loss_parts["train"], self._step_parts = {}, {}
         self._non_finite_steps = self._skipped_in_a_row = 0
@@ -203,7 +212,7 @@ class BlspKdTrainer(ExactOrder):
             loader.base_dataloader.generator = torch.Generator().manual_seed(seed)
         return self._notice.spare_workers(loader)
 
-    def get_eval_dataloader(self, eval_dataset=None):
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         # With persistent workers the Trainer keeps the first loader: later evaluations would get its rows, whatever
         # they ask for, and in another order each time, which a resume forgets.
         persistent_workers, self.args.dataloader_persistent_workers = self.args.dataloader_persistent_workers, False
@@ -221,7 +230,7 @@ class BlspKdTrainer(ExactOrder):
 
     def _choose_checkpoint(self, resume_from) -> str:
         """The main process verifies, so that a checkpoint is read once, and all resume from or fail at the same."""
-        chosen = [None, None]
+        chosen: list[Any] = [None, None]
         if self.is_world_process_zero():
             try:
                 chosen[0] = choose_checkpoint(resume_from, self.args.output_dir)
@@ -232,7 +241,7 @@ class BlspKdTrainer(ExactOrder):
             raise ValueError(chosen[1])
         return chosen[0]
 
-    def get_batch_samples(self, epoch_iterator, *args, **kwargs):
+    def get_batch_samples(self, epoch_iterator: Iterable, *args, **kwargs) -> Any:
         self._loss_before_step = self._tr_loss.clone()
         return super().get_batch_samples(map(self._without_repeats, epoch_iterator), *args, **kwargs)
 
@@ -267,7 +276,13 @@ class BlspKdTrainer(ExactOrder):
         *_, self._notices = totals
         return totals[:-1] if self.args.average_tokens_across_devices else counts
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self,
+        model: PreTrainedModel,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         _add_to(self._step_parts if model.training else self._loss_parts["eval"], outputs["loss_parts"])
         if model.training:
@@ -315,7 +330,7 @@ class BlspKdTrainer(ExactOrder):
         totals = self.accelerator.reduce(torch.stack(list(collected.values())), reduction="sum").tolist()
         return {name: total / max(count, 1) for name, (total, count) in zip(collected, totals)}
 
-    def log(self, logs, start_time=None):
+    def log(self, logs: dict[str, float], start_time: float | None = None):
         if "loss" in logs:
             logs = {**logs, **self._collected_means("train")}
             if self._non_finite_steps:
@@ -409,12 +424,18 @@ class BlspKdTrainer(ExactOrder):
         self._globalstep_last_logged = sums["last_logged_step"]
         self._non_finite_steps, self._skipped_in_a_row = sums["non_finite_steps"], sums["skipped_in_a_row"]
 
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+    def prediction_step(
+        self,
+        model: PreTrainedModel,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> Any:
         # A distillation step returns no logits; generated answers are scored elsewhere.
         inputs = self._without_repeats(inputs)
         return super().prediction_step(model, inputs, prediction_loss_only=True, ignore_keys=ignore_keys)
 
-    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> Any:
         self._loss_parts["eval"] = {}
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         means = self._collected_means("eval")

@@ -4,15 +4,17 @@ The Trainer resumes by skipping batches of the sampler, which workers do not rea
 and epoch alone. `BlspKdTrainer` has it; another Trainer gets it from [`ExactOrder`].
 """
 
+from typing import Any
+
 import torch
 from torch.utils.data import DataLoader, Sampler
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from .length_budget import LengthBudgetBatches
 
 
-def data_seed(args) -> int:
+def data_seed(args: TrainingArguments) -> int:
     """Return the seed of the order of rows of `TrainingArguments`."""
     return args.seed if args.data_seed is None else args.data_seed
 
@@ -70,7 +72,7 @@ class ExactOrder(Trainer):
         self.max_batch_length = max_batch_length
         self.add_callback(_TellEpoch(self))
 
-    def get_train_dataloader(self):
+    def get_train_dataloader(self) -> DataLoader:
         batch_sampler = self._batch_sampler()
         if batch_sampler is None:
             return super().get_train_dataloader()
@@ -108,7 +110,7 @@ class ExactOrder(Trainer):
         return super()._get_train_sampler(train_dataset) if self.order is None else self.order
 
 
-def row_lengths(dataset, column: str) -> list[float]:
+def row_lengths(dataset: Any, column: str) -> list[float]:
     """Return the length of each row of a data set, see [`ExactOrder`].
 
     Raises:

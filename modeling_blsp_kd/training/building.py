@@ -7,7 +7,8 @@ import json
 import logging
 from pathlib import Path
 
-from transformers import AutoConfig
+import torch
+from transformers import AutoConfig, PreTrainedModel
 from transformers.integrations import unset_hf_deepspeed_config
 
 from processing import BlspKdDataCollator, BlspKdProcessor
@@ -51,8 +52,11 @@ def check_options(model_options: ModelOptions, data_options: DataOptions, args: 
 
 
 def make_trainer(
-    model_options: ModelOptions, data_options: DataOptions, args: Arguments, model_class=BlspKdForCausalLM
-):
+    model_options: ModelOptions,
+    data_options: DataOptions,
+    args: Arguments,
+    model_class: type[BlspKdForCausalLM] = BlspKdForCausalLM,
+) -> tuple[BlspKdTrainer, list[dict], list[dict]]:
     """Build model (of `model_class`), data, and the trainer that trains the one on the other.
 
     Args:
@@ -97,7 +101,12 @@ def build_processor(options: ModelOptions) -> BlspKdProcessor:
     return BlspKdProcessor.from_backbones(options.speech_model, options.text_model, **given)
 
 
-def build_model(options: ModelOptions, processor, model_class=BlspKdForCausalLM, device=None) -> BlspKdForCausalLM:
+def build_model(
+    options: ModelOptions,
+    processor: BlspKdProcessor,
+    model_class: type[BlspKdForCausalLM] = BlspKdForCausalLM,
+    device: torch.device | str | None = None,
+) -> BlspKdForCausalLM:
     """Return the model (of `model_class`) that options describe, with its frozen weights in the dtype of `device`."""
     dtype = fast_dtype(options.dtype, device)
     training = {
@@ -136,7 +145,7 @@ def build_model(options: ModelOptions, processor, model_class=BlspKdForCausalLM,
     )
 
 
-def warn_of_endless_answers(model, processor):
+def warn_of_endless_answers(model: PreTrainedModel, processor: BlspKdProcessor):
     """Warn if answers are trained to end with a token that generation does not stop at."""
     [ids] = processor.tokenize([split_prompt(processor, None, "yes")[2]], add_special_tokens=False)["input_ids"]
     ends = model.generation_config.eos_token_id

@@ -8,12 +8,13 @@ import os
 import textwrap
 
 from huggingface_hub import ModelCard, ModelCardData
+from transformers import Trainer
 
 TASK = "audio-text-to-text"
 TAGS = ["custom_code", "speech", "knowledge-distillation", "blsp-kd", "arxiv:2405.19041"]
 
 
-def card_of_training(trainer) -> ModelCard:
+def card_of_training(trainer: Trainer) -> ModelCard:
     """Return the card of the model of a [`BlspKdTrainer`], in its current state of training."""
     args, state, config = trainer.args, trainer.state, trainer.model.config
     model_id = trainer.hub_model_id or os.path.basename(os.path.abspath(args.output_dir))

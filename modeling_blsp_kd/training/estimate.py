@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 
 from ..configuration_blsp_kd import BlspKdConfig
 from ..modeling_blsp_kd import BlspKdForCausalLM
@@ -139,7 +139,7 @@ def make_batch(config: BlspKdConfig, batch_size: int, clip_s: float, assume: Ass
     }
 
 
-def count_parameters(model) -> dict[str, tuple[int, int]]:
+def count_parameters(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
     """Return the numbers of trained and frozen parameters by part."""
     partial_lora = [] if model.plora is None else model.plora.parameters
     is_partial_lora = {id(parameter) for parameter in partial_lora}
@@ -155,7 +155,7 @@ def count_parameters(model) -> dict[str, tuple[int, int]]:
     }
 
 
-def gathered_bytes(model, bf16: bool) -> int:
+def gathered_bytes(model: PreTrainedModel, bf16: bool) -> int:
     """Return the bytes that FSDP2 gathers at one time: the weights outside of layers, and those of two layers."""
     layer_names = {*(model._no_split_modules or ()), *(model.language_model._no_split_modules or ())}
 

@@ -27,7 +27,7 @@ def optimizer_with_groups(
     optimizer_class, optimizer_options = Trainer.get_optimizer_cls_and_kwargs(args, model)
     of_encoder = {id(parameter) for parameter in model.audio_tower.parameters()}
     decaying = get_parameter_names(model, [torch.nn.LayerNorm], NOT_DECAYING) if args.weight_decay else []
-    groups = {}
+    groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             groups.setdefault((id(parameter) in of_encoder, name in decaying), []).append(parameter)

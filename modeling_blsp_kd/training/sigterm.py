@@ -9,6 +9,8 @@ import functools
 import os
 import signal
 import threading
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -31,7 +33,7 @@ class TerminationNotice:
         self._is_awaited.fill_(False)
         self._restore()
 
-    def spare_workers(self, loader):
+    def spare_workers(self, loader: Any) -> Iterator[None]:
         """Let a data loader's workers outlive any SIGTERM in this context: clusters send it to all processes at once,
         and a worker that dies of it takes the training along.
 

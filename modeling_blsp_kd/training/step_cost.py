@@ -8,6 +8,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -15,6 +16,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from transformers import PreTrainedModel
 
 from .. import distillation
 from ..modeling_blsp_kd import BlspKdForCausalLM
@@ -98,7 +100,7 @@ class LiveBytes(TorchDispatchMode):
         return output
 
 
-def tensors_in(value) -> Iterator[torch.Tensor]:
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
     """Yield the tensors among an operation's arguments or results."""
     if isinstance(value, torch.Tensor):
         yield value
@@ -128,7 +130,7 @@ def without_contents(build: Callable[[], BlspKdForCausalLM]) -> BlspKdForCausalL
     return model
 
 
-def training_step(model, batch: dict, bf16: bool, accumulates: bool) -> torch.optim.Optimizer:
+def training_step(model: PreTrainedModel, batch: dict, bf16: bool, accumulates: bool) -> torch.optim.Optimizer:
     """Run forward, backward and AdamW as in any step but the first: AdamW's moments exist.
 
     Args:
@@ -168,7 +170,7 @@ class Memory:
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
-def peak_memory(model, batch: dict, bf16: bool, accumulates: bool, on_gpu: bool) -> Memory:
+def peak_memory(model: PreTrainedModel, batch: dict, bf16: bool, accumulates: bool, on_gpu: bool) -> Memory:
     """Return the memory of [`training_step`].
 
     Args:
@@ -189,7 +191,7 @@ def peak_memory(model, batch: dict, bf16: bool, accumulates: bool, on_gpu: bool)
     return Memory(weights, gradients, moments, activations=live.peak - weights - gradients - moments)
 
 
-def count_operations(model, batch: dict, bf16: bool) -> dict[str, int]:
+def count_operations(model: PreTrainedModel, batch: dict, bf16: bool) -> dict[str, int]:
     """Count the operations (2 per multiplication and addition) of forward and backward by part.
 
     Frozen weights get no gradient, but it flows through them; what checkpointing repeats is counted again. torch's

@@ -3,7 +3,9 @@
 docs/training_arguments.md lists every argument. Arguments that transformers itself refuses are not checked here.
 """
 
-from transformers import TrainingArguments
+from typing import Any
+
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.debug_utils import DebugOption
 
 from ..distillation_step import LOSS_PARTS
@@ -59,7 +61,7 @@ def check_training_arguments(args: TrainingArguments):
         raise ValueError("TrainingArguments that BLSP-KD refuses:\n" + "\n".join(problems))
 
 
-def check_fsdp(plugin):
+def check_fsdp(plugin: Any):
     """Refuse what FSDP cannot do for a model with partial LoRA.
 
     Args:
@@ -102,7 +104,7 @@ def best_metric_is_greater(name: str, metrics: set[str], dataset_names: list[str
     return known[bare] in GREATER_IS_BETTER
 
 
-def evaluation_metrics(model) -> set[str]:
+def evaluation_metrics(model: PreTrainedModel) -> set[str]:
     """Return the names of the metrics that an evaluation of a model reports, without `eval_`."""
     weights = model.config.distillation
     metrics = {"loss", "response_kl"} | {name for name in LOSS_PARTS if weights[name]}

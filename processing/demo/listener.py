@@ -6,12 +6,16 @@ Needs no Gradio. Supports one clip and one turn; a conversation of several turns
 import base64
 import html
 import io
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 from transformers import TextIteratorStreamer
 
+from modeling_blsp_kd import BlspKdForCausalLM
 from processing.audio_loading import load_audio
+from processing.processing_blsp_kd import BlspKdProcessor
 
 from .hearing import Hearing, hear
 from .picture import plot_hearing
@@ -31,12 +35,14 @@ class Listener:
         max_new_tokens (`int`): longest answer.
     """
 
-    def __init__(self, model, processor, max_new_tokens: int = MAX_NEW_TOKENS):
+    def __init__(self, model: BlspKdForCausalLM, processor: BlspKdProcessor, max_new_tokens: int = MAX_NEW_TOKENS):
         self.model = model.eval()
         self.processor = processor
         self.max_new_tokens = max_new_tokens
 
-    def respond(self, path: str | None, instruction: str | None, transcript: str | None):
+    def respond(
+        self, path: str | None, instruction: str | None, transcript: str | None
+    ) -> Iterator[tuple[str, str, str]]:
         """Answer one clip.
 
         Args:
@@ -66,7 +72,7 @@ class Listener:
         else:
             yield answer, picture, ""
 
-    def stream(self, audio, instruction: str):
+    def stream(self, audio: tuple[np.ndarray, int], instruction: str) -> Iterator[str]:
         """Yield the answer to (samples, rate) as it grows.
 
         Raises:

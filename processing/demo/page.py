@@ -7,6 +7,7 @@ Host and port are those of GRADIO_SERVER_NAME and GRADIO_SERVER_PORT.
 """
 
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 from transformers import AutoModelForCausalLM, AutoProcessor
@@ -104,7 +105,7 @@ def build_page(listener: Listener, clips: list[dict]) -> gr.Blocks:
     return page.queue(max_size=MAX_WAITING, default_concurrency_limit=1)
 
 
-def launch(page: gr.Blocks, clips_folder: str | Path, **options):
+def launch(page: gr.Blocks, clips_folder: str | Path, **options) -> Any:
     """Serve the page with the fonts of the visitor's system, so that it fetches none from another server."""
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
     theme = gr.themes.Default(primary_hue="blue", **fonts).set(button_primary_background_fill="*primary_700")

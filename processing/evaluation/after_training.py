@@ -3,6 +3,8 @@
 `scoring.py` scores more, with intervals, for `examples/evaluate.py`.
 """
 
+from typing import Any
+
 from .answering import accuracy
 
 # What an evaluation of the Trainer measures and a training reports.
@@ -19,9 +21,9 @@ def score_by_voices(rows: list[dict], spoken: list[str], seen_voices: set) -> di
     """
     if not rows:
         return {}
-    results = {"num_scored": len(rows)}
+    results: dict[str, Any] = {"num_scored": len(rows)}
     for name, given in (("text_accuracy", [row["response"] for row in rows]), ("speech_accuracy", spoken)):
-        by_voices = {voices: [] for voices in VOICE_GROUPS}
+        by_voices: dict[str, list[tuple[dict, str]]] = {voices: [] for voices in VOICE_GROUPS}
         for row, text in zip(rows, given):
             voice = row.get("voice")
             voices = "seen_voices" if voice in seen_voices else "held_out_voices"

@@ -7,10 +7,12 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from huggingface_hub import ModelCard
+from transformers import Trainer
 
 from modeling_blsp_kd.training.options import TINY_SPEECH_MODEL, TINY_TEXT_MODEL, encoder_learning_rate
 
@@ -18,7 +20,9 @@ from .card import make_card
 from .facts import describe_parts
 
 
-def describe_training(trainer, model_options, data_options, eval_rows, stages_before: list[dict] | None) -> dict:
+def describe_training(
+    trainer: Trainer, model_options: Any, data_options: Any, eval_rows: list[dict], stages_before: list[dict] | None
+) -> dict:
     """Return settings and data of a run, for the model card, with Hub ids but without folders of this machine."""
     args, is_frozen = trainer.args, model_options.freeze_speech_encoder
 
@@ -76,7 +80,7 @@ def keep_samples(rows: list[dict], folder: Path) -> list[dict]:
     return samples
 
 
-def card_of_run(trainer, results: dict) -> ModelCard:
+def card_of_run(trainer: Trainer, results: dict) -> ModelCard:
     """Return the card that is pushed while training: that of `examples/publish.py`, without what only it measures."""
     model, samples = trainer.accelerator.unwrap_model(trainer.model), results.get("samples", [])
     return make_card(

@@ -18,6 +18,7 @@ from transformers.generation import (
 )
 
 from modeling_blsp_kd.devices import float64_device
+from processing.processing_blsp_kd import BlspKdProcessor
 
 from .options import AnswerOptions
 
@@ -41,7 +42,15 @@ class TransformersEngine:
     """
 
     def __init__(
-        self, model: str, processor, device, dtype: str, batch_size: int, max_new_tokens: int, temperature, top_p
+        self,
+        model: str,
+        processor: BlspKdProcessor,
+        device: torch.device | str,
+        dtype: str,
+        batch_size: int,
+        max_new_tokens: int,
+        temperature: float,
+        top_p: float,
     ):
         self.model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(device).eval()
         self.processor, self.batch_size, self.max_new_tokens = processor, batch_size, max_new_tokens
@@ -100,7 +109,7 @@ class RowSampler(LogitsProcessor):
     def __init__(self, seeds: list[int]):
         self.streams = [torch.Generator().manual_seed(seed) for seed in seeds]
 
-    def __call__(self, input_ids, scores):
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         uniform = torch.cat([torch.rand(1, generator=stream, dtype=torch.float64) for stream in self.streams])
         exact = float64_device(scores.device)
         cumulative = scores.to(exact).double().softmax(-1).cumsum(-1)
@@ -152,7 +161,9 @@ class VllmEngine:
         return [Answer(answer.text.strip(), answer.finish_reason == "stop") for answer in answers]
 
 
-def make_engine(options: AnswerOptions, processor, device, max_prompt_tokens: int) -> TransformersEngine | VllmEngine:
+def make_engine(
+    options: AnswerOptions, processor: BlspKdProcessor, device: torch.device | str, max_prompt_tokens: int
+) -> TransformersEngine | VllmEngine:
     """Load the LLM into the engine that `options` name."""
     common: dict[str, Any] = {
         "dtype": options.dtype,

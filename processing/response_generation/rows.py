@@ -8,7 +8,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from processing.chat_templates import is_in_thought
 from processing.manifests import BadRow
@@ -167,6 +167,6 @@ class RowMaker:
         }
 
 
-def printable(value) -> str | None:
+def printable(value: Any) -> str | None:
     """Return text that can be written as UTF-8, whatever a bad row holds."""
     return None if value is None else str(value).encode(errors="backslashreplace").decode()

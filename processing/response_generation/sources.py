@@ -35,7 +35,7 @@ class ManifestSource:
 
     place_name, first_place = "line", 1
 
-    def __init__(self, path: str, audio_column="audio", allow_outside=False, limit: int | None = None):
+    def __init__(self, path: str, audio_column: str = "audio", allow_outside: bool = False, limit: int | None = None):
         self.path, self.audio_column, self.allow_outside, self.limit = Path(path), audio_column, allow_outside, limit
         self.folder = self.path.parent.absolute()
         self.num_rows = 0
@@ -78,7 +78,9 @@ class DatasetSource:
 
     place_name, first_place = "index", 0
 
-    def __init__(self, name: str, audio_column="audio", allow_outside=False, limit: int | None = None, **options):
+    def __init__(
+        self, name: str, audio_column: str = "audio", allow_outside: bool = False, limit: int | None = None, **options
+    ):
         self.name, self.audio_column, self.allow_outside, self.limit = name, audio_column, allow_outside, limit
         self.files = [Path(file) for file in options.get("data_files") or []]
         self.folder = self.files[0].parent.absolute() if self.files else None

@@ -7,6 +7,7 @@ next block begins. A continued run makes the blocks that no file holds. Leaves o
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -172,7 +173,7 @@ def _is_json(line: bytes) -> bool:
     return True
 
 
-def write_atomically(path: Path, pieces):
+def write_atomically(path: Path, pieces: Iterable[str | bytes]):
     """Write pieces of text or bytes so that, even after a power cut, `path` is either complete or what it was."""
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("wb") as file:

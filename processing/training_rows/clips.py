@@ -12,9 +12,11 @@ from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from processing.audio_decoding import audio_info
 from processing.audio_loading import load_audio
+from processing.processing_blsp_kd import BlspKdProcessor
 from processing.speech_features import ANALYSIS_WINDOW_S
 
 from .augmentation import Augmentation
@@ -83,7 +85,7 @@ def duration_s(row: dict) -> float:
         raise bad_clip(row, error) from error
 
 
-def lengths(rows: list[dict], tokenizer, seconds_per_token: float) -> list[float]:
+def lengths(rows: list[dict], tokenizer: PreTrainedTokenizerBase, seconds_per_token: float) -> list[float]:
     """What batches are grouped by: seconds of audio, and so many for each token of instruction, text and response.
 
     Raises:
@@ -139,7 +141,7 @@ class ClipFeatures:
 
     def __init__(
         self,
-        processor,
+        processor: BlspKdProcessor,
         augmentation: Augmentation | None = None,
         skipped: SkippedClips | None = None,
         keep: bool = False,

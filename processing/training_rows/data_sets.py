@@ -5,6 +5,7 @@
 """
 
 from itertools import count
+from typing import Any
 
 import torch
 from torch.utils.data import Dataset, Sampler
@@ -60,7 +61,7 @@ class StreamedRows(Dataset):
         seconds_per_token (`float`): see [`lengths`].
     """
 
-    def __init__(self, stream, hear: ClipFeatures, seed: int, length_buffer: int, seconds_per_token: float):
+    def __init__(self, stream: Any, hear: ClipFeatures, seed: int, length_buffer: int, seconds_per_token: float):
         self.stream, self.hear, self.seed = stream, hear, seed
         self.length_buffer, self.seconds_per_token = length_buffer, seconds_per_token
         self.num_rows = 0  # read so far; rows count once

@@ -39,7 +39,9 @@ class KeptFrames:
         self.identity = identity.digest()
         audio_tower.forward = self
 
-    def __call__(self, input_features, input_features_mask, return_dict: bool = True) -> SpeechEncoderOutput:
+    def __call__(
+        self, input_features: torch.Tensor, input_features_mask: torch.Tensor, return_dict: bool = True
+    ) -> SpeechEncoderOutput:
         lengths = input_features_mask.sum(1).tolist()
         keys = [self._key(clip[:, :length]) for clip, length in zip(input_features, lengths)]
         # A clip of several questions is in the batch several times.

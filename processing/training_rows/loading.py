@@ -5,11 +5,13 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 
 from modeling_blsp_kd.training.batch_order import data_seed
 from processing.manifests import read_manifest
+from processing.processing_blsp_kd import BlspKdProcessor
 
 from .augmentation import Augmentation
 from .clips import BadClipError, ClipFeatures, SkippedClips, audio_name, duration_s, lengths
@@ -41,7 +43,9 @@ def load_rows(options: DataOptions, seed: int) -> tuple[list[dict], list[dict]]:
     return [] if options.streaming else read_sources(sources, seed, options.allow_outside_paths), eval_rows
 
 
-def training_data(rows: list[dict], options: DataOptions, args, processor) -> RowsInMemory | StreamedRows:
+def training_data(
+    rows: list[dict], options: DataOptions, args: Any, processor: BlspKdProcessor
+) -> RowsInMemory | StreamedRows:
     """Return the data set to train on.
 
     Args:
