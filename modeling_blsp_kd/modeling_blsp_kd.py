@@ -16,7 +16,7 @@ prompts, `inputs_embeds` (B, L, D) with the text around them. Only the output of
 """
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import nn
@@ -113,14 +113,12 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, BlspKdGenerationMixin):
             self.audio_tower.pad_to_window = config.speech_padding == "max_length"
         with explained("The LLM of text_config cannot be built", CHECK_CONFIG):
             self.language_model = language_model or AutoModelForCausalLM.from_config(text_config)
-        options = dict(config.adapter)
-        adapter_class = ADAPTER_CLASSES[options.pop("type")]
+        options, adapter_class = asdict(config.adapter_options), ADAPTER_CLASSES[config.adapter_options.type]
         if adapter_class is CFormer:
             options["attn_implementation"] = config._attn_implementation or "sdpa"
         self.adapter = adapter_class(speech_config.hidden_size, text_config.get_text_config().hidden_size, **options)
-        self.plora = None
-        if config.plora:
-            self.plora = PartialLora(self.language_model, **config.plora)
+        plora = config.plora_options
+        self.plora = None if plora is None else PartialLora(self.language_model, **asdict(plora))
         self.register_state_dict_post_hook(leave_out_of_peft_model)
         build_in(self, config.part_dtypes)
         self.post_init()
@@ -207,13 +205,13 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, BlspKdGenerationMixin):
 
     def _time_tokens(self, windows, window_mask, frame_mask, windows_per_clip, adapted) -> torch.Tensor:
         """Return start and end of every speech token: (N, U, 2)."""
-        speech_config, options = self.config.speech_config, self.config.timestamps
+        speech_config, options = self.config.speech_config, self.config.timestamp_options
         time_axis, frames_per_window = window_of(speech_config)[1], frame_mask.shape[1]
         frame_loudness = loudness(windows, window_mask, time_axis, steps_per_frame(speech_config), frames_per_window)
         frame_mask, frame_loudness = join_windows(windows_per_clip, frame_mask, frame_loudness)
-        is_silent = find_silence(frame_loudness, frame_mask, options["silence"]).to(adapted.alphas.device)
+        is_silent = find_silence(frame_loudness, frame_mask, options.silence).to(adapted.alphas.device)
         starts_s = frame_starts_s(speech_config, is_silent.shape[1], frames_per_window)
-        counts, delay_s = adapted.num_speech_tokens, options["delay_s"]
+        counts, delay_s = adapted.num_speech_tokens, options.delay_s
         return token_times(adapted.alphas, counts, is_silent, starts_s, self.frame_duration_s, delay_s)
 
     def _encode_no_clips(self, input_features) -> BlspKdAudioOutput:
@@ -338,7 +336,7 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, BlspKdGenerationMixin):
             read (`dict`): what the LLM reads of the speech prompts.
             teacher_attention_mask, num_items_in_batch: see `forward`.
         """
-        weights = self.config.distillation
+        weights = asdict(self.config.distillation_options)
         wanted = wanted_losses(weights, self.training, self.adapter.one_to_one)
         student_states = teacher_states = None
         options = {"use_cache": False, "return_dict": True}

@@ -94,8 +94,7 @@ class BlspKdPreTrainedModel(PreTrainedModel):
             audio_token_id=audio_token_id,
             **config_options,
         )
-        reads_encoder = config.adapter.get("num_pre_layers") == 0 and config.adapter["frame_stride"] == 1
-        if reads_encoder and config.freeze_speech_encoder:
+        if config.adapter_options.reads_encoder and config.freeze_speech_encoder:
             raise ValueError(
                 "With num_pre_layers=0 CIF reads its weights off the encoder, so while that is frozen nothing would "
                 "learn the token counts. Set freeze_speech_encoder=False, or have a pre-CIF layer or a frame_stride "

@@ -4,12 +4,13 @@ import copy
 import json
 
 import pytest
+import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, WhisperConfig
 
 from modeling_blsp_kd import BlspKdConfig, BlspKdForCausalLM
 from modeling_blsp_kd import configuration_blsp_kd as configuration
 from modeling_blsp_kd.configuration_blsp_kd import CUSTOM_PIPELINES
-from tests.helpers.models import FAMILIES, make_config, speech_config, text_config
+from tests.helpers.models import FAMILIES, VOCAB_SIZE, make_config, speech_config, text_config
 
 AUTHORS_CFORMER = {
     "type": "cformer",
@@ -263,6 +264,100 @@ def test_what_is_accepted_can_be_built():
 def test_a_bad_option_is_named(options, message):
     with pytest.raises(ValueError, match=message):
         config(**options)
+
+
+# -- assignment -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("distillation", {"response_kl": -5}),
+        ("distillation", {"kl": 1.0}),
+        ("distillation", "response_kl"),
+        ("plora", {"r": 0}),
+        ("plora", {"lora_aplha": 8}),
+        ("plora", "yes"),
+        ("adapter", "nonsense"),
+        ("adapter", {"type": "cformer", "num_attention_heads": 3}),
+        ("adapter", None),
+        ("timestamps", {"delay_s": 2.0}),
+        ("timestamps", {"silence": 1.0}),
+        ("speech_padding", "max"),
+        ("freeze_speech_encoder", "no"),
+        ("audio_token_id", -1),
+        ("backbones", {"audio_tower": {}}),
+        ("part_dtypes", {"adapter": "int8"}),
+    ],
+)
+def test_assigning_nonsense_raises_the_error_of_the_constructor(name, value):
+    """`config.distillation = {"response_kl": -5}` was accepted, and training minimised a negative loss."""
+    with pytest.raises(ValueError) as of_constructor:
+        config(**{name: value})
+    made = config()
+    before = copy.deepcopy(made.to_dict())
+    with pytest.raises(ValueError) as of_assignment:
+        setattr(made, name, value)
+    assert str(of_assignment.value) == str(of_constructor.value)
+    assert made.to_dict() == before
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("distillation", {"response_ce": 0.5}),
+        ("distillation", None),
+        ("plora", True),
+        ("plora", {"r": 2}),
+        ("plora", False),
+        ("adapter", "cformer"),
+        ("adapter", {"type": "cformer", "num_pre_layers": 1}),
+        ("timestamps", {"delay_s": 0.2}),
+        ("speech_padding", "max_length"),
+        ("audio_token_id", 7),
+    ],
+)
+def test_an_assigned_option_is_stored_as_the_constructor_stores_it(name, value, tmp_path):
+    made = config()
+    setattr(made, name, value)
+    assert made.to_dict() == config(**{name: value}).to_dict()
+    for again in (copy.deepcopy(made), saved_and_loaded(made, tmp_path)):
+        assert plain(again) == plain(made)
+        with pytest.raises(ValueError, match="plora option r"):
+            again.plora = {"r": 0}
+
+
+def test_an_assignment_that_contradicts_another_option_is_refused():
+    made = config()
+    with pytest.raises(ValueError, match=r"input_kl=1\.0 needs one speech token per text token.*Set it to 0"):
+        made.adapter = "subsampler"
+    made.distillation = {"input_kl": 0, "quantity": 0}
+    made.adapter = "subsampler"
+    assert made.to_dict() == config(adapter="subsampler", distillation={"input_kl": 0, "quantity": 0}).to_dict()
+    waveforms = BlspKdConfig(speech_config=AutoConfig.for_model("wav2vec2"), text_config=text_config())
+    with pytest.raises(ValueError, match="speech_padding='max_length' is for Whisper"):
+        waveforms.speech_padding = "max_length"
+
+
+def test_an_option_that_was_changed_in_place_is_checked_when_it_is_read():
+    """The stored dicts are plain, so an item of one can be assigned unchecked; the model never computes with it."""
+    made = make_config(plora=True)
+    model = BlspKdForCausalLM(make_config(plora=True))
+    made.distillation["response_kl"] = model.config.distillation["response_kl"] = -5
+    message = "distillation option response_kl must be at least 0, got -5"
+    with pytest.raises(ValueError, match=message):
+        getattr(made, "distillation_options")  # noqa: B009
+    inputs = {"input_features": torch.zeros(1, 80, 100), "num_speech_tokens": torch.tensor([1])}
+    tokens = {"input_ids": torch.tensor([[VOCAB_SIZE, 5]]), "labels": torch.tensor([[-100, 5]])}
+    teacher = {"teacher_input_ids": torch.tensor([[4, 5]]), "teacher_attention_mask": torch.ones(1, 2)}
+    marks = {"teacher_is_content": torch.tensor([[True, False]]), "teacher_is_response": torch.tensor([[False, True]])}
+    with pytest.raises(ValueError, match=message):
+        model(**inputs, **tokens, **teacher, **marks)
+    model.config.distillation = {}
+    assert model(**inputs, **tokens, **teacher, **marks).loss.isfinite()
+    made.distillation, made.plora["r"] = {}, 0
+    with pytest.raises(ValueError, match="plora option r must be an integer of at least 1, got 0"):
+        BlspKdForCausalLM(made)
 
 
 @pytest.mark.parametrize("name", ["input_kl", "quantity", "transcript_ce"])

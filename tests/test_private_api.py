@@ -196,7 +196,6 @@ TABLE = [
         of(
             "modeling_blsp_kd",
             "adapters",
-            "configuration_blsp_kd",
             "modeling_blsp_kd",
             "pretrained_blsp_kd",
             "thin_checkpoints",
@@ -204,22 +203,10 @@ TABLE = [
         "what attention a model runs with stands nowhere else",
     ),
     Private(
-        CONFIG,
-        "_experts_implementation",
-        of("modeling_blsp_kd", "configuration_blsp_kd"),
-        "an option that transformers passes to any config",
-    ),
-    Private(
         "transformers.PreTrainedConfig.__post_init__",
         "_commit_hash",
-        of("modeling_blsp_kd", "configuration_blsp_kd", "thin_checkpoints"),
+        of("modeling_blsp_kd", "thin_checkpoints"),
         "an option that older files and Auto classes still pass",
-    ),
-    Private(
-        CONFIG,
-        "_name_or_path",
-        of("modeling_blsp_kd", "configuration_blsp_kd"),
-        "an option that transformers passes to any config",
     ),
     Private(
         "transformers.AutoConfig.from_pretrained",
