@@ -269,11 +269,8 @@ TABLE = [
         ("tokenizer_init_kwargs",),
     ),
     *(
-        Private(PIPELINE, name, files, "documented for pipelines")
-        for name, files in (
-            ("_forward", of("processing", "pipeline_blsp_kd", "spoken_pipeline")),
-            ("_sanitize_parameters", of("processing", "pipeline_blsp_kd", "spoken_pipeline")),
-        )
+        Private(PIPELINE, name, of("processing", "pipeline_blsp_kd", "spoken_pipeline"), "documented for pipelines")
+        for name in ("_forward", "_sanitize_parameters")
     ),
     *(
         Private(PIPELINE, name, of("processing", "spoken_pipeline"), "documented for pipelines: what it loads")
