@@ -116,7 +116,7 @@ def check_backbones(checkpoint: Path, full: bool):
         )
 
 
-def given_base_models(options) -> dict[str, tuple[str, str | None]]:
+def given_base_models(options: argparse.Namespace) -> dict[str, tuple[str, str | None]]:
     """Return Hub id and licence of each base model that the user names; see [`describe_parts`]."""
     given = {}
     for part in ("text_model", "speech_model"):
