@@ -16,7 +16,7 @@ per row. A rerun goes on there: after a stop, with a higher limit, with more sys
 """
 
 import json
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -78,7 +78,7 @@ def main():
     evaluate(options)
 
 
-def evaluate(options: argparse.Namespace):
+def evaluate(options: Namespace):
     scorer = Scorer(options.tasks, options.num_resamples, bleu_tokenizer=options.bleu_tokenizer)
     data, total, rows = open_rows(options, tiny_world)
     output = Path(options.output)
@@ -114,7 +114,7 @@ def evaluate(options: argparse.Namespace):
     print("\n" + as_markdown(results))
 
 
-def tiny_world(options: argparse.Namespace) -> tuple[str, list[dict]]:
+def tiny_world(options: Namespace) -> tuple[str, list[dict]]:
     """Return the name and the rows of what is evaluated on without other data."""
     # Imported here: synthesis needs espeakng-loader, which other data does not.
     from tiny_world.dataset import make_evaluation_rows
@@ -124,7 +124,7 @@ def tiny_world(options: argparse.Namespace) -> tuple[str, list[dict]]:
     return name, make_evaluation_rows(split, options.num_utterances, options.cache_dir)
 
 
-def settings_of(system: str, options: argparse.Namespace, data: str) -> dict:
+def settings_of(system: str, options: Namespace, data: str) -> dict:
     """What the predictions of a system depend on."""
     settings = {"model": identify(options.model, {})["revision"], "data": data, "tasks": list(options.tasks)}
     settings |= {name: getattr(options, name) for name in ("max_new_tokens", "translation_instruction")}
@@ -137,7 +137,7 @@ def settings_of(system: str, options: argparse.Namespace, data: str) -> dict:
     return settings
 
 
-def load_systems(options: argparse.Namespace) -> Systems:
+def load_systems(options: Namespace) -> Systems:
     dtype = fast_dtype(options.dtype)
     return Systems(
         BlspKdForCausalLM.from_pretrained(options.model, device_map="auto", dtype=dtype).requires_grad_(False),
