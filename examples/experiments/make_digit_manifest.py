@@ -1,13 +1,13 @@
-"""Manifests of spoken digit strings from recordings of single digits, one speaker held out.
+"""Write manifests of spoken digit strings from recordings of single digits, with one speaker held out.
 
     python -m examples.experiments.make_digit_manifest --recordings RECORDINGS/metadata.jsonl --output outputs/digits
     accelerate launch examples/train.py --train_manifest outputs/digits/train.jsonl \\
         --eval_manifest outputs/digits/test.jsonl --output_dir outputs/digits_model
 
 `metadata.jsonl` has one object per recording with `file_name` (relative to it), `text` ("seven") and `speaker`, as the
-Free Spoken Digit Dataset does after a small conversion; other texts are left out, and said so. Strings of 2 to 6 digits
-are joined from recordings of one speaker, with short pauses, at the recordings' own rate. No recording is in both
-manifests. Questions about the strings are those of the tiny world, or with `--questions digits` those of
+Free Spoken Digit Dataset does after a small conversion; other texts are left out, and their number is printed. Strings
+of 2 to 6 digits are joined from recordings of one speaker, with short pauses, at the recordings' own rate. No recording
+is in both manifests. Questions about the strings are those of the tiny world, or with `--questions digits` those of
 `human_speech/digits.py`, whose test strings are in no training string either.
 
 Several `--held_out_speakers` are held out in turn: `train_without_NAME.jsonl` and `test_NAME.jsonl` for each. Training
@@ -128,7 +128,7 @@ def main():
 
 
 def read_recordings(metadata: Path) -> dict[str, dict[str, list[Path]]]:
-    """speaker -> digit -> recordings."""
+    """Return speaker -> digit -> recordings."""
     pool: dict[str, dict[str, list[Path]]] = defaultdict(lambda: defaultdict(list))
     num_left_out = 0
     for _, row in read_objects(metadata):
@@ -156,7 +156,7 @@ def split_recordings(pool, speakers, rng, test_share=0.1):
 
 
 def draw_of_tiny_world(split, rng, repeat_share=None):
-    """Words, and one of the tiny world's questions about them; `repeat_share` of these ask for all the words."""
+    """Draw words and one of the tiny world's questions about them; a `repeat_share` of these ask for all words."""
     words = [rng.choice(DIGITS) for _ in range(rng.randint(2, 6))]
     suitable = questions(digit_sentence(words))
     if repeat_share is not None:
@@ -166,7 +166,7 @@ def draw_of_tiny_world(split, rng, repeat_share=None):
 
 
 def draw_of_digits(split, rng, repeat_share=None):
-    """As above, of the strings of one split, with questions of `human_speech/digits.py`."""
+    """Draw a string of one split and one of the questions of `human_speech/digits.py`."""
     words = draw_string(split, rng)
     kinds = kinds_of(words)
     if repeat_share is not None:

@@ -1,9 +1,9 @@
-"""Measure how exactly a model tells when words were said, and fit the delay of its CIF.
+"""Measure the error of a model's word times, and fit the delay of its CIF.
 
     python -m examples.experiments.measure_timestamps --model outputs/default --save
 
-The tiny world's sentences are spoken once more, since espeak-ng tells when it says each word. Other clips come from
-JSONL manifests whose rows have, beside `audio` and `text` (and, if known, `voice`), their `words`:
+espeak-ng synthesises the tiny world's sentences once more, because it reports the time of each word. Other clips come
+from JSONL manifests whose rows have, beside `audio` and `text` (and, if known, `voice`), their `words`:
 `[{"text": "the", "start": 0.12, "end": 0.25}, ...]`, in seconds:
 
     python -m examples.experiments.measure_timestamps --model DIR --train_manifest train.jsonl \\
@@ -72,7 +72,7 @@ def main():
 
 
 def load_rows(options) -> tuple[list[dict], dict[str, list[dict]]]:
-    """Rows with `words` to fit on, and rows to measure on by kind of voice."""
+    """Return rows with `words` to fit on, and rows to measure on by kind of voice."""
     if bool(options.train_manifest) != bool(options.eval_manifest):
         raise ValueError(
             "Give both --train_manifest and --eval_manifest, or neither: a fit is measured on other clips."
@@ -103,7 +103,7 @@ def load_rows(options) -> tuple[list[dict], dict[str, list[dict]]]:
 
 
 def say(split: str, num_clips: int, voices, seed: int, cache_dir: str) -> list[dict]:
-    """Sentences of the tiny world with the times of their words."""
+    """Synthesise sentences of the tiny world and return rows with the times of their words."""
     from ..tiny_world.speech import make_clips, word_times
     from ..tiny_world.world import sentences
 
@@ -116,7 +116,7 @@ def say(split: str, num_clips: int, voices, seed: int, cache_dir: str) -> list[d
 
 @torch.inference_mode()
 def fit_delay(model, processor, rows, options) -> float:
-    """The delay with the least median error on clips whose transcripts are given: nothing depends on hearing right."""
+    """Return the delay with the least median error. Transcripts are given, so no recognition error affects it."""
     before, _ = processor.apply_chat_template(user_turn(options.instruction), add_generation_prompt=True).split(
         processor.audio_token
     )
@@ -132,15 +132,15 @@ def fit_delay(model, processor, rows, options) -> float:
         counts = torch.tensor([len(ids) for ids in token_ids[batch]], device=model.device)
         for delay_s in DELAYS_S:
             model.config.timestamps = {"delay_s": delay_s, "silence": silence}
-            heard = model.get_audio_features(**features, num_speech_tokens=counts, output_token_times=True)
-            for row, ids, of_row in zip(rows[batch], token_ids[batch], heard.token_times):
+            output = model.get_audio_features(**features, num_speech_tokens=counts, output_token_times=True)
+            for row, ids, of_row in zip(rows[batch], token_ids[batch], output.token_times):
                 errors[delay_s] += errors_of(row, processor.word_timestamps(ids, of_row[: len(ids)]))
     return min(DELAYS_S, key=lambda delay_s: np.median(np.abs(errors[delay_s])))
 
 
 @torch.inference_mode()
 def measure(model, processor, rows, options) -> tuple[np.ndarray, float]:
-    """Errors (W, 2) of starts and ends in the model's transcriptions, in seconds, and the share of right words."""
+    """Return errors (W, 2) of starts and ends in the model's transcriptions, seconds, and the share of right words."""
     errors = []
     for start in tqdm(range(0, len(rows), options.batch_size), desc="measuring", mininterval=1):
         batch = rows[start : start + options.batch_size]
@@ -159,7 +159,7 @@ def measure(model, processor, rows, options) -> tuple[np.ndarray, float]:
 
 
 def summarise(errors: np.ndarray, share_right: float) -> dict:
-    """Median and 90th percentile of absolute errors, and the median of signed ones, in milliseconds."""
+    """Return median and 90th percentile of absolute errors, and the median of signed ones, in milliseconds."""
     summary: dict[str, float | dict] = {"words_right": share_right, "num_words": len(errors)}
     for name, values in (("start", errors[:, 0]), ("end", errors[:, 1]), ("both", errors.ravel())):
         values = 1000 * values

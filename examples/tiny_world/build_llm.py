@@ -24,7 +24,7 @@ LLM_DIR = Path(__file__).parent / "llm"
 
 
 def build_model(tokenizer):
-    """A Qwen2 of 0.9 M random parameters, which pads and stops as `tokenizer` does and decodes greedily."""
+    """Return a Qwen2 of 0.9 M random parameters that pads and stops as `tokenizer` does and decodes greedily."""
     model = AutoModelForCausalLM.from_config(
         Qwen2Config(
             vocab_size=len(tokenizer),
@@ -50,7 +50,7 @@ def build_model(tokenizer):
 
 
 def draw_dialogue(sentence, rng):
-    """One to three questions about a sentence, of different kinds in any order; the first turn quotes the sentence.
+    """Draw one to three questions about a sentence, of different kinds in any order; the first turn quotes it.
 
     Returns:
         list of chat messages, for one dialogue in eight with a system message first.
@@ -69,10 +69,10 @@ def draw_dialogue(sentence, rng):
 
 
 def batches(tokenizer, draw_dialogues, rng, batch_size=16):
-    """Endless batches of dialogues of similar length.
+    """Yield batches of dialogues of similar length without end.
 
     Args:
-        draw_dialogues: a number to so many lists of chat messages.
+        draw_dialogues: returns as many lists of chat messages as it is asked for.
 
     Yields:
         `input_ids` (B, T) and `is_answer` (B, T), True at the answers' tokens and the <|end|> after each.
@@ -93,14 +93,14 @@ def batches(tokenizer, draw_dialogues, rng, batch_size=16):
 
 
 def batches_about(tokenizer, corpus, seed):
-    """Batches of dialogues about the sentences of a corpus."""
+    """Yield batches of dialogues about the sentences of a corpus."""
     rng = random.Random(seed)
     corpus = corpus + [sentence for sentence in corpus if sentence.kind in ("digits", "sum")]  # the hardest ones twice
     return batches(tokenizer, lambda num: [draw_dialogue(sentence, rng) for sentence in rng.sample(corpus, num)], rng)
 
 
 def train(model, batches, num_steps, rate=1.0, prompt_weight=0.2):
-    """Next-token training on every token; the prompt's tokens, most of them not predictable, weigh less.
+    """Train next-token prediction on every token; the prompt's tokens, most of them unpredictable, weigh less.
 
     Muon for the matrices inside the layers and AdamW for the rest; small batches, many steps; `rate` scales both
     learning rates, which fall to zero over the second half. The model is left in evaluation mode.
@@ -152,7 +152,7 @@ def score_on_held_out(model, tokenizer, num_sentences=1500, max_per_kind=200, se
 
 @torch.no_grad()
 def score(model, tokenizer, prompts):
-    """Exact-match share of greedy answers.
+    """Return the exact-match share of greedy answers.
 
     Args:
         prompts: kind -> pairs of a user's turn and the right answer.
@@ -188,7 +188,7 @@ def main():
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
-    torch.set_num_threads(1)  # on a model this small more threads wait for each other longer than they work
+    torch.set_num_threads(1)  # for a model this small, waiting for more threads costs more than they save
     tokenizer = build_tokenizer(seed=args.seed)
     check_tokens_are_the_same_alone_and_in_prompts(tokenizer)
     model = build_model(tokenizer)

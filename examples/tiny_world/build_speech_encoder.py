@@ -1,7 +1,7 @@
 """Build `speech_encoder/`, the speech encoder of the tiny world: clips, CTC training, score on held-out speech, files.
 
 Follows CTC (Graves et al. 2006) over the LLM's tokens with light SpecAugment (arXiv 1904.08779), in about ten minutes
-on one core. Leaves out: the CTC head, which is thrown away; what stays is in the place of a pretrained Whisper encoder.
+on one core. Leaves out: the CTC head, which is discarded; the rest stands in for a pretrained Whisper encoder.
 
     python -m examples.tiny_world.build_speech_encoder
 """
@@ -27,7 +27,7 @@ SPEECH_ENCODER_DIR = Path(__file__).parent / "speech_encoder"
 
 
 def build_encoder():
-    """A Whisper encoder of 0.7 M random parameters; 50 mel frames a second make 25 encoder frames, for up to 30 s."""
+    """Return a Whisper encoder of 0.7 M random parameters; 50 mel frames a second make 25 frames, for up to 30 s."""
     unused_decoder = {
         "decoder_layers": 1,
         "decoder_attention_heads": 4,
@@ -55,7 +55,7 @@ def build_encoder():
 
 
 def load_examples(texts, voices, seed, cache_dir, feature_extractor, tokenizer):
-    """Have texts spoken and turn them into (log-mel of shape (num_mel_frames, 80), token ids) pairs.
+    """Synthesise texts and return pairs of (log-mel of shape (num_mel_frames, 80), token ids).
 
     Features are taken one clip at a time, unpadded: Whisper scales them by the clip's own loudest value.
     """
@@ -73,7 +73,7 @@ def collate(examples):
     """Zero-pad a batch.
 
     Returns:
-        `input_features` (A, 80, T), `input_features_mask` bool (A, T), `token_ids` (A, U), `num_tokens` (A,).
+        `input_features` (B, 80, T), `input_features_mask` bool (B, T), `token_ids` (B, U), `num_tokens` (B,).
     """
     mels, token_ids = zip(*examples, strict=True)
     num_mel_frames = torch.tensor([len(mel) for mel in mels])
@@ -84,7 +84,7 @@ def collate(examples):
 
 
 def mask_some(input_features, rng):
-    """Light SpecAugment, the same for the whole batch: zero two bands of up to 8 mel bins and two of up to 6 frames."""
+    """Zero two bands of up to 8 mel bins and two of up to 6 frames, the same for a whole batch (light SpecAugment)."""
     input_features = input_features.clone()
     _, num_bins, num_frames = input_features.shape
     for _ in range(2):
@@ -98,7 +98,7 @@ def mask_some(input_features, rng):
 
 
 def batches(examples, batch_size, rng):
-    """Endless random batches of clips of similar length."""
+    """Yield random batches of clips of similar length without end."""
     while True:
         order = rng.sample(range(len(examples)), len(examples))
         for start in range(0, len(order), 16 * batch_size):
@@ -109,7 +109,7 @@ def batches(examples, batch_size, rng):
 
 
 def train(encoder, head, examples, num_steps, batch_size=32, learning_rate=2e-3, seed=0):
-    """CTC training; the blank is the class after the last token. Both modules are left in evaluation mode."""
+    """Train with CTC; the blank is the class after the last token. Both modules are left in evaluation mode."""
     rng = random.Random(seed)
     parameters = [*encoder.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
@@ -136,7 +136,7 @@ def train(encoder, head, examples, num_steps, batch_size=32, learning_rate=2e-3,
 
 @torch.no_grad()
 def score(encoder, head, examples, batch_size=32):
-    """Share of clips whose best CTC path spells exactly the transcript's tokens."""
+    """Return the share of clips whose best CTC path spells exactly the transcript's tokens."""
     num_right = 0
     for start in range(0, len(examples), batch_size):
         batch = examples[start : start + batch_size]
@@ -161,7 +161,7 @@ def main():
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
-    torch.set_num_threads(1)  # on a model this small more threads wait for each other longer than they work
+    torch.set_num_threads(1)  # for a model this small, waiting for more threads costs more than they save
     tokenizer = AutoTokenizer.from_pretrained(LLM_DIR)
     feature_extractor = WhisperFeatureExtractor(hop_length=320)
 

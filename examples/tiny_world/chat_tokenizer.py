@@ -20,7 +20,7 @@ CHAT_TEMPLATE = (
 
 
 def build_tokenizer(num_pieces=384, seed=0):
-    """The tokenizer of [`train_tokenizer`] in which content words take one to five pieces."""
+    """Train the tiny world's tokenizer, in which content words take one to five pieces."""
     corpus = [*SYSTEM_MESSAGES, *[text for wordings in INSTRUCTIONS.values() for text in wordings]] * 40
     for sentence in sentences("train", 6000, seed):
         corpus += [sentence.text, sentence.answers.get("spanish", "")]
@@ -50,7 +50,7 @@ def train_tokenizer(corpus, num_pieces):
 
 
 def for_chats(bpe):
-    """The tokenizer of transformers that makes dialogues of `SPECIAL_TOKENS` and what `bpe` makes of the words."""
+    """Return `bpe` as a tokenizer of transformers, with a chat template of `SPECIAL_TOKENS`."""
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         pad_token="<|pad|>",

@@ -21,7 +21,7 @@ def make_rows(
     repeat_share: float | None = None,
     with_words: bool = False,
 ) -> list[dict]:
-    """Draw sentences, have them spoken, and ask one question about each.
+    """Draw sentences, synthesise them, and ask one question about each.
 
     Args:
         split: "train", "test" or "final"; no sentence is in two of them. Choices may look at "test"; "final" is for
@@ -32,7 +32,7 @@ def make_rows(
         cache_dir: folder of the clips; those that it already holds are not made again.
         repeat_share: share of rows, 0 to 1, whose question is "repeat"; the others ask any other kind that suits their
             sentence. Omitted: every kind is asked equally often (give or take one row), which is right for a test set.
-        with_words: also tell when each word is said, as `words`; the clips are spoken once more for it.
+        with_words: add the times of words as `words`; the clips are synthesised once more for it.
 
     Returns:
         list of dict with the keys `audio` (path of a 16 kHz FLAC file), `text`, `voice`, `sentence_kind`, `kind`,
@@ -78,7 +78,7 @@ def make_rows(
 
 
 def make_evaluation_rows(split: str, num_utterances: int, cache_dir: str | Path) -> list[dict]:
-    """Make the rows that `examples/evaluate.py` takes without other data: those that `examples/train.py` scores on.
+    """Make the rows that `examples/evaluate.py` uses without other data, on which `examples/train.py` scores as well.
 
     Seen and held-out voices take turns, so that any first part has both. Questions for the Spanish of a sentence count
     as translations, too.
@@ -105,7 +105,7 @@ def _other_kinds(sentence: Sentence) -> list[str]:
 
 
 def _balanced(split, num_utterances, seed, rng):
-    """(sentence, kind) pairs, each kind equally often: a sentence is asked what is missing most of what suits it."""
+    """Return (sentence, kind) pairs with each kind equally often; a sentence gets the kind that is missing most."""
     missing = Counter(KINDS[index % len(KINDS)] for index in range(num_utterances))
     pairs = []
     for sentence in sentences(split, 8 * num_utterances + 200, seed):
@@ -116,5 +116,5 @@ def _balanced(split, num_utterances, seed, rng):
             pairs.append((sentence, kind))
         if len(pairs) == num_utterances:
             break
-    rng.shuffle(pairs)  # or each kind would be spoken by some voices more than by others
+    rng.shuffle(pairs)  # else some voices would speak a kind more often than others
     return pairs

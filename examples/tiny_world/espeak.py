@@ -55,7 +55,7 @@ _ON_SAMPLES = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), cty
 
 
 def synthesize(text: str, voice: str, speed: int = 175, pitch: int = 50) -> np.ndarray:
-    """Say `text`.
+    """Synthesise `text`.
 
     The C library has one voice at a time for the whole process, so call this from one thread only. The samples depend
     slightly on what the process said before; the files of `make_clips` do not.

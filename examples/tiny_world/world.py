@@ -83,7 +83,7 @@ def sentences(split: str, num: int, seed: int) -> list[Sentence]:
 
 
 def split_of(text: str) -> str:
-    """The split that a sentence's text belongs to, by a hash that does not change between runs or machines."""
+    """Return the split that a sentence's text belongs to, by a hash that does not change between runs or machines."""
     if not _is_held_out(text):
         return "train"
     return "final" if hashlib.sha256(text.encode()).digest()[1] >= 128 and text not in _looked_at() else "test"
@@ -95,7 +95,7 @@ def _is_held_out(text):
 
 @functools.cache
 def _looked_at():
-    """Held-out texts that the project's own models were compared on before there was a final split."""
+    """Return held-out texts that the project's models were compared on before there was a final split."""
     draws = [_draw("test", num, seed, _is_held_out) for seed, num in _LOOKED_AT.items()]
     return frozenset(sentence.text for drawn in draws for sentence in drawn)
 
@@ -126,7 +126,7 @@ def _draw(split, num, seed, belongs):
 
 
 def questions(sentence: Sentence) -> list[Question]:
-    """All questions that the sentence can answer: every kind that applies, in every wording."""
+    """Return all questions that the sentence can answer: every kind that applies, in every wording."""
     return [
         Question(kind, instruction, answer)
         for kind, answer in sentence.answers.items()
@@ -135,7 +135,7 @@ def questions(sentence: Sentence) -> list[Question]:
 
 
 def digit_sentence(words: list[str]) -> Sentence:
-    """The sentence that a string of spoken digits makes.
+    """Return the sentence that a string of spoken digits makes.
 
     Args:
         words: two to six of `DIGITS`.

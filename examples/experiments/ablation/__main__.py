@@ -1,4 +1,4 @@
-"""Does each part of BLSP-KD pay? Train and evaluate the paper's comparison with equal data, steps and seeds.
+"""Train and evaluate the configurations that the paper compares, with equal data, steps and seeds.
 
     python examples/ablate.py --time_budget_minutes 110
     python examples/ablate.py --short
@@ -88,7 +88,7 @@ def main():
         if configuration.name in names and configuration.has_seeds == (seed != 0)
     ]
     budget_s = None if options.time_budget_minutes is None else 60 * options.time_budget_minutes
-    left = run_all(wanted, plan, options.workers, budget_s, tell=tqdm.write)
+    left = run_all(wanted, plan, options.workers, budget_s, log=tqdm.write)
 
     results = find_results(plan)
     settings = {
@@ -100,11 +100,11 @@ def main():
     write(analyse(results, CONFIGURATIONS), settings, plan.results_dir)
     print((plan.results_dir / "summary.md").read_text())
     if left:
-        print(f"Left for want of time: {'; '.join(left)}. Run this again.")
+        print(f"Not run, because the time budget would not suffice: {'; '.join(left)}. Run this again.")
 
 
 def find_results(plan: Plan) -> list[dict]:
-    """All results of these settings, of whatever seeds."""
+    """Return all results of these settings, of any seed."""
     return [
         json.loads(path.read_text())
         for configuration in CONFIGURATIONS
@@ -113,7 +113,7 @@ def find_results(plan: Plan) -> list[dict]:
 
 
 def write_rows(num_rows: int, cache_dir: Path) -> Path:
-    """The manifest that all are evaluated on: questions about the final sentences, by seen and by held-out voices.
+    """Write the manifest that all are evaluated on: questions about the final sentences, by seen and held-out voices.
 
     It lies beside its clips, so that no path leaves its folder.
     """

@@ -2,7 +2,7 @@
 
 Seeds and rows are both samples. Over seeds, Student's t is used, since there are few; over rows, the bootstrap.
 Differences are paired over both, and their two uncertainties are added in quadrature. That counts what seeds and rows
-share twice, so intervals are rather too wide than too narrow. Leaves out: corrections for the number of claims.
+share twice, so intervals are too wide rather than too narrow. Leaves out: corrections for the number of claims.
 """
 
 import numpy as np
@@ -15,7 +15,7 @@ NUM_RESAMPLES = 2000
 
 
 def matches(results: list[dict], name: str, system: str) -> dict[int, np.ndarray]:
-    """Seed -> (R,) 0 and 1 of each row, for one system of one configuration."""
+    """Return seed -> (R,) 0 and 1 of each row, for one system of one configuration."""
     return {
         result["seed"]: np.array([int(match) for match in result["systems"][system]["matched_rows"]])
         for result in results
@@ -24,7 +24,7 @@ def matches(results: list[dict], name: str, system: str) -> dict[int, np.ndarray
 
 
 def interval_over_seeds(values) -> list[float] | None:
-    """Of the mean, by Student's t; None of fewer than two seeds."""
+    """Return the interval of the mean by Student's t, or None for fewer than two seeds."""
     if len(values) < 2:
         return None
     half = stats.t.ppf((1 + LEVEL) / 2, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
@@ -32,7 +32,7 @@ def interval_over_seeds(values) -> list[float] | None:
 
 
 def bootstrap_over_rows(means_of_rows: np.ndarray):
-    """scipy's result for the mean of (R,) values."""
+    """Return scipy's bootstrap result for the mean of (R,) values."""
     return stats.bootstrap(
         (means_of_rows,),
         np.mean,
@@ -44,7 +44,7 @@ def bootstrap_over_rows(means_of_rows: np.ndarray):
 
 
 def summarise(by_seed: dict[int, np.ndarray]) -> dict:
-    """Mean share of matches, and its two intervals."""
+    """Return the mean share of matches and its two intervals."""
     of_seeds = [float(rows.mean()) for rows in by_seed.values()]
     interval = bootstrap_over_rows(np.mean(list(by_seed.values()), axis=0)).confidence_interval
     return {
@@ -58,11 +58,11 @@ def summarise(by_seed: dict[int, np.ndarray]) -> dict:
 def difference(
     better: dict[int, np.ndarray], worse: dict[int, np.ndarray], seedless=frozenset(), share: float = 1.0
 ) -> dict:
-    """Mean of `better - share * worse`, paired over rows and over the seeds that both have.
+    """Return the mean of `better - share * worse`, paired over rows and over the seeds that both have.
 
     Args:
         better, worse: seed -> (R,) 0 and 1.
-        seedless: those of "better" and "worse" where nothing is drawn: their one run pairs with every seed.
+        seedless: those of "better" and "worse" that draw nothing; their one run pairs with every seed.
 
     Returns:
         dict of `effect`, `interval` (over seeds and rows; of rows alone if there is one seed) and `num_seeds`, 0 if
@@ -85,7 +85,7 @@ def difference(
 
 
 def verdict(interval: list[float] | None, num_seeds: int) -> str:
-    """Of a claim that a difference is above 0. One seed decides nothing."""
+    """Return the verdict on the claim that a difference is above 0. One seed decides nothing."""
     if interval is None:
         return "not run"
     if num_seeds == 1:
@@ -97,7 +97,7 @@ def verdict(interval: list[float] | None, num_seeds: int) -> str:
 def judge(claim: Claim, results: list[dict], by_name: dict[str, Configuration]) -> dict:
     sides = {"better": claim.better, "worse": claim.worse}
     better, worse = (matches(results, *side) for side in sides.values())
-    told = difference(
+    result = difference(
         better,
         worse,
         seedless={side for side, (name, _) in sides.items() if not by_name[name].has_seeds},
@@ -108,13 +108,13 @@ def judge(claim: Claim, results: list[dict], by_name: dict[str, Configuration]) 
         "better": list(claim.better),
         "worse": list(claim.worse),
         "share": claim.share,
-        **told,
-        "verdict": verdict(told["interval"], told["num_seeds"]),
+        **result,
+        "verdict": verdict(result["interval"], result["num_seeds"]),
     }
 
 
 def kl_and_accuracy(results: list[dict]) -> list[tuple[str, float, float]]:
-    """(name, response KL, exact match on speech) of all runs that answer speech."""
+    """Return (name, response KL, exact match on speech) of all runs that answer speech."""
     return [
         (result["name"], result["alignment"]["response_kl"], result["systems"]["speech"]["exact_match"])
         for result in results
@@ -123,20 +123,20 @@ def kl_and_accuracy(results: list[dict]) -> list[tuple[str, float, float]]:
 
 
 def rank_correlation(points: list[tuple[str, float, float]]) -> dict:
-    """Spearman's rho of response KL and accuracy over runs, and its bootstrap interval; None of fewer than four."""
-    told = {"spearman": None, "interval": None, "num_runs": len(points)}
+    """Return Spearman's rho of response KL and accuracy over runs with its interval; both None for fewer than four."""
+    result: dict = {"spearman": None, "interval": None, "num_runs": len(points)}
     kls, accuracies = (np.array([point[place] for point in points]) for place in (1, 2))
     if len(points) < 4 or np.ptp(kls) == 0 or np.ptp(accuracies) == 0:
-        return told | {"verdict": "not run"}
+        return result | {"verdict": "not run"}
     drawn = np.random.default_rng(0).integers(0, len(points), (NUM_RESAMPLES, len(points)))
-    # Resamples in which all runs are alike have no ranks.
+    # A resample whose runs are all equal has no ranks.
     drawn = drawn[(np.ptp(kls[drawn], axis=1) > 0) & (np.ptp(accuracies[drawn], axis=1) > 0)]
     ranks = [stats.rankdata(values[drawn], axis=1) for values in (kls, accuracies)]
     resampled = stats.pearsonr(*ranks, axis=1).statistic
     low, high = np.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     rho = float(stats.spearmanr(kls, accuracies).statistic)
     # The claim is that rho is below 0.
-    return told | {
+    return result | {
         "spearman": rho,
         "interval": [float(low), float(high)],
         "verdict": "confirmed" if high < 0 else "refuted" if low > 0 else "undecided",
@@ -144,7 +144,7 @@ def rank_correlation(points: list[tuple[str, float, float]]) -> dict:
 
 
 def analyse(results: list[dict], configurations, claims=CLAIMS) -> dict:
-    """Everything that the report tells.
+    """Return everything that the report shows.
 
     Args:
         results: of runs that differ in configuration and seed alone.
@@ -172,7 +172,9 @@ def analyse(results: list[dict], configurations, claims=CLAIMS) -> dict:
         "systems": rows,
         "claims": [judge(claim, results, by_name) for claim in claims],
         "kl_and_accuracy": {**rank_correlation(points), "runs": points},
-        "machines": [dict(told) for told in sorted({tuple(result["machine"].items()) for result in results}, key=str)],
+        "machines": [
+            dict(machine) for machine in sorted({tuple(result["machine"].items()) for result in results}, key=str)
+        ],
     }
 
 
@@ -182,7 +184,7 @@ def _mean(measured: list[dict], name: str) -> float | None:
 
 
 def _mean_groups(of_runs: list[dict]) -> dict[str, dict[str, float]]:
-    """Means over seeds by kind of question and by kind of voice, where rows tell them."""
+    """Return means over seeds by kind of question and by kind of voice, if rows have them."""
     return {
         grouping: {group: float(np.mean([run[grouping][group] for run in of_runs])) for group in of_runs[0][grouping]}
         for grouping in ("by_kind", "by_voice_group")

@@ -39,7 +39,7 @@ class Plan:
     threads: int = 1
 
     def settings(self, configuration: Configuration) -> dict:
-        """All that a result depends on, but the seed."""
+        """Return all that a result depends on except the seed."""
         return {
             "name": configuration.name,
             "script": configuration.script,
@@ -59,13 +59,13 @@ class Plan:
         return self.results_dir / f"{configuration.name}-seed{seed}-{self.fingerprint(configuration)}.json"
 
     def load(self, configuration: Configuration, seed: int) -> dict | None:
-        """The result of a run, if there is one of these settings."""
+        """Return the result of a run with these settings, or None."""
         path = self.result_path(configuration, seed)
         return json.loads(path.read_text()) if path.exists() else None
 
 
 def _portable(option: str) -> str:
-    """A file by its name and contents and a folder by its name: they lie elsewhere on other machines."""
+    """Name a file by its name and contents and a folder by its name, because other machines keep them elsewhere."""
     path = Path(option)
     if path.is_file():
         return f"{path.name} sha256:{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
@@ -73,7 +73,7 @@ def _portable(option: str) -> str:
 
 
 def read_rows(manifest: Path) -> list[dict]:
-    """Rows to evaluate on, each with an `id`: its own, or its number as in `evaluate.py`.
+    """Read rows to evaluate on, each with an `id`: its own, or its number as in `evaluate.py`.
 
     Raises:
         ValueError: a row has no answer to compare with.
@@ -92,5 +92,7 @@ def read_rows(manifest: Path) -> list[dict]:
 
 def _fingerprint_of_rows(manifest: Path) -> str:
     rows = read_rows(manifest)
-    told = [{name: value for name, value in row.items() if name != "audio"} for row in rows]
-    return f"{len(rows)} sha256:{hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]}"
+    rows_without_audio = [{name: value for name, value in row.items() if name != "audio"} for row in rows]
+    return (
+        f"{len(rows)} sha256:{hashlib.sha256(json.dumps(rows_without_audio, sort_keys=True).encode()).hexdigest()[:16]}"
+    )

@@ -15,7 +15,7 @@ MARKERS = "osD^v<>pPX*hd"
 
 
 def write(analysis: dict, settings: dict, folder: Path):
-    """Leaves `summary.json`, `summary.md` and `summary.png`."""
+    """Write `summary.json`, `summary.md` and `summary.png`."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "summary.json").write_text(json.dumps({"settings": settings, **analysis}, indent=1) + "\n")
     (folder / "summary.md").write_text(markdown(analysis, settings))
@@ -68,7 +68,9 @@ def markdown(analysis: dict, settings: dict) -> str:
         f"{correlation['num_runs']} runs is {_number(correlation['spearman'])} "
         f"{_interval(correlation['interval'])}: {correlation['verdict']}.",
         "",
-        "Machines: " + "; ".join(", ".join(f"{k} {v}" for k, v in told.items()) for told in analysis["machines"]) + ".",
+        "Machines: "
+        + "; ".join(", ".join(f"{k} {v}" for k, v in machine.items()) for machine in analysis["machines"])
+        + ".",
     ]
     return "\n".join(lines) + "\n"
 
@@ -82,7 +84,7 @@ def _interval(interval, sign="") -> str:
 
 
 def draw(analysis: dict) -> Figure:
-    """Left: exact match of every system, each seed a dot. Right: response KL against exact match of every run."""
+    """Draw exact match of every system (a dot per seed), and beside it response KL against exact match of every run."""
     rows = analysis["systems"]
     figure = Figure(figsize=(13, 1.6 + 0.36 * len(rows)), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))

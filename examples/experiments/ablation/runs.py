@@ -30,10 +30,10 @@ def run(configuration: Configuration, seed: int, plan: Plan) -> dict:
     """Train and evaluate, and keep the result.
 
     Raises:
-        RuntimeError: a script failed; its last lines are told.
+        RuntimeError: a script failed; the message has its last lines.
     """
     folder = plan.output_dir / f"{configuration.name}-seed{seed}"
-    # What an interrupted run left is of other weights.
+    # An interrupted run may have left files of other weights.
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     model, log, start = folder / "model", folder / "log.txt", time.time()
@@ -47,7 +47,7 @@ def run(configuration: Configuration, seed: int, plan: Plan) -> dict:
             # A cascade is the LLM on the transcripts of a recogniser.
             model / "heard.jsonl" if is_cascade else plan.rows_manifest,
             ("text",) if is_cascade else configuration.systems,
-            # Only where the saved LLM is the teacher can `evaluate.py` tell the alignment.
+            # `evaluate.py` can only measure alignment if the saved LLM is the teacher.
             ("answers", "alignment") if configuration.script == TRAIN else ("answers",),
             folder / "evaluation",
         ),
@@ -84,7 +84,7 @@ def run(configuration: Configuration, seed: int, plan: Plan) -> dict:
 
 
 def _groups(answers: dict) -> dict[str, dict[str, float]]:
-    """Exact match by kind of question and by kind of voice, where rows tell them."""
+    """Return exact match by kind of question and by kind of voice, if rows have them."""
     return {
         grouping: {group: scores["exact_match"]["value"] for group, scores in answers[grouping].items()}
         for grouping in ("by_kind", "by_voice_group")
@@ -93,7 +93,7 @@ def _groups(answers: dict) -> dict[str, dict[str, float]]:
 
 
 def _value(measured):
-    """`evaluate.py` tells a value with its interval, `train.py` the value alone."""
+    """Return a value without its interval, which `evaluate.py` writes and `train.py` does not."""
     return measured["value"] if isinstance(measured, dict) else measured
 
 
@@ -130,8 +130,7 @@ def evaluate_command(model: Path, manifest: Path, systems, tasks, output: Path) 
 def _call(command: list[str], log: Path, threads: int):
     environment = {
         **os.environ,
-        # Scripts below examples/ablation import those of examples/.
-        "PYTHONPATH": os.pathsep.join([str(EXAMPLES.parent), str(EXAMPLES), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(EXAMPLES.parent), os.environ.get("PYTHONPATH")])),
         "OMP_NUM_THREADS": str(threads),
         # Threads that spin while they wait take the cores from the other runs.
         "OMP_WAIT_POLICY": "passive",
@@ -145,7 +144,7 @@ def _call(command: list[str], log: Path, threads: int):
 
 
 def score(rows: list[dict], predictions: Path) -> dict:
-    """Share of exact matches, and for each row in the manifest's order a 1 if it matched, else a 0."""
+    """Return the share of exact matches, and in the manifest's order a 1 for each row that matched, else a 0."""
     lines = map(json.loads, predictions.read_text().splitlines())
     predicted = {line["id"]: line["predicted"]["answers"] for line in lines}
     missing = [row["id"] for row in rows if row["id"] not in predicted]
@@ -171,35 +170,35 @@ def machine(threads: int) -> dict:
 
 
 def estimate_s(configuration: Configuration, known: list[dict]) -> float | None:
-    """How long a run will take: as the longest of its configuration, or else of any; None if there is none."""
+    """Estimate the time of a run: the longest of its configuration, else of any configuration, else None."""
     own = [result["seconds"]["all"] for result in known if result["name"] == configuration.name]
     return max(own or [result["seconds"]["all"] for result in known], default=None)
 
 
 def run_all(
-    wanted: list[tuple[Configuration, int]], plan: Plan, workers: int, time_budget_s: float | None, tell=print
+    wanted: list[tuple[Configuration, int]], plan: Plan, workers: int, time_budget_s: float | None, log=print
 ) -> list[str]:
-    """Run what has no result yet.
+    """Run each pair that has no result yet.
 
-    A run that is expected to end after the time budget is not started. While there is no result to expect from, one
-    run is started all the same, unless the budget is 0.
+    A run that is expected to end after the time budget is not started. Without any result to estimate from, one run
+    is started anyway, unless the budget is 0.
 
     Args:
         wanted: (configuration, seed) pairs, in order.
         workers: runs at a time.
-        time_budget_s: for all of this. None: as long as it takes.
+        time_budget_s: for all of this. None: unlimited.
 
     Returns:
-        list of str: what was left for want of time.
+        list of str: the runs that the time budget did not allow.
 
     Raises:
-        RuntimeError: runs failed. The others were done first.
+        RuntimeError: runs failed; the others were completed first.
     """
     start, lock = time.time(), threading.Lock()
     known = [result for pair in wanted if (result := plan.load(*pair)) is not None]
     missing = [pair for pair in wanted if plan.load(*pair) is None]
     left, failed = [], []
-    tell(f"{len(known)} of {len(wanted)} runs have results, {len(missing)} are missing")
+    log(f"{len(known)} of {len(wanted)} runs have results, {len(missing)} are missing")
 
     def run_or_leave(pair):
         configuration, seed = pair
@@ -209,23 +208,23 @@ def run_all(
         if time_budget_s is not None and time.time() - start + (expected_s or 0) >= time_budget_s:
             left.append(name)
             return
-        tell(f"{name}: begins" + (f", some {expected_s / 60:.1f} minutes" if expected_s is not None else ""))
+        log(f"{name}: begins" + (f", some {expected_s / 60:.1f} minutes" if expected_s is not None else ""))
         try:
             result = run(configuration, seed, plan)
         except (RuntimeError, OSError, ValueError, KeyError) as error:
             failed.append(f"{name}: {error}")
-            tell(f"{name}: FAILED")
+            log(f"{name}: FAILED")
             return
         with lock:
             known.append(result)
         system, scores = next(iter(result["systems"].items()))
-        tell(f"{name}: {system} {scores['exact_match']:.3f}, {result['seconds']['all'] / 60:.1f} minutes")
+        log(f"{name}: {system} {scores['exact_match']:.3f}, {result['seconds']['all'] / 60:.1f} minutes")
 
     pool = ThreadPoolExecutor(workers)
     try:
         list(pool.map(run_or_leave, missing))
     finally:
-        pool.shutdown(cancel_futures=True)  # Ctrl-C should not only end the runs that it finds, but all
+        pool.shutdown(cancel_futures=True)  # Ctrl-C also cancels the runs that have not started
     if failed:
         raise RuntimeError(f"{len(failed)} of {len(missing)} runs failed.\n" + "\n\n".join(failed))
     return left

@@ -1,7 +1,7 @@
 """Train with LoRA at all positions of the student instead of PLoRA, and merge it into the LLM.
 
 The layers are those of PLoRA (stock PEFT), and the teacher is the LLM without them, so that positions are the only
-difference. Leaves out: keeping the LLM's answers to text, which this changes; that is what it is there to show.
+difference. It changes the LLM's answers to text, which is what this experiment measures.
 
 Takes the options of `examples/train.py`, `--plora true` among them. Leaves a model without LoRA, and in `results.json`
 how well it is aligned with the original LLM, since the saved model has no original any more.
@@ -37,7 +37,7 @@ class GlobalLoraForCausalLM(BlspKdForCausalLM):
 
 @torch.no_grad()
 def merge_lora(model: BlspKdForCausalLM) -> BlspKdForCausalLM:
-    """The same model with its LoRA added to the LLM's weights, at work at all positions and in every answer."""
+    """Return the same model with its LoRA added to the LLM's weights, so that it acts at all positions."""
     lora = cast(PartialLora, model.plora)
     updates = {
         f"language_model.{name}.weight": layer.get_delta_weight(ADAPTER_NAME)

@@ -1,10 +1,10 @@
-"""Train a speech recogniser of the same size as the end-to-end model, and write down what it hears, for a cascade.
+"""Train a speech recogniser of the same size as the end-to-end model, and write its transcripts, for a cascade.
 
 "cformer" reads the transcript off the speech tokens (`transcript_ce` and `quantity`), "ctc" is a linear layer on the
 encoder (Graves et al. 2006); both spell in the LLM's tokens. Leaves out: language models and beams.
 
 Takes the options of `examples/train.py`, and `--recognizer`. Leaves a model whose LLM is the original, and
-`heard.jsonl`: the rows of `--eval_manifest` with what was heard in the place of their transcripts.
+`heard.jsonl`: the rows of `--eval_manifest` with the recognised text in place of their transcripts.
 """
 
 import json
@@ -31,7 +31,7 @@ from processing.training_rows.options import DataOptions
 
 from ...train import with_tiny_world
 
-# What a row says of which nothing was heard: manifests have no empty transcripts.
+# The text of a row without a recognised token, because manifests have no empty transcripts.
 NOTHING = "..."
 
 
@@ -58,11 +58,12 @@ class CtcRecognizer(nn.Module):
         return self.head.out_features - 1
 
     def forward(self, input_features, input_features_mask, token_ids, num_tokens) -> dict[str, torch.Tensor]:
-        """
+        """Return the CTC loss of N clips.
+
         Args:
-            input_features, input_features_mask: A clips, as the encoder takes them.
+            input_features, input_features_mask: N clips, as the encoder takes them.
             token_ids (sum of num_tokens,): the transcripts' tokens, one after another.
-            num_tokens (A,): of each transcript.
+            num_tokens (N,): of each transcript.
         """
         frames = encode_speech(self.audio_tower, input_features, input_features_mask)
         log_probs = self.head(frames.last_hidden_state).float().log_softmax(-1).transpose(0, 1)
@@ -73,7 +74,7 @@ class CtcRecognizer(nn.Module):
         return {"loss": loss}
 
     def read_off(self, input_features, input_features_mask) -> list[list[int]]:
-        """Token ids of the likeliest path of each clip."""
+        """Return the token ids of the likeliest path of each clip."""
         frames = encode_speech(self.audio_tower, input_features, input_features_mask)
         paths = self.head(frames.last_hidden_state).argmax(-1)
         merged = [path[is_frame].unique_consecutive() for path, is_frame in zip(paths, frames.frame_mask)]
@@ -85,7 +86,7 @@ class CtcTrainer(ExactOrder):
 
 
 def train_ctc(distillation_trainer, model_options: ModelOptions, args: Arguments) -> CtcRecognizer:
-    """CTC on the encoder, clips, batches, steps and learning rates of a distillation."""
+    """Train CTC on the encoder, clips, batches, steps and learning rates of a distillation."""
     model, processor = distillation_trainer.model, distillation_trainer.processing_class
     recognizer = CtcRecognizer(model.audio_tower, len(processor.tokenizer)).to(args.device)
 
@@ -111,7 +112,7 @@ def train_ctc(distillation_trainer, model_options: ModelOptions, args: Arguments
 
 @torch.inference_mode()
 def transcribe(read_clips, processor, rows: list[dict], device, batch_size: int = 64) -> list[str]:
-    """What a recogniser hears in the rows' clips: `read_clips` turns features and their mask into token ids."""
+    """Return transcripts of the rows' clips; `read_clips` turns features and their mask into token ids."""
     transcripts = []
     for start in tqdm(range(0, len(rows), batch_size), desc="recognising", mininterval=1):
         features = processor.extract_features([row["audio"] for row in rows[start : start + batch_size]])

@@ -1,7 +1,7 @@
 """Train a text LLM for strings of digits from nothing, score it on held-out strings, and save it.
 
-Has one token per word: what somebody says has as many tokens as digits. Leaves out: speech, and dialogues of several
-turns.
+The LLM has one token per word, so a spoken string has as many tokens as digits.
+Leaves out: speech, and dialogues of several turns.
 
     python -m examples.experiments.human_speech.build_digit_llm --output_dir outputs/digit_llm_1
     python -m examples.experiments.human_speech.build_digit_llm --output_dir outputs/digit_llm --seed 1 \\
@@ -16,14 +16,14 @@ from ...tiny_world.chat_tokenizer import SPECIAL_TOKENS, for_chats
 from .digits import DIGITS, INSTRUCTIONS, KINDS, SPLITS, draw_question, draw_string, kinds_of, number_in_words
 from .llm import build_llm, llm_parser
 
-# Text is never quite even: after a digit the LLM finds the next one likelier, so that input KL can tell digits apart.
+# Real text is not uniform. After a digit the LLM finds the next one likelier, so input KL distinguishes digits.
 RUN_SHARE = 0.3
-# What takes longest to learn is asked more often.
+# Kinds that take long to learn are asked more often.
 WEIGHTS = {"sort": 2, "sum": 6, "occurrences": 4}
 
 
 def build_tokenizer():
-    """A byte-level BPE, as Qwen2's tokenizer has to be, that has merged every word of the questions and answers."""
+    """Train a byte-level BPE (Qwen2's kind) that has merged every word of the questions and answers."""
     bpe = Tokenizer(models.BPE(unk_token="<|unk|>"))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -37,7 +37,7 @@ def build_tokenizer():
 
 
 def draw_dialogues(num, rng):
-    """`num` lists of chat messages: a question about a string of the training split, and its answer."""
+    """Return `num` lists of chat messages: a question about a string of the training split, and its answer."""
     dialogues = []
     for _ in range(num):
         words = draw_string("train", rng, min_digits=1, run_share=RUN_SHARE)
@@ -54,7 +54,7 @@ def draw_dialogues(num, rng):
 
 
 def held_out_prompts(split, num_per_kind, rng):
-    """kind -> pairs of a user's turn about a string of a split, whose digits follow no habit, and the right answer."""
+    """Return kind -> pairs of a user's turn about a uniformly drawn string of a split, and the right answer."""
     prompts: dict[str, list[tuple[str, str]]] = {kind: [] for kind in KINDS}
     while any(len(asked) < num_per_kind for asked in prompts.values()):
         words = draw_string(split, rng)

@@ -1,6 +1,6 @@
 """Train a text LLM that repeats sentences word for word, whatever they say, and save it.
 
-Knows the words of the training sentences in the pieces of a small vocabulary. Leaves out: speech.
+Its small vocabulary has pieces of the words of the training sentences. Leaves out: speech.
 
     python -m examples.experiments.human_speech.build_sentence_llm --manifest outputs/sentences/train.jsonl \\
         --held_out_manifest outputs/sentences/validation.jsonl --output_dir outputs/sentence_llm
@@ -21,10 +21,10 @@ MAX_NEW_TOKENS = 200
 
 
 def draw_dialogues(num, words, rng):
-    """`num` lists of chat messages that ask for words again.
+    """Return `num` lists of chat messages that ask to repeat words.
 
-    Half of them are as they were read, across the ends of sentences, and half in any order: who knows the book has to
-    listen too.
+    Half of them have the words in the order of the corpus, across the ends of sentences, and half in random order, so
+    that knowing the corpus is not enough.
     """
     dialogues = []
     for _ in range(num):

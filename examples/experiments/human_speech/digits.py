@@ -1,7 +1,7 @@
-"""The text of digit strings: what somebody says, and questions that each have exactly one answer.
+"""The text of digit strings, and questions that each have exactly one answer.
 
-Strings, unlike sentences, follow no grammar: a misheard digit cannot be guessed from its neighbours. Leaves out: speech
-(`../make_digit_manifest.py`).
+Unlike sentences, strings follow no grammar, so a wrong digit cannot be corrected from its neighbours.
+Leaves out: speech (`../make_digit_manifest.py`).
 """
 
 import hashlib
@@ -12,7 +12,7 @@ from ...tiny_world.world import Question
 
 MAX_DIGITS = 6
 MAX_SUMMED = 4
-"""Sums are asked of strings up to this length; the longer a string, the more of its sums no training has shown."""
+"""Sums are asked of strings up to this length; a longer string has more sums that no training shows."""
 INSTRUCTIONS = {
     "repeat": ("Repeat the words.", "Say it again.", "Write down what was said."),
     "reverse": ("Reverse the digits.", "Say the digits backwards."),
@@ -33,7 +33,7 @@ _TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 
 
 def number_in_words(number: int) -> str:
-    """0 to 99 in words, without a hyphen."""
+    """Return a number from 0 to 99 in words, without a hyphen."""
     if number < 20:
         return (DIGITS + _TEENS)[number]
     tens, ones = divmod(number, 10)
@@ -41,7 +41,7 @@ def number_in_words(number: int) -> str:
 
 
 def split_of(words: list[str]) -> str:
-    """The split of a string of digits, by a hash that does not change between runs or machines.
+    """Return the split of a string of digits, by a hash that does not change between runs or machines.
 
     About 5 % of the strings are "validation", on which choices are made, and 10 % are "test". The ten strings of one
     digit are all "train".
@@ -76,7 +76,7 @@ def draw_string(split: str, rng: random.Random, min_digits=2, max_digits=MAX_DIG
 
 
 def draw_question(words: list[str], kind: str, rng: random.Random) -> Question:
-    """A question of one kind about a string; of "occurrences", half are about a digit that was said."""
+    """Draw a question of one kind about a string; half of the kind "occurrences" are about a digit that was said."""
     instruction = rng.choice(INSTRUCTIONS[kind])
     if kind != "occurrences":
         return Question(kind, instruction, _answer(words, kind))
@@ -85,7 +85,7 @@ def draw_question(words: list[str], kind: str, rng: random.Random) -> Question:
 
 
 def kinds_of(words: list[str]) -> list[str]:
-    """The kinds of questions that a string is asked."""
+    """Return the kinds of questions that suit a string."""
     return [kind for kind in KINDS if kind != "sum" or len(words) <= MAX_SUMMED]
 
 

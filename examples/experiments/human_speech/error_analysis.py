@@ -1,11 +1,11 @@
-"""Which digits are misheard, and what that does to answers: from the predictions of `examples/evaluate.py`.
+"""Report which digits are misheard and how answers suffer, from the predictions of `examples/evaluate.py`.
 
     python -m examples.experiments.human_speech.error_analysis --evaluations outputs/digits_*_evaluation \\
         --output outputs/errors
 
 The evaluations (of several seeds and held-out speakers) hold the systems text and speech and the tasks answers and
-transcripts. What was heard, the answer to "Repeat the words.", is aligned with what was said by jiwer. Intervals are of
-a bootstrap over clips, each with all its seeds.
+transcripts. jiwer aligns the answer to "Repeat the words." with the transcript. Intervals come from a bootstrap over
+clips, each with all its seeds.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def main():
 
 
 def read_rows(folder: Path) -> list[dict]:
-    """What was said, asked, heard and answered, of each row of one evaluation.
+    """Read transcript, question, recognised words and answer of each row of one evaluation.
 
     Raises:
         ValueError: the evaluation lacks a system or a task.
@@ -74,13 +74,13 @@ def read_rows(folder: Path) -> list[dict]:
 
 
 def outcomes(rows: list[dict]) -> dict:
-    """Shares of `OUTCOMES`."""
+    """Return the shares of `OUTCOMES`."""
     counts = Counter(map(outcome, rows))
     return {name: counts[name] / len(rows) for name in OUTCOMES}
 
 
 def outcome(row: dict) -> str:
-    """One of `OUTCOMES`."""
+    """Return one of `OUTCOMES`."""
     if row["is_right"]:
         return "right"
     if row["heard"] == row["said"]:
@@ -90,7 +90,7 @@ def outcome(row: dict) -> str:
 
 
 def shares(rows: list[dict], key) -> dict:
-    """Right answers from text and from speech, by what `key` makes of a row."""
+    """Return right answers from text and from speech, grouped by the value of `key` for a row."""
     table = {}
     for name in sorted({key(row) for row in rows}):
         chosen = [row for row in rows if key(row) == name]
@@ -107,7 +107,7 @@ def shares(rows: list[dict], key) -> dict:
 
 
 def interval(rows: list[dict]) -> list[float] | None:
-    """Of the share of right answers from speech; None for a single clip."""
+    """Return the interval of the share of right answers from speech, or None for a single clip."""
     by_clip = defaultdict(list)
     for row in rows:
         by_clip[row["id"], row["voice"], row["said"]].append(row["is_right"])
@@ -118,7 +118,7 @@ def interval(rows: list[dict]) -> list[float] | None:
 
 
 def edits(rows: list[dict]) -> dict:
-    """What became of each digit that was said, and digits that nobody said."""
+    """Count substitutions, deletions and insertions of each digit."""
     said: Counter = Counter()
     misheard: Counter = Counter()
     missed: Counter = Counter()
@@ -155,7 +155,7 @@ def edits(rows: list[dict]) -> dict:
 
 
 def describe(runs: dict[str, list[dict]]) -> dict:
-    """All figures of several runs, and of their rows pooled."""
+    """Return all figures of several runs, and of their rows pooled."""
     rows = [row for of_run in runs.values() for row in of_run]
     voices = {ALL_VOICES: rows}
     voices |= {

@@ -1,12 +1,12 @@
-"""Can a digit be told from a frozen encoder's frames, whoever says it? Classifiers, each speaker held out in turn.
+"""Classify digits from a frozen encoder's frames, with each speaker held out in turn.
 
     python -m examples.experiments.human_speech.frame_probe --recordings RECORDINGS/metadata.jsonl \\
         --speech_model WHISPER_TINY_EN --synthesizers espeak-ng flite --output outputs/frame_probe
 
-Tells what the frames hold from what an adapter makes of them. Each speaker's recordings are classified by four probes:
-trained on the other speakers; on these and synthetic voices; on these after each voice's mean was taken off its frames,
-which takes more than a clip of a voice; and on the other speakers and half of his own recordings (scored on the other
-half). Leaves out: strings, and so the counting of digits.
+This separates what the frames contain from what an adapter makes of them. Four probes classify each speaker's
+recordings. They are trained on the other speakers; on these and synthetic voices; on these with each voice's mean
+subtracted from its frames, which needs more than one clip of a voice; and on the other speakers and half of the
+speaker's own recordings (scored on the other half). Leaves out: strings, and so the counting of digits.
 """
 
 import argparse
@@ -70,7 +70,7 @@ def main():
 
 
 class Hearing:
-    """Recordings of single digits, to what a frozen Whisper encoder makes of them."""
+    """A frozen Whisper encoder that turns recordings of single digits into rows for a probe."""
 
     def __init__(self, speech_model: str, speech_padding: str):
         self.feature_extractor = WhisperFeatureExtractor.from_pretrained(speech_model)
@@ -79,7 +79,8 @@ class Hearing:
 
     @torch.no_grad()
     def __call__(self, recordings: dict[str, list[Path]], voice: str):
-        """
+        """Encode recordings of one voice.
+
         Args:
             recordings: digit -> paths.
             voice: for the progress bar.
@@ -103,22 +104,22 @@ class Hearing:
 
 
 def pool_parts(frames):
-    """(T, H) to (NUM_PARTS * H,): means of consecutive parts, equally long up to a frame; none is empty."""
+    """Return (NUM_PARTS * H,): means of consecutive parts of (T, H), equally long up to a frame; none is empty."""
     borders = [round(part * len(frames) / NUM_PARTS) for part in range(NUM_PARTS + 1)]
     parts = [frames[min(first, len(frames) - 1) : max(end, first + 1)] for first, end in zip(borders, borders[1:])]
     return torch.cat([part.mean(0) for part in parts])
 
 
 def compare(speaker, people, synthetic, num_seeds) -> dict:
-    """Accuracies on one speaker's recordings, per seed, of four kinds of training data, and what was confused.
+    """Return accuracies on one speaker's recordings, per seed, of four kinds of training data, and frequent confusions.
 
     Args:
         speaker: who is held out, of `people`.
         people: speaker -> (rows, digits), see `Hearing`.
-        synthetic: of each synthesizer a list of the like, one for each voice.
+        synthetic: for each synthesizer a list of such pairs, one for each voice.
         num_seeds: probes of each kind.
     """
-    voices = [[heard for name, heard in people.items() if name != speaker], *synthetic]
+    voices = [[voice for name, voice in people.items() if name != speaker], *synthetic]
     others, *synthetic = map(join, voices)
     without_means = [join(map(take_mean_off, group)) for group in voices]
     rows, digits = people[speaker]
@@ -149,19 +150,19 @@ def accuracy(predicted, digits) -> float:
     return (predicted == digits).float().mean().item()
 
 
-def join(heard):
-    """Pairs of rows and digits, to one pair."""
-    return tuple(map(torch.cat, zip(*heard)))
+def join(pairs):
+    """Concatenate pairs of rows and digits to one pair."""
+    return tuple(map(torch.cat, zip(*pairs)))
 
 
-def take_mean_off(heard):
-    """Rows and digits of one voice, to what sets its rows apart."""
-    rows, digits = heard
+def take_mean_off(voice):
+    """Subtract the mean of one voice from its rows."""
+    rows, digits = voice
     return rows - rows.mean(0), digits
 
 
 def train_probe(groups, seed):
-    """A classifier of one hidden layer, trained on groups of (rows, digits) that are drawn from equally often."""
+    """Train a classifier of one hidden layer on groups of (rows, digits), each drawn from equally often."""
     torch.manual_seed(seed)
     mean = torch.stack([rows.mean(0) for rows, _ in groups]).mean(0)
     std = torch.stack([rows.std(0) for rows, _ in groups]).mean(0) + 1e-5

@@ -1,4 +1,4 @@
-"""What more training data gives: from evaluations of models that were trained on sets of several sizes.
+"""Plot scores against the amount of training speech, from evaluations of models trained on sets of several sizes.
 
     python -m examples.experiments.human_speech.learning_curve --output outputs/learning_curve \\
         --evaluations outputs/sentences_5_evaluation outputs/sentences_10_evaluation
@@ -40,10 +40,10 @@ def main():
 
 
 def read_point(folder: Path) -> dict:
-    """Minutes of training speech and all scores of one evaluation.
+    """Return minutes of training speech and all scores of one evaluation.
 
     Raises:
-        ValueError: it does not say on what the model was trained, or lacks a system or a score.
+        ValueError: it does not name the training manifest, or lacks a system or a score.
     """
     results = json.loads((folder / "results.json").read_text())
     settings, systems = results["settings"], results["systems"]
@@ -65,7 +65,7 @@ def read_point(folder: Path) -> dict:
 
 
 def slope(points: list[dict], name: str) -> float | None:
-    """Change of a score with each doubling of the data, by least squares; None of fewer than two sizes."""
+    """Return the change of a score per doubling of the data, by least squares, or None for fewer than two sizes."""
     sizes = np.log2([point["minutes"] for point in points])
     if np.ptp(sizes) == 0:
         return None

@@ -1,6 +1,6 @@
-"""Train one of the small text LLMs of this folder from nothing, score it as its users will load it, and save it.
+"""Train one of the small text LLMs of this folder from nothing, save it, and score it as users load it.
 
-The tiny world's Qwen2 of 0.9 M parameters, trained in the same way. Leaves out: what it is asked
+It is the tiny world's Qwen2 of 0.9 M parameters, trained in the same way. Leaves out: the dialogues
 (`build_digit_llm.py`, `build_sentence_llm.py`).
 """
 
@@ -26,15 +26,15 @@ def llm_parser(description: str, num_steps: int) -> argparse.ArgumentParser:
 
 
 def build_llm(args, tokenizer, draw_dialogues, prompts, rng, batch_size=64, max_new_tokens=48):
-    """Build an LLM as `args` of [`llm_parser`] say, and leave it in `args.output_dir` with its `scores.json`.
+    """Build an LLM according to `args` of [`llm_parser`], and save it to `args.output_dir` with its `scores.json`.
 
     Args:
-        draw_dialogues: a number to so many lists of chat messages.
+        draw_dialogues: returns as many lists of chat messages as it is asked for.
         prompts: kind -> pairs of a user's turn and the right answer, to score it on.
         rng: of `draw_dialogues`, and of the order of batches.
     """
     torch.manual_seed(args.seed)
-    torch.set_num_threads(1)  # on a model this small more threads wait for each other longer than they work
+    torch.set_num_threads(1)  # for a model this small, waiting for more threads costs more than they save
     model = AutoModelForCausalLM.from_pretrained(args.start_from) if args.start_from else build_model(tokenizer)
     model.generation_config.max_new_tokens = max_new_tokens
     dialogues = batches(tokenizer, draw_dialogues, rng, batch_size)

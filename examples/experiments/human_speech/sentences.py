@@ -1,12 +1,13 @@
-"""Manifests of read sentences: speakers held out, and training sets of several sizes, each within the next.
+"""Write manifests of read sentences, with speakers held out and training sets of several sizes, each within the next.
 
     python -m examples.experiments.human_speech.sentences --recordings RECORDINGS/metadata.jsonl \\
         --output outputs/sentences
 
 `metadata.jsonl` has one object per recording with `file_name` (relative to it), `text`, `speaker` and `seconds`, as
 LibriSpeech does after a small conversion. Recordings of a single word, and those longer than `--longest_s`, are left
-out, and said so. The others are copied beside the manifests `train_MINUTES.jsonl`, `train.jsonl` (all there is),
-`validation.jsonl` (to make choices on) and `test.jsonl`, which have no speaker in common. Text is in small letters.
+out, and their number is printed. The others are copied beside the manifests `train_MINUTES.jsonl`, `train.jsonl` (all
+there is), `validation.jsonl` (to make choices on) and `test.jsonl`, which have no speaker in common. Text is in lower
+case.
 """
 
 import argparse
@@ -62,10 +63,10 @@ def main():
 
 
 def read_sentences(metadata: Path, longest_s: float) -> dict[Path, dict]:
-    """A manifest's row for each recording of a sentence; the name of the file decides how it is asked for.
+    """Return a manifest's row for each recording of a sentence; the file name determines the instruction.
 
     Raises:
-        ValueError: there is none, or two files have one name.
+        ValueError: there is none, or two files have the same name.
     """
     rows, num_words, num_long = {}, 0, 0
     for origin, recording in read_objects(metadata):
@@ -97,7 +98,7 @@ def read_sentences(metadata: Path, longest_s: float) -> dict[Path, dict]:
 
 
 def in_turns(rows: list[dict], rng: random.Random) -> list[dict]:
-    """Shuffled, with the speakers in turn, so that a small set is of as many speakers as a large one."""
+    """Shuffle rows with the speakers in turn, so that a small set has as many speakers as a large one."""
     of_speaker: dict[str, list[dict]] = {}
     for row in rng.sample(rows, len(rows)):
         of_speaker.setdefault(row["voice"], []).append(row)
@@ -105,7 +106,7 @@ def in_turns(rows: list[dict], rng: random.Random) -> list[dict]:
 
 
 def first_minutes(rows: list[dict], minutes: float) -> list[dict]:
-    """The first rows that together are no longer than `minutes`."""
+    """Return the first rows that together are no longer than `minutes`."""
     chosen, seconds = [], 0.0
     for row in rows:
         seconds += row["duration"]

@@ -1,7 +1,7 @@
-"""Recordings of single digits by the voices of espeak-ng and flite, as further speakers to train on.
+"""Synthesise single digits in the voices of espeak-ng and flite, as further speakers to train on.
 
 espeak-ng (`espeakng-loader`) has many voices, whose sound is computed from formants; flite (a program, `apt-get install
-flite`) has few, made from people's recordings. Leaves out: voices that whisper or are hardly to be understood.
+flite`) has few, made from people's recordings. Leaves out: voices that whisper or are hard to understand.
 """
 
 import random
@@ -25,7 +25,7 @@ SILENCE = 0.01
 
 
 def synthesize_recordings(synthesizer: str, folder: Path, sampling_rate: int, rng: random.Random):
-    """Have every voice say every digit, each time with another speed and pitch (and accent, of espeak-ng).
+    """Synthesise every digit in every voice, each time with another speed and pitch (and accent, for espeak-ng).
 
     Args:
         synthesizer: one of `SYNTHESIZERS`.
@@ -60,7 +60,7 @@ Say = Callable[[str, random.Random], tuple[np.ndarray, int]]
 
 
 def espeak_voices() -> tuple[dict[str, Say], int]:
-    """Voices by name, and how often each is to say a digit: so that few voices have as much to choose from as many."""
+    """Return voices by name, and the number of takes per digit (more if there are few voices)."""
     # Imported here: espeakng-loader is an extra.
     import espeakng_loader
 
@@ -78,7 +78,7 @@ def espeak_voices() -> tuple[dict[str, Say], int]:
 
 
 def flite_voices() -> tuple[dict[str, Say], int]:
-    """As `espeak_voices`."""
+    """Return voices by name and the number of takes per digit, as `espeak_voices`."""
     program = shutil.which("flite")
     if program is None:
         raise RuntimeError(
@@ -92,7 +92,7 @@ def flite_voices() -> tuple[dict[str, Say], int]:
             with tempfile.NamedTemporaryFile(suffix=".wav") as file:
                 subprocess.run([program, "-voice", voice, *options, "-t", word, "-o", file.name], check=True)
                 samples, rate = soundfile.read(file.name, dtype="float32")
-            # Longer and shorter vocal tracts, as there are few voices.
+            # Simulate longer and shorter vocal tracts, because there are few voices.
             return samples, round(rate * rng.uniform(0.85, 1.2))
 
         return say
