@@ -19,12 +19,13 @@ from huggingface_hub import HfApi, ModelCard
 
 from modeling_blsp_kd import BlspKdForCausalLM
 from modeling_blsp_kd.thin_checkpoints import trained_names
-from processing import BlspKdProcessor
+from processing import BlspKdPipeline, BlspKdProcessor, BlspKdSpeechRecognitionPipeline
 from processing.publishing.card import TEMPLATE, make_card
 from processing.publishing.facts import count_parameters
 from processing.publishing.publication import complete_or_nothing
 from processing.publishing.upload import UploadError, upload
 from processing.publishing.verify import compare, run_script
+from processing.spoken_inputs import user_turn
 from tests.helpers.models import make_model, make_thin_model
 from tests.helpers.prompts import SAMPLING_RATE, clip
 from tests.helpers.shipping import PACKAGE_FOLDERS, assert_tells_no_path
@@ -296,16 +297,26 @@ def test_another_base_model_than_the_checkpoints_is_refused(checkpoint, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_code_of_the_card_runs_as_it_stands(published, tmp_path, monkeypatch, capsys):
+def test_the_code_of_the_card_prints_the_answers_of_this_package(published, tmp_path, monkeypatch):
     code = re.findall(r"```python\n(.*?)```", (published / "README.md").read_text(), re.DOTALL)
     assert len(code) == 3
     clip_path = tmp_path / "clip.wav"
     soundfile.write(clip_path, clip(0.6), SAMPLING_RATE)
     (tmp_path / "my-model").symlink_to(published)
     monkeypatch.chdir(tmp_path)
-    exec("".join(code), {})
-    printed = capsys.readouterr().out.splitlines()
-    assert len(printed) >= 4 and any(printed)
+    printed = []
+    exec("".join(code), {"print": printed.append})
+
+    model, processor = BlspKdForCausalLM.from_pretrained(published), BlspKdProcessor.from_pretrained(published)
+    turn = user_turn("Repeat the words.", {"type": "audio", "path": str(clip_path)})
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
+    inputs = processor.apply_chat_template(turn, **options)
+    new_tokens = model.generate(**inputs, max_new_tokens=32)[0, inputs["input_ids"].shape[1] :]
+    generated = processor.decode(new_tokens, skip_special_tokens=True)
+    asked = BlspKdPipeline(model=model, processor=processor)(str(clip_path), instruction="Repeat the words.")
+    transcribed = BlspKdSpeechRecognitionPipeline(model=model, processor=processor)(str(clip_path))
+    assert printed == [asked["generated_text"], transcribed["text"], asked["generated_text"], generated]
+    assert len(generated) > 5 and asked["generated_text"]
 
 
 def test_a_template_with_a_missing_block_is_refused(published):
