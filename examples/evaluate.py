@@ -16,6 +16,8 @@ per row. A rerun goes on there: after a stop, with a higher limit, with more sys
 """
 
 import json
+import subprocess
+import sys
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from importlib.metadata import version
 from itertools import islice
@@ -25,19 +27,58 @@ from tqdm import tqdm
 
 from modeling_blsp_kd import BlspKdForCausalLM
 from modeling_blsp_kd.devices import fast_dtype
-from modeling_blsp_kd.thin_checkpoints import identify
 from processing import BlspKdProcessor
 from processing.chat_templates import read_options
-from processing.evaluation.predictions import Predictions, predict_missing
+from processing.evaluation.predictions import Predictions, predict_missing, settings_of
 from processing.evaluation.recognition import load_recognizer
 from processing.evaluation.report import as_markdown, plot
-from processing.evaluation.rows import open_rows
+from processing.evaluation.rows import open_rows, voice_group
 from processing.evaluation.scoring import Scorer
 from processing.evaluation.systems import SYSTEMS, TASKS, Systems, names_of
 from processing.training_rows.kept_frames import KeptFrames
 
+ROOT = Path(__file__).parent.parent
+TINY_WORLD_TRANSLATION = "Give the key words in Spanish."
+
 
 def main():
+    options = parse_options()
+    data, total, rows = open_rows(options, tiny_world)
+    output = Path(options.output)
+    files = {
+        system: Predictions(output / "predictions", system, settings_of(system, options, data))
+        for system in options.systems
+    }
+    systems = load_systems(options)
+    kept_frames = KeptFrames(systems.model.audio_tower, options.kept_frames) if options.kept_frames else None
+    ids = []
+    with tqdm(total=total, unit="row", desc="predicting", mininterval=1) as progress:
+        while batch := list(islice(rows, options.batch_size)):
+            predict_missing(systems, files, batch)
+            ids += [row["id"] for row in batch]
+            progress.update(len(batch))
+    if not ids:
+        raise ValueError(f"There is no row to evaluate on in {data}.")
+    if kept_frames is not None:
+        kept_frames.save()
+
+    scorer = Scorer(options.tasks, options.num_resamples, bleu_tokenizer=options.bleu_tokenizer)
+    results = {
+        "settings": {
+            **vars(options),
+            "data": data,
+            "num_rows": len(ids),
+            "versions": {name: version(name) for name in ("torch", "transformers", "jiwer", "sacrebleu")},
+        },
+        "systems": scorer({system: [file.by_id[row_id] for row_id in ids] for system, file in files.items()}),
+    }
+    (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    (output / "results.md").write_text(as_markdown(results))
+    plot(results, output)
+    print("\n" + as_markdown(results))
+
+
+def parse_options() -> Namespace:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder or Hub id of a BLSP-KD model")
     parser.add_argument("--output", required=True, help="folder for results and predictions")
@@ -72,69 +113,20 @@ def main():
     if options.asr_model and "cascade" not in options.systems:
         parser.error("--asr_model is of the cascade, which is not among --systems.")
     if not (options.manifest or options.dataset or options.translation_instruction):
-        from tiny_world.world import INSTRUCTIONS
-
-        options.translation_instruction = INSTRUCTIONS["spanish"][0]
-    evaluate(options)
-
-
-def evaluate(options: Namespace):
-    scorer = Scorer(options.tasks, options.num_resamples, bleu_tokenizer=options.bleu_tokenizer)
-    data, total, rows = open_rows(options, tiny_world)
-    output = Path(options.output)
-    files = {
-        system: Predictions(output / "predictions", system, settings_of(system, options, data))
-        for system in options.systems
-    }
-    systems = load_systems(options)
-    kept_frames = KeptFrames(systems.model.audio_tower, options.kept_frames) if options.kept_frames else None
-    ids = []
-    with tqdm(total=total, unit="row", desc="predicting", mininterval=1) as progress:
-        while batch := list(islice(rows, options.batch_size)):
-            predict_missing(systems, files, batch)
-            ids += [row["id"] for row in batch]
-            progress.update(len(batch))
-    if not ids:
-        raise ValueError(f"There is no row to evaluate on in {data}.")
-    if kept_frames is not None:
-        kept_frames.save()
-
-    results = {
-        "settings": {
-            **vars(options),
-            "data": data,
-            "num_rows": len(ids),
-            "versions": {name: version(name) for name in ("torch", "transformers", "jiwer", "sacrebleu")},
-        },
-        "systems": scorer({system: [file.by_id[row_id] for row_id in ids] for system, file in files.items()}),
-    }
-    (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    (output / "results.md").write_text(as_markdown(results))
-    plot(results, output)
-    print("\n" + as_markdown(results))
+        options.translation_instruction = TINY_WORLD_TRANSLATION
+    return options
 
 
 def tiny_world(options: Namespace) -> tuple[str, list[dict]]:
-    """Return the name and the rows of what is evaluated on without other data."""
-    # Imported here: synthesis needs espeakng-loader, which other data does not.
-    from tiny_world.dataset import make_evaluation_rows
-
+    """Return the name and the rows of the data that is used if no other is given."""
     split = options.split or "test"
-    name = f"tiny world, {split}, {options.num_utterances} per kind of voice"
-    return name, make_evaluation_rows(split, options.num_utterances, options.cache_dir)
-
-
-def settings_of(system: str, options: Namespace, data: str) -> dict:
-    """What the predictions of a system depend on."""
-    settings = {"model": identify(options.model, {})["revision"], "data": data, "tasks": list(options.tasks)}
-    settings |= {name: getattr(options, name) for name in ("max_new_tokens", "translation_instruction")}
-    if options.chat_template_kwargs:
-        settings["chat_template_kwargs"] = options.chat_template_kwargs
-    if options.train_manifest:
-        settings["train_manifest"] = Path(options.train_manifest).name
-    if system == "cascade":
-        settings["asr_model"] = identify(options.asr_model or options.model, {})["revision"]
-    return settings
+    command = [sys.executable, "-m", "examples.tiny_world.evaluation_rows", "--split", split]
+    command += ["--num_utterances", str(options.num_utterances), "--cache_dir", Path(options.cache_dir).absolute()]
+    command += ["--limit", str(options.limit)] if options.limit else []
+    # In a process of its own, because synthesis needs espeakng-loader, which other data does not.
+    lines = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=True).stdout.splitlines()
+    rows = [{**row, "voice_group": voice_group(row["is_seen_voice"])} for row in map(json.loads, lines)]
+    return f"tiny world, {split}, {options.num_utterances} per kind of voice", rows
 
 
 def load_systems(options: Namespace) -> Systems:

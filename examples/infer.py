@@ -8,6 +8,8 @@ Works with a folder or a Hub id; the answer appears as it is generated.
 import argparse
 from pathlib import Path
 
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from transformers import AutoModelForCausalLM, AutoProcessor, TextStreamer
 
 from modeling_blsp_kd.devices import fast_dtype
@@ -28,6 +30,11 @@ def main():
     options = parser.parse_args()
     if not Path(options.audio).is_file():
         parser.error(f"--audio {options.audio} is no file.")
+    if not Path(options.model).is_dir():
+        try:
+            validate_repo_id(options.model)
+        except HFValidationError:  # the Hub would be asked again and again before it says so
+            parser.error(f"--model {options.model} is no folder, and no Hub id either.")
 
     given = read_options(options.chat_template_kwargs)
     processor = AutoProcessor.from_pretrained(options.model, trust_remote_code=True, **given)

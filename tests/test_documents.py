@@ -74,11 +74,41 @@ def test_documents_name_only_options_that_exist(document):
             assert option in known, f"{document} passes {option} to {script}, which does not know it"
 
 
-@functools.cache
 def _help_of(script: str) -> str:
-    finished = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, timeout=300)
+    return _run_help(script).stdout
+
+
+@functools.cache
+def _run_help(script: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-X", "importtime", ROOT / script, "--help"]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert finished.returncode == 0, finished.stderr[-3000:]
-    return finished.stdout
+    return finished
+
+
+@pytest.mark.parametrize("script", [script for script in SCRIPTS if "__main__" in (ROOT / script).read_text()])
+def test_scripts_import_neither_each_other_nor_the_package_evaluate(script):
+    """`import evaluate` would give them examples/evaluate.py, because their folder comes first in the search path."""
+    imported = {line.rpartition("|")[2].strip() for line in _run_help(script).stderr.splitlines() if "|" in line}
+    assert "site" in imported, "the list of imports is there"
+    neighbours = {path.stem for path in (ROOT / "examples").glob("*.py")} | {"examples", "experiments", "tiny_world"}
+    assert not imported & neighbours
+
+
+def test_only_metrics_import_the_package_evaluate():
+    """It loads them by path itself, so no script needs it, not even for something that it imports late."""
+    folders = [ROOT / folder for folder in ("modeling_blsp_kd", "processing", "examples")]
+    users = [path for folder in folders for path in folder.rglob("*.py") if _imports(path, "evaluate")]
+    assert users and all(path.parent.parent.name == "metrics" for path in users)
+
+
+def _imports(path: Path, package: str) -> bool:
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+        if any(name.split(".")[0] == package for name in names):
+            return True
+    return False
 
 
 @pytest.mark.parametrize("script", [script for script in SCRIPTS if "ArgumentParser(" in (ROOT / script).read_text()])

@@ -1,7 +1,6 @@
 """The evaluation harness: rows of many data sets, four systems, predictions that go on, scores with intervals."""
 
 import argparse
-import importlib.util
 import io
 import json
 import subprocess
@@ -26,6 +25,8 @@ from transformers import (
     WhisperTokenizer,
 )
 
+from examples.evaluate import TINY_WORLD_TRANSLATION, main, tiny_world
+from examples.tiny_world.world import INSTRUCTIONS
 from modeling_blsp_kd.speech_encoder import TrueLengthWhisperEncoder
 from processing.audio_loading import load_audio
 from processing.evaluation.answering import answer_rows
@@ -422,15 +423,6 @@ def test_report_shows_what_there_is(scorer, tmp_path):
 # -- the command ------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def script(monkeypatch):
-    monkeypatch.syspath_prepend(EXAMPLES)  # as for the command
-    spec = importlib.util.spec_from_file_location("example_evaluate", EXAMPLES / "evaluate.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, processor):
     """A model and a manifest of three rows."""
@@ -450,10 +442,10 @@ def arguments(folder, output, *options):
     return [str(argument) for argument in (*given, "--max_new_tokens", 5, "--num_resamples", 50, *options)]
 
 
-def test_a_run_that_goes_on_gives_what_one_run_gives(folder, script, monkeypatch, capsys):
+def test_a_run_that_goes_on_gives_what_one_run_gives(folder, monkeypatch, capsys):
     def run(*given):
         monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments(folder, *given)])
-        script.main()
+        main()
 
     run("stopped", "--limit", 1, "--systems", "text,speech")
     first = (folder / "stopped" / "predictions" / "speech.jsonl").read_text()
@@ -478,7 +470,7 @@ def test_a_run_that_goes_on_gives_what_one_run_gives(folder, script, monkeypatch
     assert "expected some of text,speech,blind,cascade, got 'speech,telepathy'" in capsys.readouterr().err
 
 
-def test_kept_frames_stand_for_the_clips_of_a_later_run(folder, script, monkeypatch):
+def test_kept_frames_stand_for_the_clips_of_a_later_run(folder, monkeypatch):
     heard = []
     encode = TrueLengthWhisperEncoder.forward
 
@@ -490,24 +482,24 @@ def test_kept_frames_stand_for_the_clips_of_a_later_run(folder, script, monkeypa
     for output in ("encoded", "again"):
         given = ("--kept_frames", folder / "frames", "--systems", "text,speech", "--batch_size", 2)
         monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments(folder, output, *given)])
-        script.main()
+        main()
     assert sum(heard) == 3, "each clip once, for all tasks and both runs"
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments(folder, "without", "--systems", "text,speech")])
-    script.main()
+    main()
     results = [json.loads((folder / name / "results.json").read_text()) for name in ("encoded", "again", "without")]
     assert results[0]["systems"] == results[1]["systems"]
     for name, score in results[2]["systems"]["speech"]["alignment"].items():
         assert results[0]["systems"]["speech"]["alignment"][name]["value"] == pytest.approx(score["value"], rel=0.01)
 
 
-def test_a_clip_that_cannot_be_heard_is_named(folder, script, monkeypatch, tmp_path):
+def test_a_clip_that_cannot_be_heard_is_named(folder, monkeypatch, tmp_path):
     rows = [{"audio": str(folder / f"{index}.flac"), "text": text} for index, text in enumerate(TEXTS)]
     (tmp_path / "bad.flac").write_bytes(b"no sound")
     manifest = write_manifest(tmp_path / "rows.jsonl", [rows[0], {**rows[1], "id": "x7", "audio": "bad.flac"}])
     options = ("--manifest", manifest, "--allow_outside_paths", "--systems", "speech", "--batch_size", 1)
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments(folder, tmp_path / "output", *options)])
     with pytest.raises(ValueError, match=r"Row x7: .*bad\.flac cannot be decoded"):
-        script.main()
+        main()
     assert len((tmp_path / "output" / "predictions" / "speech.jsonl").read_text().splitlines()) == 1
 
 
@@ -523,3 +515,14 @@ def test_the_command_leaves_tables_and_pictures(folder):
     assert "| exact match" in finished.stdout and "3 rows, 95 % intervals" in finished.stdout
     written = {path.name for path in (folder / "command").iterdir()}
     assert written == {"predictions", "results.json", "results.md", "scores.png", "by_kind.png"}
+
+
+@pytest.mark.long
+def test_without_data_only_the_clips_of_the_limit_are_synthesised(tmp_path):
+    """All 960 clips of the default were synthesised before the first row, whatever the limit."""
+    options = argparse.Namespace(split=None, num_utterances=40, cache_dir=tmp_path, limit=3)
+    name, rows = tiny_world(options)
+    assert name == "tiny world, test, 40 per kind of voice", "a rerun with a higher limit goes on"
+    assert [row["voice_group"] for row in rows] == ["seen voices", "held out voices", "seen voices"]
+    assert len([*tmp_path.glob("*.flac")]) <= 4 and all(Path(row["audio"]).exists() for row in rows)
+    assert all(row["words"] for row in rows) and TINY_WORLD_TRANSLATION in INSTRUCTIONS["spanish"]

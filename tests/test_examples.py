@@ -95,6 +95,18 @@ def test_infer_names_a_missing_file_before_it_loads_a_model(tmp_path, monkeypatc
     assert f"--audio {tmp_path / 'question.wav'} is no file." in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("model", ["/no/model", "./model", "outputs/no/model", "../model", "~/model"])
+def test_infer_names_a_missing_folder_before_it_asks_the_hub(model, tmp_path, monkeypatch, capsys):
+    """Without a network it took half a minute of retries to find that a folder was misspelt."""
+    infer = load_example("infer", monkeypatch)
+    monkeypatch.setattr(infer.AutoProcessor, "from_pretrained", lambda *_, **__: pytest.fail("it loads the model"))
+    (tmp_path / "question.wav").touch()
+    monkeypatch.setattr(sys, "argv", ["infer.py", "--model", model, "--audio", str(tmp_path / "question.wav")])
+    with pytest.raises(SystemExit):
+        infer.main()
+    assert f"--model {model} is no folder, and no Hub id either." in capsys.readouterr().err
+
+
 # Runs in a process of its own, that cannot import this package.
 ASK = f"""
 import runpy

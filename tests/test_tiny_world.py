@@ -76,6 +76,9 @@ def test_test_rows_ask_every_kind_equally_often(tmp_path):
     timed = make_rows("test", 2 * len(KINDS), TRAIN_VOICES, 3, tmp_path, with_words=True)
     assert all([word["text"] for word in row["words"]] == row["text"].split() for row in timed)
     assert [{name: row[name] for name in row if name != "words"} for row in timed] == rows
+    first = make_rows("test", 2 * len(KINDS), TRAIN_VOICES, 3, tmp_path / "first", with_words=True, limit=5)
+    assert [{**row, "audio": str(tmp_path / Path(row["audio"]).name)} for row in first] == timed[:5]
+    assert len([*(tmp_path / "first").iterdir()]) == 5, "only their clips are synthesised"
 
 
 def test_clips_are_the_same_bytes_when_made_again_and_are_not_made_twice(tmp_path):

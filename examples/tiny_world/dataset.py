@@ -8,7 +8,7 @@ import random
 from collections import Counter
 from pathlib import Path
 
-from .speech import HELD_OUT_VOICES, TRAIN_VOICES, make_clips, word_times
+from .speech import make_clips, word_times
 from .world import KINDS, Sentence, questions, sentences
 
 
@@ -20,6 +20,7 @@ def make_rows(
     cache_dir: str | Path,
     repeat_share: float | None = None,
     with_words: bool = False,
+    limit: int | None = None,
 ) -> list[dict]:
     """Draw sentences, synthesise them, and ask one question about each.
 
@@ -33,6 +34,7 @@ def make_rows(
         repeat_share: share of rows, 0 to 1, whose question is "repeat"; the others ask any other kind that suits their
             sentence. Omitted: every kind is asked equally often (give or take one row), which is right for a test set.
         with_words: add the times of words as `words`; the clips are synthesised once more for it.
+        limit: return only the first rows, and synthesise only their clips; omitted, all.
 
     Returns:
         list of dict with the keys `audio` (path of a 16 kHz FLAC file), `text`, `voice`, `sentence_kind`, `kind`,
@@ -54,14 +56,11 @@ def make_rows(
             for sentence in sentences(split, num_utterances, seed)
         ]
     speakers = [voices[index % len(voices)] for index in range(num_utterances)]
-    texts = [sentence.text for sentence, _ in asked]
-    clips = make_clips(texts, speakers, seed, cache_dir)
     rows = []
-    for (sentence, kind), speaker, clip in zip(asked, speakers, clips, strict=True):
+    for (sentence, kind), speaker in zip(asked, speakers, strict=True):
         question = rng.choice([question for question in questions(sentence) if question.kind == kind])
         rows.append(
             {
-                "audio": str(clip),
                 "text": sentence.text,
                 "voice": speaker,
                 "sentence_kind": sentence.kind,
@@ -70,34 +69,16 @@ def make_rows(
                 "answer": question.answer,
             }
         )
+    # A clip's sound follows from its number, which is the place of its row before the shuffle.
+    numbered = list(enumerate(rows))
+    rng.shuffle(numbered)
+    numbers, rows = ([pair[part] for pair in numbered[:limit]] for part in (0, 1))
+    said = ([row["text"] for row in rows], [row["voice"] for row in rows], seed)
+    rows = [{"audio": str(clip), **row} for clip, row in zip(make_clips(*said, cache_dir, numbers=numbers), rows)]
     if with_words:
-        for row, words in zip(rows, word_times(texts, speakers, seed), strict=True):
+        for row, words in zip(rows, word_times(*said, numbers=numbers), strict=True):
             row["words"] = words
-    rng.shuffle(rows)
     return rows
-
-
-def make_evaluation_rows(split: str, num_utterances: int, cache_dir: str | Path) -> list[dict]:
-    """Make the rows that `examples/evaluate.py` uses without other data, on which `examples/train.py` scores as well.
-
-    Seen and held-out voices take turns, so that any first part has both. Questions for the Spanish of a sentence count
-    as translations, too.
-
-    Args:
-        split, cache_dir: as in [`make_rows`].
-        num_utterances: number of rows per kind of voice.
-    """
-    from processing.evaluation.rows import voice_group  # here, since it imports transformers, which takes seconds
-
-    groups = []
-    for seed, voices in enumerate((TRAIN_VOICES, HELD_OUT_VOICES), start=1):
-        rows = make_rows(split, num_utterances, voices, seed, cache_dir, with_words=True)
-        for row in rows:
-            row["voice_group"] = voice_group(voices is TRAIN_VOICES)
-            if row["kind"] == "spanish":
-                row["translation"] = row["answer"]
-        groups.append(rows)
-    return [row for pair in zip(*groups) for row in pair]
 
 
 def _other_kinds(sentence: Sentence) -> list[str]:

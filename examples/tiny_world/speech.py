@@ -26,12 +26,17 @@ HELD_OUT_VOICES = ("en-us+m4", "en+f3", "en-us+linda")
 
 
 def make_clips(
-    texts: list[str], voices: list[str], seed: int, cache_dir: str | Path, num_workers: int | None = None
+    texts: list[str],
+    voices: list[str],
+    seed: int,
+    cache_dir: str | Path,
+    num_workers: int | None = None,
+    numbers: list[int] | None = None,
 ) -> list[Path]:
     """Make one FLAC file per text, or find it in `cache_dir` from an earlier run.
 
     Speed (150-200 words per minute), pitch (35-65) and the silence before and after (0.1-0.2 s each) are drawn per clip
-    from `seed` and the clip's index. A file is named by all that determines its sound, and it gets that name only
+    from `seed` and the clip's number. A file is named by all that determines its sound, and it gets that name only
     when it is complete, so a run that was stopped leaves nothing that a later run would take for a finished clip.
 
     Args:
@@ -39,19 +44,20 @@ def make_clips(
         voices: who says it, as many as `texts`.
         cache_dir: folder for the files; made if it does not exist.
         num_workers: processes, since espeak-ng speaks with one voice per process. Omitted: one per core, at most 8.
+        numbers: the clips' numbers, as many as `texts`; 0, 1, ... if omitted.
 
     Returns:
         paths of 16 kHz mono 16-bit FLAC files, in the order of `texts`.
 
     Raises:
-        ValueError: `texts` and `voices` differ in number.
+        ValueError: `texts`, `voices` and `numbers` are not equally many.
         RuntimeError: a worker stopped; its own error is on stderr.
     """
     cache_dir = Path(cache_dir)
     cache_dir.mkdir(parents=True, exist_ok=True)
     clips = {}
     paths = []
-    for settings in _settings_of_clips(texts, voices, seed):
+    for settings in _settings_of_clips(texts, voices, seed, numbers):
         path = cache_dir / f"{hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:20]}.flac"
         paths.append(path)
         if not path.exists():
@@ -60,13 +66,19 @@ def make_clips(
     return paths
 
 
-def word_times(texts: list[str], voices: list[str], seed: int, num_workers: int | None = None) -> list[list[dict]]:
+def word_times(
+    texts: list[str],
+    voices: list[str],
+    seed: int,
+    num_workers: int | None = None,
+    numbers: list[int] | None = None,
+) -> list[list[dict]]:
     """Return the times that espeak-ng reports for the words in the clips that `make_clips` makes of the same arguments.
 
     A word ends where the next one begins, or where a pause begins.
 
     Args:
-        texts, voices, seed, num_workers: as in `make_clips`; the sentences are spoken once more.
+        texts, voices, seed, num_workers, numbers: as in `make_clips`; the sentences are spoken once more.
 
     Returns:
         for each clip a list of dict with the keys `text`, `start` and `end` (seconds from the start of the clip).
@@ -75,15 +87,15 @@ def word_times(texts: list[str], voices: list[str], seed: int, num_workers: int 
         ValueError, RuntimeError: as `make_clips`.
     """
     return _run_workers(
-        [{"path": None, **settings} for settings in _settings_of_clips(texts, voices, seed)], num_workers
+        [{"path": None, **settings} for settings in _settings_of_clips(texts, voices, seed, numbers)], num_workers
     )
 
 
-def _settings_of_clips(texts, voices, seed):
+def _settings_of_clips(texts, voices, seed, numbers):
     if len(texts) != len(voices):
         raise ValueError(f"Every clip needs one voice, but there are {len(texts)} texts and {len(voices)} voices.")
-    for index, (text, voice) in enumerate(zip(texts, voices)):
-        rng = random.Random(f"clip {seed} {index}")
+    for number, text, voice in zip(range(len(texts)) if numbers is None else numbers, texts, voices, strict=True):
+        rng = random.Random(f"clip {seed} {number}")
         yield {
             "text": text,
             "voice": voice,

@@ -6,6 +6,7 @@ Leaves out: writing by several processes at once.
 import json
 from pathlib import Path
 
+from modeling_blsp_kd.thin_checkpoints import identify
 from processing.audio_loading import load_audio
 
 from .systems import Systems
@@ -58,6 +59,24 @@ class Predictions:
         with self.path.open("a") as file:
             file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         self.by_id.update((line["id"], line) for line in lines)
+
+
+def settings_of(system: str, options, data: str) -> dict:
+    """Return what the predictions of a system depend on.
+
+    Args:
+        options: those of `examples/evaluate.py`.
+        data: the name of the data, which changes when the data does.
+    """
+    settings = {"model": identify(options.model, {})["revision"], "data": data, "tasks": list(options.tasks)}
+    settings |= {name: getattr(options, name) for name in ("max_new_tokens", "translation_instruction")}
+    if options.chat_template_kwargs:
+        settings["chat_template_kwargs"] = options.chat_template_kwargs
+    if options.train_manifest:
+        settings["train_manifest"] = Path(options.train_manifest).name
+    if system == "cascade":
+        settings["asr_model"] = identify(options.asr_model or options.model, {})["revision"]
+    return settings
 
 
 def predict_missing(systems: Systems, files: dict[str, Predictions], batch: list[dict]):

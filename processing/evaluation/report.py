@@ -111,8 +111,8 @@ def plot(results: dict, folder: Path) -> list[Path]:
             matches = [of_kind[kind]["exact_match"] for kind in kinds]
             values = [score["value"] for score in matches]
             spread = [
-                [max(0, score["value"] - score["low"]) for score in scores],
-                [max(0, score["high"] - score["value"]) for score in scores],
+                [max(0, score["value"] - score["low"]) for score in matches],
+                [max(0, score["high"] - score["value"]) for score in matches],
             ]
             places = [index + (place - (len(by_kind) - 1) / 2) * width for index in range(len(kinds))]
             axes.bar(
