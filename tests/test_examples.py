@@ -14,10 +14,13 @@ from safetensors.torch import load_file
 from transformers import GenerationConfig, pipeline
 
 from examples import train
+from modeling_blsp_kd import BlspKdForCausalLM
 from modeling_blsp_kd.training.building import build_model, build_processor, make_trainer, warn_of_endless_answers
 from modeling_blsp_kd.training.options import Arguments, ModelOptions
+from processing import BlspKdProcessor
 from processing.manifests import read_manifest
 from processing.publishing.verify import ELSEWHERE
+from processing.spoken_inputs import user_turn
 from processing.training_rows import responses
 from processing.training_rows.options import DataOptions
 from tests.helpers.example_scripts import EXAMPLES, load_example
@@ -84,7 +87,13 @@ def test_infer_answers_a_file(trained):
     folder, _ = trained
     audio = next((folder / "clips").glob("*.flac"))
     output = run(EXAMPLES / "infer.py", "--model", folder / "model", "--audio", audio, "--instruction", "Say it again.")
-    assert output.strip()
+    processor = BlspKdProcessor.from_pretrained(folder / "model")
+    model = BlspKdForCausalLM.from_pretrained(folder / "model")
+    turn = user_turn("Say it again.", {"type": "audio", "path": str(audio)})
+    inputs = processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=True, return_dict=True)
+    new_tokens = model.generate(**inputs, max_new_tokens=64)[0, inputs["input_ids"].shape[1] :]
+    expected = processor.decode(new_tokens, skip_special_tokens=True)
+    assert output.strip() == expected.strip() != ""
 
 
 def test_infer_names_a_missing_file_before_it_loads_a_model(tmp_path, monkeypatch, capsys):
