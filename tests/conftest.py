@@ -3,7 +3,6 @@
 import gc
 import os
 
-import evaluate  # noqa: F401  (before tests put examples/ on the path, whose evaluate.py has the same name)
 import huggingface_hub.constants
 import pytest
 import torch

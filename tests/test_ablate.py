@@ -501,6 +501,7 @@ def test_published_results_are_those_of_the_matrix_as_it_stands():
         assert path.stem.endswith(f"-{digest[:12]}")
 
 
+@pytest.mark.long
 def test_the_script_runs_from_any_folder(tmp_path):
     script = Path(ablate.__file__).parents[2] / "ablate.py"
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}

@@ -65,6 +65,7 @@ def test_the_readme_stays_short():
     assert len(_readme().splitlines()) <= 230
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("document", [*PAGES, *SCRIPTS])
 def test_documents_name_only_options_that_exist(document):
     text = (ROOT / document).read_text().replace("\\\n", " ").replace("\\\\", " ")
@@ -86,6 +87,7 @@ def _run_help(script: str) -> subprocess.CompletedProcess:
     return finished
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("script", [script for script in SCRIPTS if "__main__" in (ROOT / script).read_text()])
 def test_scripts_import_neither_each_other_nor_the_package_evaluate(script):
     """`import evaluate` would give them examples/evaluate.py, because their folder comes first in the search path."""
@@ -111,6 +113,7 @@ def _imports(path: Path, package: str) -> bool:
     return False
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("script", [script for script in SCRIPTS if "ArgumentParser(" in (ROOT / script).read_text()])
 def test_help_keeps_the_line_breaks_of_commands(script):
     """Commands of several lines ran into the prose around them, so they could not be copied."""
@@ -183,6 +186,7 @@ def where_documents_are_read(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "page",
     [

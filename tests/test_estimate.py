@@ -1,5 +1,7 @@
 """Estimated against measured memory, counted against written-out operations, and recipes that scripts can read."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import yaml
@@ -13,7 +15,8 @@ from modeling_blsp_kd.training.command_line import unfold_recipe
 from modeling_blsp_kd.training.options import Arguments, ModelOptions
 from processing.training_rows.options import DataOptions
 from tests.benchmarks.memory_estimate import ASSUME, compare, make_config
-from tests.helpers.example_scripts import EXAMPLES
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
 
 TINY_WORLD = EXAMPLES / "tiny_world"
 RECIPES = sorted(path for path in (EXAMPLES / "recipes").glob("*.yaml") if "fsdp" not in path.name)

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import GenerationConfig, pipeline
 
-from examples import train
+from examples import infer, train
 from modeling_blsp_kd import BlspKdForCausalLM
 from modeling_blsp_kd.training.building import build_model, build_processor, make_trainer, warn_of_endless_answers
 from modeling_blsp_kd.training.options import Arguments, ModelOptions
@@ -23,11 +23,11 @@ from processing.publishing.verify import ELSEWHERE
 from processing.spoken_inputs import user_turn
 from processing.training_rows import responses
 from processing.training_rows.options import DataOptions
-from tests.helpers.example_scripts import EXAMPLES, load_example
 from tests.helpers.prompts import CHAT_TEMPLATE, clip, make_tokenizer
 from tests.helpers.shipping import run_python
 
 ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
 
 
 def run(*arguments, cwd=ROOT):
@@ -97,7 +97,6 @@ def test_infer_answers_a_file(trained):
 
 
 def test_infer_names_a_missing_file_before_it_loads_a_model(tmp_path, monkeypatch, capsys):
-    infer = load_example("infer", monkeypatch)
     monkeypatch.setattr(sys, "argv", ["infer.py", "--model", "no/model", "--audio", str(tmp_path / "question.wav")])
     with pytest.raises(SystemExit):
         infer.main()
@@ -107,7 +106,6 @@ def test_infer_names_a_missing_file_before_it_loads_a_model(tmp_path, monkeypatc
 @pytest.mark.parametrize("model", ["/no/model", "./model", "outputs/no/model", "../model", "~/model"])
 def test_infer_names_a_missing_folder_before_it_asks_the_hub(model, tmp_path, monkeypatch, capsys):
     """Without a network it took half a minute of retries to find that a folder was misspelt."""
-    infer = load_example("infer", monkeypatch)
     monkeypatch.setattr(infer.AutoProcessor, "from_pretrained", lambda *_, **__: pytest.fail("it loads the model"))
     (tmp_path / "question.wav").touch()
     monkeypatch.setattr(sys, "argv", ["infer.py", "--model", model, "--audio", str(tmp_path / "question.wav")])

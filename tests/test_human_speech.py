@@ -283,6 +283,7 @@ def make_digits(tmp_path, monkeypatch):
     return make
 
 
+@pytest.mark.long
 def test_manifest_of_digit_questions_leaves_a_speaker_out_and_varies_training_clips(make_digits, tmp_path):
     variation = ("--speeds", 0.8, 1.2, "--noise", "white", "--synthetic_share", 0.5)
     train, test = make_digits("--test_split", "validation", *variation)
@@ -296,6 +297,7 @@ def test_manifest_of_digit_questions_leaves_a_speaker_out_and_varies_training_cl
     assert 3 < sum(row["kind"] == "repeat" for row in train) < 27
 
 
+@pytest.mark.long
 def test_speakers_held_out_in_turn_share_the_training_clips_of_the_others(make_digits, tmp_path):
     speakers = ("ann", "bob", "cas")
     names = [f"{part}_{speaker}" for speaker in speakers for part in ("train_without", "test")]
@@ -312,6 +314,7 @@ def test_speakers_held_out_in_turn_share_the_training_clips_of_the_others(make_d
     assert len({row["audio"] for row in everything}) == len({json.dumps(row) for row in everything}) == 3 * 12 + 6
 
 
+@pytest.mark.long
 def test_synthesizers_share_the_synthetic_strings_in_equal_parts(make_digits, tmp_path, monkeypatch):
     soundfile.write(tmp_path / "spoken.wav", np.pad(clip(0.3), 4000), SAMPLING_RATE)
     program = tmp_path / "flite"  # stands in for the real one: says the same whatever it is asked
@@ -465,6 +468,7 @@ def test_parts_of_frames_are_means_of_consecutive_ones_and_none_is_empty(num_fra
         torch.testing.assert_close(parts, frames[chosen])
 
 
+@pytest.mark.long
 def test_probe_is_scored_on_a_voice_that_it_has_not_heard():
     """Ann and bob say digits alike; cas says each as another one, which only his own recordings can tell."""
 
@@ -497,6 +501,7 @@ def test_probe_without_means_hears_a_voice_that_is_only_moved():
     assert dan["others_and_synthetic"][0] < 0.3 and dan["without_means"][0] > 0.95
 
 
+@pytest.mark.long
 def test_probe_of_recordings_writes_a_row_per_speaker(make_digits, backbones, tmp_path, monkeypatch):
     make_digits()  # for the recordings
     arguments = ["--recordings", tmp_path / "metadata.jsonl", "--speech_model", backbones[0], "--num_seeds", 1]

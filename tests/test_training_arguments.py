@@ -245,6 +245,7 @@ def test_checkpointing_of_activations_changes_nothing(new_name, plain, tmp_path,
     assert_same(trainer, plain)
 
 
+@pytest.mark.long
 def test_layers_of_the_llm_may_be_compiled(tmp_path, processor, collator):
     def trained_with(compiled):
         model = make_model(plora={"lora_dropout": 0.0})
@@ -315,6 +316,7 @@ def test_full_determinism_trains(tmp_path, processor, collator):
 # -- rows and batches -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_smaller_batch_is_found_when_memory_runs_out(tmp_path, processor, collator):
     """Logged means counted the rows of the attempt that failed, too."""
 

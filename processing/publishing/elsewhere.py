@@ -11,6 +11,7 @@ Leaves out: comparing, which is `verify.py`'s work. Imports nothing of this proj
 import base64
 import importlib.util
 import json
+import runpy
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -130,12 +131,11 @@ def answer(source: str, clip: str, instruction: str, results_path: str, attempts
 
 
 def endpoint(source: str) -> Any:
-    """Load the handler as the toolkit of Inference Endpoints does: by file, with the repository on the path."""
+    """Load the handler as the toolkit of Inference Endpoints does, by file."""
     from huggingface_hub import snapshot_download
 
     folder = Path(snapshot_download(source))
-    sys.path.insert(0, str(folder))
-    return importlib.import_module("handler").EndpointHandler(str(folder))
+    return runpy.run_path(str(folder / "handler.py"))["EndpointHandler"](str(folder))
 
 
 def memory(source: str, clip: str, instruction: str) -> dict | None:
