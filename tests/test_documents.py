@@ -21,8 +21,8 @@ ROOT = Path(__file__).parent.parent
 TINY_WORLD = ROOT / "examples" / "tiny_world"
 PAGES = ("README.md", "model_card.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))))
 SCRIPTS = tuple(f"examples/{path.name}" for path in sorted((ROOT / "examples").glob("*.py")))
-EXPERIMENT_PAGES = tuple(
-    str(path.relative_to(ROOT)) for path in (ROOT / "examples" / "experiments").glob("**/README.md")
+EXAMPLE_PAGES = tuple(
+    str(path.relative_to(ROOT)) for path in (ROOT / "examples").rglob("*.md") if "results" not in path.parts
 )
 MODULE = re.compile(r"python -m ((?:tests|examples)[.\w]*\w)([^\n`]*)")
 SPOKEN_CLIP = "outputs/tiny_world_speech/42c1e598c8a08f39bad3.flac"
@@ -32,7 +32,7 @@ def blocks(page: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [*PAGES, *EXAMPLE_PAGES])
 def test_pages_name_only_what_exists(page):
     text = (ROOT / page).read_text()
     for path in re.findall(
@@ -59,6 +59,9 @@ def test_the_examples_page_tells_what_every_script_is_for():
     page = (ROOT / "examples" / "README.md").read_text()
     runnable = [script for script in SCRIPTS if "__main__" in (ROOT / script).read_text()]
     assert [script for script in runnable if f"| `{Path(script).name}` |" not in page] == []
+    experiments = (ROOT / "examples" / "experiments").iterdir()
+    names = [path.stem for path in experiments if path.suffix == ".py" or (path / "__init__.py").exists()]
+    assert [name for name in names if f"| `{name}` |" not in page] == []
 
 
 def test_the_readme_stays_short():
@@ -135,14 +138,14 @@ def test_a_cpu_build_of_torch_is_the_pinned_version():
     assert f"pip install {pinned} --index-url https://download.pytorch.org/whl/cpu" in blocks("README.md", "bash")[0]
 
 
-@pytest.mark.parametrize("page", [*PAGES, *EXPERIMENT_PAGES])
+@pytest.mark.parametrize("page", [*PAGES, *EXAMPLE_PAGES])
 def test_modules_that_pages_run_exist(page):
     for name, _ in MODULE.findall((ROOT / page).read_text()):
         path = ROOT / name.replace(".", "/")
         assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), f"{page} runs {name}"
 
 
-@pytest.mark.parametrize("page", [*PAGES, *EXPERIMENT_PAGES])
+@pytest.mark.parametrize("page", [*PAGES, *EXAMPLE_PAGES])
 def test_pages_name_only_options_of_experiments_that_exist(page, monkeypatch, capsys):
     text = (ROOT / page).read_text().replace("\\\n", " ")
     for name, arguments in MODULE.findall(text):
