@@ -284,3 +284,18 @@ def test_the_script_pushes_its_card(hub, data, tmp_path, monkeypatch):
     assert "1 questions on clips that were not trained on" in card.text
     assert f"{results['response_kl']:.3f}" in card.text and "examples/tiny_world/llm" in card.text
     assert card.data.widget[0]["output"]["text"] == results["samples"][0]["output"]
+
+
+def test_a_recognition_warm_up_asks_the_llm_nothing(data, tmp_path, monkeypatch):
+    """Rows of transcripts alone were answered by the LLM first, although no loss read the answers."""
+    manifest = data("train", *({"response": None} for _ in range(4)))
+    asked = []
+    monkeypatch.setattr(building, "add_responses", lambda rows, *_: asked.extend(rows))
+    calibrated = []
+    monkeypatch.setattr(building, "calibrate_adapter", lambda model, batches: calibrated.extend(batches))
+    losses = {"transcript_ce": 1.0, "quantity": 1.0, "response_kl": 0.0, "input_kl": 0.0}
+    given = {"train_manifest": manifest, "max_steps": 1, "calibrate_adapter": True, "max_batch_length": 1.3}
+    start(monkeypatch, tmp_path / "model", "--distillation", json.dumps(losses), **given)
+    assert not asked and sum(len(batch["num_speech_tokens"]) for batch in calibrated) == 4
+    with pytest.raises(ValueError, match="--max_batch_length needs the lengths of all rows"):
+        start(monkeypatch, tmp_path / "model", "--streaming", "true", **given)

@@ -5,9 +5,12 @@ Everything that options can get wrong fails here, before the first step.
 
 import json
 import logging
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 
 import torch
+from torch.utils.data import BatchSampler
 from transformers import AutoConfig, PreTrainedModel
 from transformers.integrations import unset_hf_deepspeed_config
 
@@ -16,14 +19,17 @@ from processing.chat_templates import read_options
 from processing.data_collator import split_prompt
 from processing.manifests import read_manifest
 from processing.training_rows.clips import check_clips
+from processing.training_rows.data_sets import RowsInMemory, StreamedRows
 from processing.training_rows.loading import evaluation_data, load_rows, training_data
 from processing.training_rows.options import DataOptions
 from processing.training_rows.responses import add_responses
 
 from ..devices import fast_dtype
+from ..distillation_step import NEED_STUDENT, wanted_losses
 from ..modeling_blsp_kd import BlspKdForCausalLM
 from ..trainer import BlspKdTrainer
 from .batch_order import data_seed
+from .calibration import calibrate_adapter
 from .options import TINY_SPEECH_MODEL, Arguments, ModelOptions, encoder_learning_rate
 
 logger = logging.getLogger(__name__)
@@ -31,6 +37,8 @@ logger = logging.getLogger(__name__)
 SPEC_AUGMENT = {"apply_spec_augment": True, "mask_time_prob": 0.05, "mask_time_length": 5, "mask_feature_prob": 0.05}
 # For its 25 frames a second: less depth than the defaults, and 6.25 tokens a second from the subsampler.
 TINY_ADAPTERS = {"cformer": {"num_pre_layers": 1, "num_post_layers": 2}, "subsampler": {"num_layers": 2}}
+
+NUM_CALIBRATION_ROWS, CALIBRATION_BATCH = 64, 8
 
 
 def check_options(model_options: ModelOptions, data_options: DataOptions, args: Arguments) -> None:
@@ -49,6 +57,11 @@ def check_options(model_options: ModelOptions, data_options: DataOptions, args: 
         raise ValueError(f"--output_dir {args.output_dir} holds the model of --start_from. Give a folder of its own.")
     if data_options.streaming and args.max_steps <= 0:
         raise ValueError("--streaming reads rows without end, so there are no epochs to count. Give --max_steps.")
+    if data_options.streaming and args.max_batch_length is not None:
+        raise ValueError(
+            "--max_batch_length needs the lengths of all rows, which --streaming does not know. Leave out the one or "
+            "the other."
+        )
 
 
 def make_trainer(
@@ -76,21 +89,47 @@ def make_trainer(
     warn_of_endless_answers(model, processor)
     train_rows, eval_rows = load_rows(data_options, data_seed(args))
     # As in the method, the LLM's own answers are what it learns to give after speech.
-    for rows in (train_rows, eval_rows):
-        add_responses(rows, model, processor, data_options.max_response_tokens)
+    add_responses(eval_rows, model, processor, data_options.max_response_tokens)
+    if reads_responses(model):
+        add_responses(train_rows, model, processor, data_options.max_response_tokens)
+    else:
+        for row in train_rows:
+            row["response"] = row.get("response") or row["text"]  # the collator needs one, the loss does not
     with args.main_process_first(desc="looking at the clips"):
         train_dataset = training_data(train_rows, data_options, args, processor)
+    collator = BlspKdDataCollator(processor)
+    if model_options.calibrate_adapter and not args.resume_from_checkpoint:
+        calibration = calibrate_adapter(model, calibration_batches(train_dataset, collator))
+        logger.info("Calibrated the adapter: %s.", calibration)
     trainer = BlspKdTrainer(
         model=model,
         args=args,
         train_dataset=train_dataset,
         eval_dataset=evaluation_data(eval_rows, args.length_column_name) if eval_rows else None,
-        data_collator=BlspKdDataCollator(processor),
+        data_collator=collator,
         processing_class=processor,
+        max_batch_length=args.max_batch_length,
         encoder_learning_rate=encoder_learning_rate(model_options, args),
         non_finite_loss=args.non_finite_loss,
     )
     return trainer, train_rows, eval_rows
+
+
+def reads_responses(model: BlspKdForCausalLM) -> bool:
+    """Return whether a loss of training reads the LLM's states, and so the responses; else there is no need for any."""
+    wanted = wanted_losses(model.config.distillation, is_training=True, one_to_one=model.adapter.one_to_one)
+    return bool(wanted & NEED_STUDENT)
+
+
+def calibration_batches(train_dataset: RowsInMemory | StreamedRows, collator: BlspKdDataCollator) -> Iterator[dict]:
+    """Yield batches of some training rows, spread over the data set, or the first ones of a stream."""
+    if isinstance(train_dataset, StreamedRows):
+        batches: Iterable = train_dataset.batch_sampler(CALIBRATION_BATCH)
+    else:
+        step = max(1, len(train_dataset) // NUM_CALIBRATION_ROWS)
+        batches = BatchSampler(range(0, len(train_dataset), step), CALIBRATION_BATCH, drop_last=False)
+    for batch in islice(batches, NUM_CALIBRATION_ROWS // CALIBRATION_BATCH):
+        yield collator(train_dataset.__getitems__(batch))
 
 
 def build_processor(options: ModelOptions) -> BlspKdProcessor:

@@ -20,7 +20,7 @@ TINY_WORLD = Path(__file__).parents[2] / "examples" / "tiny_world"
 TINY_TEXT_MODEL = str(TINY_WORLD / "llm")
 TINY_SPEECH_MODEL = str(TINY_WORLD / "speech_encoder")
 # What a model that is trained further brings with it.
-OF_A_MODEL = ("text_model", "speech_model", "adapter", "adapter_options", "plora", "thin")
+OF_A_MODEL = ("text_model", "speech_model", "adapter", "adapter_options", "calibrate_adapter", "plora", "thin")
 DEFAULT_STEPS = 2400
 
 
@@ -48,6 +48,13 @@ class ModelOptions:
         metadata={
             "help": "Of the frozen weights: float32, bfloat16, or auto, as the LLM is stored. If omitted: float32 on a "
             "CPU, auto elsewhere. What is trained is float32."
+        },
+    )
+    calibrate_adapter: bool = field(
+        default=False,
+        metadata={
+            "help": "Start an untrained CFormer at the token count and the vector size of some training rows. It saves "
+            "the first hundreds of steps at the 50 frames a second of Whisper."
         },
     )
     plora: bool = field(default=False, metadata={"help": "Adapt the LLM at speech positions (partial LoRA)."})
@@ -121,6 +128,13 @@ class Arguments(TrainingArguments):
     dataloader_pin_memory: bool = torch.cuda.is_available()
     remove_unused_columns: bool = False
     seed: int = 1
+    max_batch_length: float | None = field(
+        default=None,
+        metadata={
+            "help": "Padded seconds of a batch (rows times the longest), instead of per_device_train_batch_size rows; "
+            "--seconds_per_token adds the text."
+        },
+    )
     non_finite_loss: str = field(
         default="stop", metadata={"help": "stop or skip: what becomes of a step whose loss or gradient is NaN or inf."}
     )
