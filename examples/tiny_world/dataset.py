@@ -72,7 +72,7 @@ def make_rows(
     # A clip's sound follows from its number, which is the place of its row before the shuffle.
     numbered = list(enumerate(rows))
     rng.shuffle(numbered)
-    numbers, rows = ([pair[part] for pair in numbered[:limit]] for part in (0, 1))
+    numbers, rows = [number for number, _ in numbered[:limit]], [row for _, row in numbered[:limit]]
     said = ([row["text"] for row in rows], [row["voice"] for row in rows], seed)
     rows = [{"audio": str(clip), **row} for clip, row in zip(make_clips(*said, cache_dir, numbers=numbers), rows)]
     if with_words:

@@ -4,6 +4,7 @@ Leaves out: writing by several processes at once.
 """
 
 import json
+from argparse import Namespace
 from pathlib import Path
 
 from modeling_blsp_kd.thin_checkpoints import identify
@@ -61,7 +62,7 @@ class Predictions:
         self.by_id.update((line["id"], line) for line in lines)
 
 
-def settings_of(system: str, options, data: str) -> dict:
+def settings_of(system: str, options: Namespace, data: str) -> dict:
     """Return what the predictions of a system depend on.
 
     Args:
