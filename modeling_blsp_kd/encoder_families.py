@@ -9,11 +9,13 @@ Shapes: W windows of clips, T frames.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from transformers import PreTrainedConfig
 
+Length = TypeVar("Length", int, torch.Tensor)
 WINDOW_S = 30.0
 SAMPLING_RATE = 16_000
 MEL_HOP_S = 0.01
@@ -27,6 +29,8 @@ class EncoderFamily:
         time_axis (`int`): the axis of the features that is time.
         window (`Callable`): how long `WINDOW_S` of audio is on that axis. No encoder gets more at once.
         frame_duration_s (`Callable`): how much audio one encoder frame stands for, in seconds.
+        convolutions (`Callable`): kernel, stride and padding of each convolution between features and frames, of
+            encoders that do not return the mask of their frames.
         ffn_dim (`str`): the config's name for the inner width of a feed-forward layer.
         is_padded (`bool`): the encoder was pretrained on clips padded to the whole window, so it can be used like that.
         returns_mask (`bool`): the encoder's output has the mask of its frames.
@@ -37,16 +41,31 @@ class EncoderFamily:
     time_axis: int
     window: Callable[..., int]
     frame_duration_s: Callable[..., float]
+    convolutions: Callable[..., list[tuple[int, int, int]]] | None = None
     ffn_dim: str = "intermediate_size"
     is_padded: bool = False
     returns_mask: bool = False
     prefixes: tuple[str, ...] = ()
 
 
-WAVEFORMS = EncoderFamily(  # (W, samples)
+def _feature_convolutions(config) -> list[tuple[int, int, int]]:
+    return [(kernel, stride, 0) for kernel, stride in zip(config.conv_kernel, config.conv_stride)]
+
+
+def _adapter_convolutions(config, kernel: int) -> list[tuple[int, int, int]]:
+    """Return those of the adapter that some checkpoints of a family have after their layers."""
+    return [(kernel, config.adapter_stride, kernel // 2)] * (config.num_adapter_layers if config.add_adapter else 0)
+
+
+HUBERT = EncoderFamily(  # waveforms (W, samples)
     time_axis=1,
     window=lambda config: round(WINDOW_S * SAMPLING_RATE),
     frame_duration_s=lambda config: math.prod(config.conv_stride) / SAMPLING_RATE,
+    convolutions=_feature_convolutions,
+)
+# transformers counts an adapter's frames as those of kernel 1.
+WAV2VEC2 = replace(
+    HUBERT, convolutions=lambda config: [*_feature_convolutions(config), *_adapter_convolutions(config, kernel=1)]
 )
 ENCODER_FAMILIES = {
     "whisper": EncoderFamily(  # log-mel (W, num_mel_bins, num_mel_frames)
@@ -58,13 +77,14 @@ ENCODER_FAMILIES = {
         is_padded=True,
         prefixes=(r"^model\.encoder\.", r"^encoder\."),  # the second: of a Whisper without its head
     ),
-    "wav2vec2": WAVEFORMS,
-    "hubert": WAVEFORMS,
-    "wavlm": WAVEFORMS,
+    "wav2vec2": WAV2VEC2,
+    "hubert": HUBERT,
+    "wavlm": WAV2VEC2,
     "wav2vec2-bert": EncoderFamily(  # pairs of filter bank frames (W, length, 160)
         time_axis=1,
         window=lambda config: 1499,
         frame_duration_s=lambda config: 2 * MEL_HOP_S,
+        convolutions=lambda config: _adapter_convolutions(config, kernel=config.adapter_kernel_size),
     ),
     "parakeet_encoder": EncoderFamily(  # log-mel (W, length, num_mel_bins)
         time_axis=1,
@@ -103,3 +123,11 @@ def frame_starts_s(config: PreTrainedConfig, num_frames: int, frames_per_window:
     frame = torch.arange(num_frames, dtype=torch.float64)
     window = frame // frames_per_window
     return window * WINDOW_S + (frame - window * frames_per_window) * frame_duration_s(config)
+
+
+def count_frames(config: PreTrainedConfig, length: Length) -> Length:
+    """Return how many frames an encoder that does not tell makes of a length on the features' time axis."""
+    convolutions = ENCODER_FAMILIES[config.model_type].convolutions
+    for kernel, stride, padding in [] if convolutions is None else convolutions(config):
+        length = (length + 2 * padding - kernel) // stride + 1
+    return length

@@ -7,7 +7,6 @@ out: encoding the clips and the forward pass (`modeling_blsp_kd.py`).
 Shapes: B prompts, L prompt length, P positions in a key-value cache, N audio clips.
 """
 
-from itertools import chain
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
 from .conversation_cache import check_cache, note_mask
-from .speech_prompt import ExpandedPrompt, check_text_only
+from .speech_prompt import ExpandedPrompt, check_text_only, unspoken_token_id
 from .token_times import text_token_times
 from .versions import CACHE_NAME, CACHE_NAMES, one_cache
 
@@ -202,7 +201,10 @@ class BlspKdGenerationMixin(GenerationMixin):
         if given["position_ids"] is not None:
             expanded["position_ids"] = prompt.position_ids
         if given["input_ids"] is not None:
-            expanded["input_ids"] = prompt.input_ids.masked_fill(prompt.is_speech, self._unspoken_token_id())
+            unspoken_id = unspoken_token_id(
+                self.config.audio_token_id, self.config.get_text_config(), self.generation_config
+            )
+            expanded["input_ids"] = prompt.input_ids.masked_fill(prompt.is_speech, unspoken_id)
         if given["inputs_embeds"] is None:
             expanded["speech_embeds"] = nn.functional.pad(prompt.speech_embeds, (0, 0, num_before, 0))
         else:
@@ -210,24 +212,6 @@ class BlspKdGenerationMixin(GenerationMixin):
                 prompt.input_ids, prompt.is_speech, prompt.speech_embeds, prompt.text_embeds
             )
         return prompt, audio, expanded
-
-    def _unspoken_token_id(self) -> int:
-        """Return an id for speech positions, which logits processors see in the prompt and which is never generated.
-
-        The placeholder itself, as in other audio LLMs; if that lies outside the vocabulary, the start of text or
-        whatever else does not look like an end.
-        """
-        text_config = self.config.get_text_config()
-        if self.config.audio_token_id < text_config.vocab_size:
-            return self.config.audio_token_id
-        ends = {text_config.pad_token_id, self.generation_config.pad_token_id}
-        for eos_token_id in (text_config.eos_token_id, self.generation_config.eos_token_id):
-            ends |= set(eos_token_id) if isinstance(eos_token_id, (list, tuple)) else {eos_token_id}
-        return next(
-            token_id
-            for token_id in chain([text_config.bos_token_id], range(text_config.vocab_size))
-            if token_id is not None and token_id not in ends
-        )
 
     def _get_logits_processor(self, *args, model_kwargs=None, device=None, **kwargs):
         processors = super()._get_logits_processor(*args, model_kwargs=model_kwargs, device=device, **kwargs)

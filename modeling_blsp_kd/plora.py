@@ -6,7 +6,6 @@ DoRA and LoRA biases (both would reach text positions), and expert layers of mix
 """
 
 import copy
-import functools
 import math
 import os
 from collections.abc import Callable
@@ -18,12 +17,9 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import logging
 
-from .plora_calls import Call, SpeechRows, current_call
+from .plora_layers import ADAPTER_NAME, Call, SpeechRows, current_call, with_partial_lora
 
 logger = logging.get_logger(__name__)
-
-# PEFT's name of these weights. Not its "default", which a LoRA of the user's own takes.
-ADAPTER_NAME = "plora"
 
 
 def leave_out_of_peft_model(model: PreTrainedModel, state_dict: dict, prefix: str, local_metadata: dict):
@@ -35,95 +31,6 @@ def leave_out_of_peft_model(model: PreTrainedModel, state_dict: dict, prefix: st
 
 def _shapes(weights: dict[str, torch.Tensor]) -> set[tuple]:
     return {(name, tuple(tensor.shape)) for name, tensor in weights.items()}
-
-
-class _PartialLoraLayer:
-    """The changed part of a PEFT layer. The class is changed and not the object, because replicas share its methods.
-
-    Attributes:
-        partial_lora ([`PartialLora`]).
-        peft_class (`type`): the unchanged class.
-    """
-
-    partial_lora: "PartialLora"
-    peft_class: type
-    # Of the PEFT layer:
-    base_layer: nn.Module
-    lora_A: nn.ModuleDict
-    lora_B: nn.ModuleDict
-    lora_dropout: nn.ModuleDict
-    scaling: dict[str, float]
-
-    def forward(self, x, *args, **kwargs):
-        # PEFT's own bookkeeping around the base layer takes as long as a small matrix product.
-        run = self.base_layer if len(self.lora_A) == 1 else super().forward  # type: ignore[misc]  # PEFT's
-        result = run(x, *args, **kwargs)
-        call = self.partial_lora.current_call
-        if call is None or call.is_speech is None:
-            return result
-        return self._add_update(x, result, call.is_speech, call.rows)
-
-    def _add_update(self, x, result, is_speech: torch.BoolTensor, rows: SpeechRows | None) -> torch.Tensor:
-        """Add the update at the speech positions; it is computed at these only.
-
-        Args:
-            x (B, L, D), result (B, L, D'): input of the layer, and its output without the update.
-        """
-        if x.shape[:-1] != is_speech.shape:
-            raise ValueError(
-                f"Partial LoRA was given the speech mask of a {tuple(is_speech.shape)} batch, but a layer saw "
-                f"hidden states of shape {tuple(x.shape)}. Layers that regroup tokens (experts of a mixture) "
-                "cannot take it: name the other layers in `plora['target_modules']`."
-            )
-        scale = self.scaling[ADAPTER_NAME]
-        if rows is None:
-            # Filled, not multiplied: 0 times inf at a text position would be NaN.
-            update = self._update(x).masked_fill(~is_speech[..., None], 0.0)
-            return result + scale * update.to(result.dtype)
-        x, flat = x.flatten(0, 1), result.flatten(0, 1)
-        has_gradient = torch.is_grad_enabled()
-        # Compiled code would be compiled again for every other run.
-        run = None if has_gradient or torch.compiler.is_compiling() else rows.run
-        if run is not None:
-            flat[run].add_(self._update(x[run]).to(result.dtype), alpha=scale)
-            return flat.view_as(result)
-        index = rows.index.to(x.device)
-        update = self._update(x.index_select(0, index)).to(result.dtype)
-        # In place where no gradient flows: a copy of the result would cost more than the update.
-        add = flat.index_add if has_gradient else flat.index_add_
-        return add(0, index, update, alpha=scale).view_as(result)
-
-    def _update(self, x) -> torch.Tensor:
-        lora_a, lora_b = self.lora_A[ADAPTER_NAME], self.lora_B[ADAPTER_NAME]
-        return lora_b(lora_a(self.lora_dropout[ADAPTER_NAME](x.to(lora_a.weight.dtype))))
-
-    def set_adapter(self, names, *args, **kwargs):
-        # When an adapter is deleted, PEFT activates those that are left. Only `PartialLora.at` switches partial LoRA.
-        others = [name for name in ([names] if isinstance(names, str) else names) if name != ADAPTER_NAME]
-        super().set_adapter(others, *args, **kwargs)  # type: ignore[misc]  # PEFT's
-
-    def merge(self, *args, **kwargs):
-        raise NotImplementedError(
-            "Partial LoRA cannot be merged into the LLM: it applies at speech positions only, and merged weights would "
-            "change the LLM at text positions too. Keep it unmerged; text and decoding steps skip it at no cost. To "
-            "take a LoRA of your own off again, use PEFT's delete_adapter."
-        )
-
-    # What PEFT calls to merge or to unload a layer; both would lose partial LoRA.
-    unload_and_optionally_merge_module = merge
-
-    def __reduce__(self):
-        # The class is made at run time, so that pickle cannot find it by its name.
-        return _new_layer, (self.peft_class,), self.__getstate__()
-
-
-@functools.cache
-def _with_partial_lora(peft_class: type) -> type[nn.Module]:
-    return type(f"Partial{peft_class.__name__}", (_PartialLoraLayer, peft_class), {"peft_class": peft_class})
-
-
-def _new_layer(peft_class: type) -> nn.Module:
-    return object.__new__(_with_partial_lora(peft_class))
 
 
 class PartialLora:
@@ -161,9 +68,12 @@ class PartialLora:
         self.layers = [layer for _, layer in named_layers]
         for layer in self.layers:
             peft_class: type = type(layer)
-            layer.__class__ = _with_partial_lora(peft_class)
+            layer.__class__ = with_partial_lora(peft_class)
             layer.partial_lora = self
-            layer._active_adapter = []
+            trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+            layer.set_adapter([])  # off but for speech; PEFT freezes what it sets inactive
+            for parameter in trained:
+                parameter.requires_grad_(True)
             offload = getattr(layer.base_layer, "_hf_hook", None)
             if offload is not None and layer.base_layer.weight.is_meta:
                 # PEFT puts the matrices where the weight is, but an offloaded layer has no weight between calls.

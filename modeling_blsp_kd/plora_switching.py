@@ -11,8 +11,8 @@ import os
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from .backbones import HUB_OPTIONS
 from .plora import ADAPTER_NAME, PartialLora
-from .thin_checkpoints import HUB_OPTIONS
 
 logger = logging.get_logger(__name__)
 

@@ -13,14 +13,14 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig, PreTrainedModel
 
-from .backbones import for_language_model_only, load_audio_tower, load_language_model, without_folder
+from .backbones import for_language_model_only, identify, load_audio_tower, load_language_model, without_folder
 from .configuration_blsp_kd import BlspKdConfig
 from .model_files import check_folder, misfits
 from .plora import ADAPTER_NAME, PartialLora
 from .plora_switching import load_as_stored, switch
 from .speech_encoder import TrueLengthWhisperEncoder
 from .stored_dtypes import dtypes_of_parts, without_part_dtypes_if_told
-from .thin_checkpoints import identify, is_thin, load_thin, trained_names
+from .thin_checkpoints import is_thin, load_thin, trained_names
 from .versions import CACHE_NAMES
 
 

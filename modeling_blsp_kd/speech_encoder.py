@@ -9,18 +9,20 @@ Shapes: W windows of clips (a short clip is one), T frames, H encoder width.
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, WhisperConfig
 from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
-from transformers.models.whisper.modeling_whisper import WhisperEncoder, WhisperModel, sinusoids
+from transformers.models.whisper.modeling_whisper import WhisperEncoder, sinusoids
 from transformers.utils.output_capturing import capture_outputs
 
-from .encoder_families import ENCODER_FAMILIES
+from .encoder_families import ENCODER_FAMILIES, count_frames
+from .speech_windows import is_within
 
 # Whisper's convolutions run on multiples of this. torch and oneDNN prepare a convolution for every new length and keep
 # it (up to 1,024 of them, 20 to 100 kB each), so clips of many lengths would be slow and fill the memory.
@@ -87,8 +89,7 @@ class TrueLengthWhisperEncoder(WhisperEncoder):
         frame_mask = mel_mask[:, ::2]
 
         if self.training and self.config.apply_spec_augment and num_mel_frames > self.config.mask_time_length:
-            # Whisper's own SpecAugment, which only its full model applies. It writes in place.
-            input_features = WhisperModel._mask_input_features(self, input_features.clone(), mel_mask.long())
+            input_features = spec_augment(self.config, input_features, mel_mask)
         if self.pad_to_window:
             input_features, mel_mask = _follow_by_silence(input_features, mel_mask, max_mel_frames)
         hidden_states = self._convolve(input_features, mel_mask)
@@ -114,6 +115,41 @@ class TrueLengthWhisperEncoder(WhisperEncoder):
         hidden_states = nn.functional.gelu(self.conv1(hidden_states)) * is_valid
         hidden_states = nn.functional.gelu(self.conv2(hidden_states))[..., :num_frames]
         return hidden_states.transpose(1, 2)
+
+
+def spec_augment(config: WhisperConfig, log_mel: torch.Tensor, mel_mask: torch.Tensor) -> torch.Tensor:
+    """Return log-mel (W, num_mel_bins, num_mel_frames) with random spans of frames and of bins zeroed (SpecAugment).
+
+    Follows arXiv 1904.08779 as `WhisperModel` applies it, draw for draw; its encoder alone does not.
+    """
+    num_windows, num_mel_bins, num_mel_frames = log_mel.shape
+    if config.mask_time_prob > 0:
+        share, span, fewest = config.mask_time_prob, config.mask_time_length, config.mask_time_min_masks
+        is_masked = _random_spans(mel_mask.sum(1).tolist(), num_mel_frames, share, span, fewest)
+        log_mel = log_mel.masked_fill(is_masked.to(log_mel.device)[:, None], 0.0)
+    if config.mask_feature_prob > 0:
+        share, span, fewest = config.mask_feature_prob, config.mask_feature_length, config.mask_feature_min_masks
+        is_masked = _random_spans([num_mel_bins] * num_windows, num_mel_bins, share, span, fewest)
+        log_mel = log_mel.masked_fill(is_masked.to(log_mel.device)[..., None], 0.0)
+    return log_mel
+
+
+def _random_spans(lengths: list[int], length: int, share: float, span: int, fewest: int) -> torch.BoolTensor:
+    """Return True in random spans of at most `share` of each row's own length: (rows, length)."""
+    if not 1 <= span <= length:
+        raise ValueError(f"SpecAugment masks spans of {span}, but they must be of 1 to {length}, all there is.")
+    rounding = np.random.rand()
+
+    def count(row_length: int) -> int:
+        wanted = max(int(share * row_length / span + rounding), fewest)
+        return min(wanted, length // span, max(row_length - span + 1, 0))
+
+    is_masked = torch.zeros(len(lengths), length, dtype=torch.bool)
+    for row, row_length in zip(is_masked, lengths if count(length) > 0 else ()):
+        starts = np.random.choice(np.arange(row_length - span + 1), count(row_length), replace=False)
+        for start in starts if len(starts) else [length - 1]:  # a row without a span has padding there
+            row[start : start + span] = True
+    return is_masked
 
 
 def _follow_by_silence(log_mel, mel_mask, num_mel_frames: int):
@@ -170,18 +206,18 @@ def encode_speech(
             frame_mask=pad_sequence([output.frame_mask[0] for output in alone], batch_first=True),
         )
     if audio_tower.training and hasattr(config, "mask_time_length"):
-        num_frames = input_features.shape[1]
+        length = input_features.shape[1]
         if input_features.ndim == 2:
-            num_frames = int(audio_tower._get_feat_extract_output_lengths(num_frames))
-        if num_frames <= config.mask_time_length:
+            length = count_frames(config, length)
+        if length <= config.mask_time_length:
             # SpecAugment refuses clips that are shorter than the span that it masks.
-            kwargs["mask_time_indices"] = mask.new_zeros(len(mask), num_frames, dtype=torch.bool)
+            kwargs["mask_time_indices"] = mask.new_zeros(len(mask), length, dtype=torch.bool)
     encoded = audio_tower(input_features, attention_mask=mask, return_dict=True, **kwargs)
     frames = encoded.last_hidden_state
     if ENCODER_FAMILIES[config.model_type].returns_mask:
         frame_mask = encoded.attention_mask
     else:
-        frame_mask = audio_tower._get_feature_vector_attention_mask(frames.shape[1], mask)
+        frame_mask = is_within(count_frames(config, mask.sum(1)), frames.shape[1])
     return SpeechEncoderOutput(
         last_hidden_state=frames,
         hidden_states=encoded.hidden_states,

@@ -9,9 +9,11 @@ clip, D LLM width.
 """
 
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 from torch import nn
+from transformers import GenerationConfig, PreTrainedConfig
 
 from .speech_windows import is_within
 
@@ -198,3 +200,21 @@ def cut_out(values: torch.Tensor, start: int, length: int) -> torch.Tensor:
     missing = max(0, start + length - values.shape[1])
     padding = (0, 0) * (values.ndim - 2) + (0, missing)
     return nn.functional.pad(values, padding, value=0)[:, start : start + length]
+
+
+def unspoken_token_id(audio_token_id: int, text_config: PreTrainedConfig, generation_config: GenerationConfig) -> int:
+    """Return an id for speech positions, which logits processors see in the prompt and which is never generated.
+
+    The placeholder itself, as in other audio LLMs; if that lies outside the vocabulary, the start of text or
+    whatever else does not look like an end.
+    """
+    if audio_token_id < text_config.vocab_size:
+        return audio_token_id
+    ends = {text_config.pad_token_id, generation_config.pad_token_id}
+    for eos_token_id in (text_config.eos_token_id, generation_config.eos_token_id):
+        ends |= set(eos_token_id) if isinstance(eos_token_id, (list, tuple)) else {eos_token_id}
+    return next(
+        token_id
+        for token_id in chain([text_config.bos_token_id], range(text_config.vocab_size))
+        if token_id is not None and token_id not in ends
+    )

@@ -5,10 +5,7 @@ does not list. Leaves out: what is trained, which is the model's own choice (`fr
 """
 
 import copy
-import hashlib
 import os
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,17 +13,16 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
-from transformers.utils.hub import cached_file, extract_commit_hash, get_checkpoint_shard_files
+from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
-from .backbones import load_audio_tower, load_language_model, without_folder
+from .backbones import HUB_OPTIONS, fetch, load_audio_tower, load_language_model, without_folder
 from .model_files import misfits
 
-WEIGHT_SUFFIXES = (".safetensors", ".bin")
-HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 # Where and how the LLM, the one large part, is to be put.
 PLACING_OPTIONS = ("low_cpu_mem_usage", "max_memory", "offload_buffers", "offload_folder", "use_safetensors")
-# What the Auto classes and `transformers serve` hand on; of no meaning once the class is chosen.
-AUTO_OPTIONS = ("trust_remote_code", "code_revision", "adapter_kwargs", "tqdm_class", "_from_auto", "_commit_hash")
+# What the Auto classes and `transformers serve` pass on, beside their notes, which begin with an underscore. None of it
+# has a meaning once the class is chosen.
+AUTO_OPTIONS = ("trust_remote_code", "code_revision", "adapter_kwargs", "tqdm_class")
 
 
 def is_thin(
@@ -46,7 +42,7 @@ def is_thin(
 
 
 def trained_names(model: PreTrainedModel) -> set[str]:
-    """Names of the tensors that a thin checkpoint holds: adapter, partial LoRA, and whatever else is not frozen."""
+    """Return the names of what a thin checkpoint holds: adapter, partial LoRA, and whatever else is not frozen."""
     names = {name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.requires_grad}
     names |= {name for name in model.state_dict() if name.startswith("adapter.")}
     if model.plora is not None:
@@ -83,8 +79,7 @@ def load_thin(
     placing = {name: kwargs.pop(name) for name in PLACING_OPTIONS if name in kwargs}
     dtype = kwargs.pop("torch_dtype", dtype)
     dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
-    for name in AUTO_OPTIONS:
-        kwargs.pop(name, None)
+    kwargs = {name: value for name, value in kwargs.items() if name not in AUTO_OPTIONS and name[0] != "_"}
     if isinstance(config, PreTrainedConfig):
         config = copy.deepcopy(config)
     else:
@@ -203,73 +198,3 @@ def _part_of(device_map, part: str):
         return {"": device_map}
     inside = {name[len(part) :].lstrip("."): device for name, device in device_map.items() if name.startswith(part)}
     return inside or ({"": device_map[""]} if "" in device_map else None)
-
-
-def identify(name_or_path: str | os.PathLike, loading_options: dict) -> dict[str, str]:
-    """Name a backbone so that the same weights can be fetched again.
-
-    Args:
-        name_or_path (`str` or `os.PathLike`): Hub id or folder.
-        loading_options (`dict`): what it will be loaded with, such as `revision`.
-
-    Returns:
-        `dict` of `name_or_path`, and `revision`: the commit on the Hub, or the checksum of a folder's weight files.
-    """
-    if os.path.isdir(name_or_path):
-        return {"name_or_path": os.path.abspath(name_or_path), "revision": _checksum(Path(name_or_path))}
-    hub = {name: loading_options[name] for name in HUB_OPTIONS if name in loading_options}
-    commit = extract_commit_hash(cached_file(name_or_path, "config.json", **hub), None)
-    if commit is None:
-        raise ValueError(
-            f"The commit of {name_or_path} is unknown, so a thin checkpoint could not name it. Load it from the Hub or "
-            "from a folder, or build the model with thin=False."
-        )
-    return {"name_or_path": str(name_or_path), "revision": commit}
-
-
-def fetch(part: str, backbone: dict[str, str], load: Callable, **kwargs) -> PreTrainedModel:
-    """Load a backbone that a thin checkpoint names.
-
-    Args:
-        part (`str`): "audio_tower" or "language_model", for messages.
-        backbone (`dict`): of [`identify`].
-        load (`Callable`): [`load_audio_tower`] or [`load_language_model`], called with the name and `kwargs`.
-
-    Raises:
-        OSError: it is missing.
-        ValueError: it is not the one that the checkpoint was trained on.
-    """
-    name, revision = backbone["name_or_path"], backbone["revision"]
-    if revision.startswith("sha256:"):
-        if not os.path.isdir(name):
-            raise OSError(_missing(part, name, revision, "there is no such folder"))
-        found = _checksum(Path(name))
-        if found != revision:
-            raise ValueError(
-                f"The {part} of this thin checkpoint has changed: it was trained on {name} with weights {revision}, "
-                f"but the weights there now are {found}. Put the original back, or use a full checkpoint "
-                "(save_pretrained(folder, full=True) where the original still is)."
-            )
-    else:
-        kwargs["revision"] = revision
-    try:
-        return load(name, **kwargs)
-    except OSError as error:
-        raise OSError(_missing(part, name, revision, error)) from error
-
-
-def _missing(part: str, name: str, revision: str, reason) -> str:
-    return (
-        f"The {part} of this thin checkpoint cannot be loaded: {name} (revision {revision}): {reason}. A thin "
-        "checkpoint holds only what was trained; make its backbones available, or use a full checkpoint "
-        "(save_pretrained(folder, full=True))."
-    )
-
-
-def _checksum(folder: Path) -> str:
-    """SHA-256 over the names and contents of a folder's weight files."""
-    digest = hashlib.sha256()
-    for file in sorted(path for path in folder.iterdir() if path.suffix in WEIGHT_SUFFIXES):
-        with file.open("rb") as stream:
-            digest.update(f"{file.name}\0{hashlib.file_digest(stream, 'sha256').hexdigest()}\0".encode())
-    return f"sha256:{digest.hexdigest()}"

@@ -22,10 +22,11 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
-from .distillation_step import ItemCounts, check_output_head
+from .distillation_step import ItemCounts
 from .training.atomic_checkpoints import ASIDE, choose_checkpoint, move_into_place, remove_old
 from .training.batch_order import ExactOrder
 from .training.card import card_of_training
+from .training.output_head import check_output_head
 from .training.parameter_groups import OPTIMIZERS_WITH_OWN_GROUPS, optimizer_with_groups
 from .training.sigterm import TerminationNotice
 from .training.supported_arguments import (

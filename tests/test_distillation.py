@@ -13,7 +13,8 @@ from modeling_blsp_kd.distillation import (
     predicts_next,
     quantity_loss,
 )
-from modeling_blsp_kd.distillation_step import OutputHead, check_output_head
+from modeling_blsp_kd.distillation_step import OutputHead
+from modeling_blsp_kd.training.output_head import check_output_head
 from tests.helpers.models import FAMILIES, make_model
 
 pytestmark = pytest.mark.numerical

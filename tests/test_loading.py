@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 from modeling_blsp_kd import BlspKdForCausalLM
 from modeling_blsp_kd.backbones import load_audio_tower
-from modeling_blsp_kd.distillation_step import check_output_head
 from modeling_blsp_kd.speech_encoder import TrueLengthWhisperEncoder
+from modeling_blsp_kd.training.output_head import check_output_head
 from tests.helpers.models import SMALL_CFORMER, make_model, speech_config
 from tests.helpers.prompts import spoken_prompts
 

@@ -24,7 +24,6 @@ MODEL = "transformers.PreTrainedModel"
 CONFIG = "transformers.PreTrainedConfig"
 PROCESSOR = "transformers.ProcessorMixin"
 PIPELINE = "transformers.Pipeline"
-ENCODER = "transformers.models.wav2vec2.modeling_wav2vec2.Wav2Vec2PreTrainedModel"
 
 
 class Private(NamedTuple):
@@ -170,27 +169,6 @@ TABLE = [
         ("model_kwargs", "device"),
     ),
     Private(
-        ENCODER,
-        "_get_feat_extract_output_lengths",
-        of("modeling_blsp_kd", "speech_encoder"),
-        "how many frames a waveform makes stands nowhere else",
-        ("input_lengths",),
-    ),
-    Private(
-        ENCODER,
-        "_get_feature_vector_attention_mask",
-        of("modeling_blsp_kd", "speech_encoder"),
-        "which frames belong to a clip stands nowhere else",
-        ("feature_vector_length", "attention_mask"),
-    ),
-    Private(
-        "transformers.WhisperModel",
-        "_mask_input_features",
-        of("modeling_blsp_kd", "speech_encoder"),
-        "SpecAugment as Whisper does it, which its encoder alone lacks",
-        ("input_features", "attention_mask"),
-    ),
-    Private(
         CONFIG,
         "_attn_implementation",
         of(
@@ -203,30 +181,12 @@ TABLE = [
         "what attention a model runs with stands nowhere else",
     ),
     Private(
-        "transformers.PreTrainedConfig.__post_init__",
-        "_commit_hash",
-        of("modeling_blsp_kd", "thin_checkpoints"),
-        "an option that older files and Auto classes still pass",
-    ),
-    Private(
-        "transformers.AutoConfig.from_pretrained",
-        "_from_auto",
-        of("modeling_blsp_kd", "thin_checkpoints"),
-        "Auto classes pass it on to from_pretrained",
-    ),
-    Private(
         "transformers.utils.hub.cached_files",
         "_raise_exceptions_for_missing_entries",
         of("modeling_blsp_kd", "thin_checkpoints"),
         "a file that may be missing, without an error of connection being swallowed",
     ),
     # -- layers -------------------------------------------------------------------------------------------------------
-    Private(
-        "peft.tuners.lora.LoraLayer",
-        "_active_adapter",
-        of("modeling_blsp_kd", "plora"),
-        "partial LoRA is off but for speech; PEFT's set_adapter would freeze it",
-    ),
     Private(
         "accelerate.hooks.add_hook_to_module",
         "_hf_hook",

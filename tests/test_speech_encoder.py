@@ -11,12 +11,13 @@ from transformers import (
     Wav2Vec2ForCTC,
     Wav2Vec2Model,
     WhisperFeatureExtractor,
+    WhisperModel,
 )
 from transformers.models.whisper.modeling_whisper import WhisperEncoder, sinusoids
 
 from modeling_blsp_kd import BlspKdForCausalLM
-from modeling_blsp_kd.encoder_families import window_of
-from modeling_blsp_kd.speech_encoder import TrueLengthWhisperEncoder, encode_speech
+from modeling_blsp_kd.encoder_families import count_frames, window_of
+from modeling_blsp_kd.speech_encoder import TrueLengthWhisperEncoder, encode_speech, spec_augment
 from processing import BlspKdDataCollator, BlspKdProcessor
 from tests.helpers.encoders import ENCODERS, config_of, encoder_config, extractor_of, model_of, processor_of
 from tests.helpers.models import SMALL_CFORMER, make_config, make_model, speech_config
@@ -99,6 +100,45 @@ def test_spec_augment_only_in_training_and_never_in_the_callers_tensor():
     assert torch.equal(encoder(features).last_hidden_state, plain)
     assert not torch.equal(encoder.train()(features).last_hidden_state, plain)
     assert torch.equal(features, untouched)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("prob, length, fewest", [(0.05, 10, 2), (0.9, 7, 0), (0.02, 40, 0), (0.0, 10, 0), (0.3, 1, 3)])
+def test_spec_augment_is_whispers_own_draw_for_draw(prob, length, fewest, seed):
+    """Its method was called with an encoder in the place of the model that it is a method of."""
+    masks = {"mask_time_prob": prob, "mask_time_length": length, "mask_time_min_masks": fewest}
+    of_bins = {"mask_feature_prob": prob, "mask_feature_length": min(length, 20), "mask_feature_min_masks": fewest}
+    config = speech_config(apply_spec_augment=True, **masks, **of_bins)
+    model = WhisperModel(config).train()
+    features = torch.randn(4, 80, 90, generator=torch.Generator().manual_seed(seed))
+    mask = torch.arange(90) < torch.tensor([[90], [41], [39], [5]])
+    np.random.seed(seed)
+    expected, after = model._mask_input_features(features.clone(), mask.long()), np.random.rand()
+    np.random.seed(seed)
+    assert torch.equal(spec_augment(config, features, mask), expected)
+    assert np.random.rand() == after
+
+
+@pytest.mark.parametrize("prob", ["mask_time_prob", "mask_feature_prob"])
+@pytest.mark.parametrize("length", [0, 91])
+def test_spec_augment_refuses_spans_that_do_not_fit(prob, length):
+    lengths = {"mask_time_length": length, "mask_feature_length": length}
+    config = speech_config(**{"mask_time_prob": 0.0, prob: 0.1}, **lengths)
+    with pytest.raises(ValueError, match=rf"SpecAugment masks spans of {length}, but they must be of 1 to (80|90)"):
+        spec_augment(config, torch.zeros(1, 80, 90), torch.ones(1, 90))
+
+
+@pytest.mark.parametrize("name", [name for name in ENCODERS if name != "parakeet"])
+@pytest.mark.parametrize("adapter", [{}, {"add_adapter": True, "num_adapter_layers": 2, "adapter_stride": 2}])
+def test_frames_are_counted_as_transformers_does(name, adapter):
+    """How many frames a length makes stands only in private methods of transformers."""
+    config = encoder_config(name)
+    config.update({} if name.startswith("hubert") else adapter)
+    own = AutoModel.from_config(config)
+    lengths = torch.tensor([400, 401, 719, 720, 16_000, 479_999])
+    expected = own._get_feat_extract_output_lengths(lengths)
+    assert torch.equal(count_frames(config, lengths), expected)
+    assert [count_frames(config, length) for length in lengths.tolist()] == expected.tolist()
 
 
 # -- thirty padded seconds of Whisper ---------------------------------------------------------------------------------

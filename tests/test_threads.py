@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from modeling_blsp_kd import plora_calls
+from modeling_blsp_kd import plora_layers
 from processing.pipeline_blsp_kd import BlspKdPipeline
 from tests.helpers.models import make_model
 from tests.helpers.prompts import clip, spoken_prompts
@@ -48,7 +48,7 @@ def in_another_thread(function):
 
 def nothing_is_left(model):
     embeds, is_speech = prompt()
-    is_kept = any(type(kept) is plora_calls.Call for kept in gc.get_objects())
+    is_kept = any(type(kept) is plora_layers.Call for kept in gc.get_objects())
     return model.plora.is_speech is None and not is_kept
 
 
@@ -276,7 +276,7 @@ def test_a_mask_that_threads_share_would_be_found(asked_pipe, monkeypatch):
     asked = threads.kinds(asked_pipe)
     asked = {kind: asked[kind] for kind in ("answer", "logits of speech", "logits of text")}
     monkeypatch.setattr(threads, "kinds", lambda pipe: asked)
-    monkeypatch.setattr(plora_calls, "_here", SimpleNamespace(call=None))
+    monkeypatch.setattr(plora_layers, "_here", SimpleNamespace(call=None))
     result = threads.run(asked_pipe, num_threads=8, num_requests=12)
     assert {wrong["outcome"] for wrong in result["wrong"]} - {"same"}
     assert sum(num_wrong for _, num_wrong in result["kinds"].values()) == len(result["wrong"]) > 0

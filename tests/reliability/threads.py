@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from transformers import WhisperFeatureExtractor
 
-from modeling_blsp_kd import BlspKdForCausalLM, plora_calls
+from modeling_blsp_kd import BlspKdForCausalLM, plora_layers
 from processing import BlspKdProcessor
 from processing.pipeline_blsp_kd import BlspKdPipeline
 from tests.helpers.prompts import clip, make_tokenizer, spoken_prompts
@@ -163,7 +163,7 @@ def run(pipe: BlspKdPipeline, num_threads: int, num_requests: int, seed: int = 0
         "requests": len(found),
         "distinct_answers": len({str(answer) for answer in alone.values()}),
         "wrong": [asdict(outcome) for outcome in wrong],
-        "left": sum(type(kept) is plora_calls.Call for kept in gc.get_objects()),
+        "left": sum(type(kept) is plora_layers.Call for kept in gc.get_objects()),
         "seconds": {"threads": threads_s, "each_alone": alone_s},
     }
 
