@@ -26,7 +26,6 @@ from pathlib import Path
 from tqdm import tqdm
 
 from modeling_blsp_kd import BlspKdForCausalLM
-from modeling_blsp_kd.backbones import identify
 from modeling_blsp_kd.devices import fast_dtype
 from processing import BlspKdProcessor
 from processing.chat_templates import read_options
