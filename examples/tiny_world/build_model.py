@@ -23,7 +23,7 @@ CODE = ("auto_map", "custom_pipelines")
 
 def main(trained: str):
     shutil.rmtree(FOLDER, ignore_errors=True)
-    # Half the size; docs/evaluation.md tells how the answers compare.
+    # Half the size, and as many right answers (README).
     BlspKdForCausalLM.from_pretrained(trained).to(torch.bfloat16).save_pretrained(FOLDER)
     BlspKdProcessor.from_pretrained(trained).save_pretrained(FOLDER)
     shutil.copyfile(Path(trained, "results.json"), FOLDER / "results.json")
