@@ -187,7 +187,7 @@ class DistillationOptions(Options):
 
 @dataclass(frozen=True)
 class TimestampOptions(Options):
-    """How CIF's integral is read as a clock, see `token_times.py`.
+    """Options of `timestamps={...}`: how CIF's integral is read as a clock, see `token_times.py`.
 
     Args:
         delay_s (`float`): how long after the words CIF gathers their weight, seconds. `examples/measure_timestamps.py`

@@ -84,7 +84,7 @@ class BlspKdConfig(PreTrainedConfig):
         timestamps (`dict`, *optional*): [`TimestampOptions`].
         freeze_speech_encoder (`bool`): keep the encoder as it is. The LLM is always frozen.
         speech_padding (`str`): `"do_not_pad"`: encode each clip on its true length; `"max_length"` (Whisper only):
-            pad it to 30 seconds of silence that the encoder hears, as in its pretraining.
+            pad it to 30 seconds with silence that the encoder attends to, as in its pretraining.
         audio_token_id (`int`, *optional*): id of the one placeholder that stands for an audio in a prompt. It may lie
             outside the LLM's vocabulary, since it is never embedded. Omitted: the model takes text only.
         backbones (`dict`, *optional*): makes checkpoints thin: they hold only what was trained, and the rest is

@@ -78,7 +78,7 @@ class _LinearKL(torch.autograd.Function):
 
 
 def _compare_logits_(student, teacher, kl, softcap: float | None, needs_grad: bool):
-    """Writes the KL of each row to `kl` (rows,), and the gradient over the student's logits (rows, V).
+    """Write the KL of each row to `kl` (rows,), and the gradient over the student's logits (rows, V).
 
     The logits have been divided by the temperature; with a softcap they are softcap * tanh of what is given.
     """
@@ -215,7 +215,7 @@ def linear_cross_entropy(
 
 
 def quantity_loss(alpha_sum: torch.Tensor, num_tokens: torch.Tensor) -> torch.Tensor:
-    """|sum of unscaled alphas - U| / U, summed over clips: makes CIF fire as often as the transcript has tokens.
+    """Return |sum of unscaled alphas - U| / U, summed over clips: CIF learns to fire once per transcript token.
 
     Args:
         alpha_sum (`torch.FloatTensor` of shape (N,)): predicted token counts of N clips.

@@ -100,7 +100,7 @@ class OutputHead:
 
     @property
     def options(self) -> dict:
-        """Keyword arguments of [`linear_kl`] and [`linear_cross_entropy`]."""
+        """Return the keyword arguments of [`linear_kl`] and [`linear_cross_entropy`]."""
         return {"lm_head_bias": self.bias, "scale": self.scale, "softcap": self.softcap}
 
 

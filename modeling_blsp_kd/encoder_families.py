@@ -1,4 +1,4 @@
-"""What differs between the families of speech encoders that a model can have, in one table.
+"""The differences between the families of speech encoders that a model can have, in one table.
 
 Follows the configs of transformers. Everything that depends on a family reads it here; only `speech_encoder.py` also
 knows Whisper's class, which it replaces. Leaves out: the feature extractors, which the processor loads by their own

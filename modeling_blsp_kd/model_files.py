@@ -106,6 +106,15 @@ def misfits(name_or_path: str | os.PathLike, weights: Iterable[tuple]) -> str:
     )
 
 
+def lacks(name_or_path: str | os.PathLike, missing: list[str]) -> str:
+    """Describe weights that a config asks for, by their names, and that the files do not hold."""
+    return (
+        f"{name_or_path} lacks weights that the config asks for, which would be random: {missing[:5]} ({len(missing)} "
+        "in all). Load it with its own config; only plora may be switched while loading. Another adapter or LLM is "
+        "joined, and trained, by from_backbones."
+    )
+
+
 def _of_variant(name: str, variant: str | None) -> str:
     """Return a variant's file name as transformers makes it: model.safetensors -> model.fp16.safetensors."""
     stem, suffix = name.rsplit(".", 1)

@@ -32,7 +32,6 @@ from .distillation_step import NEED_STUDENT, NEED_TEACHER, ComparedPrompts, dist
 from .encoder_families import frame_duration_s, frame_starts_s, steps_per_frame, window_of
 from .frozen import frozen
 from .generation_blsp_kd import BlspKdGenerationMixin
-from .loudness import find_silence, loudness
 from .model_files import CHECK_CONFIG, explained
 from .plora import PartialLora, leave_out_of_peft_model
 from .pretrained_blsp_kd import BlspKdPreTrainedModel
@@ -40,7 +39,7 @@ from .speech_encoder import TrueLengthWhisperEncoder, build_speech_encoder, enco
 from .speech_prompt import ExpandedPrompt, SpeechPrompt, check_text_only, cut_out, find_in_embeds
 from .speech_windows import check_mask, join_windows, split_into_windows
 from .stored_dtypes import build_in
-from .token_times import token_times
+from .token_times import find_silence, loudness, token_times
 from .versions import CACHE_NAME, one_cache
 
 ADAPTER_CLASSES = {"cformer": CFormer, "subsampler": Subsampler}
@@ -90,7 +89,7 @@ class BlspKdOutputWithPast(CausalLMOutputWithPast):
 
 
 class BlspKdForCausalLM(BlspKdPreTrainedModel, BlspKdGenerationMixin):
-    """An LLM with ears.
+    """An LLM that reads speech in the place of text.
 
     Args:
         config ([`BlspKdConfig`]).

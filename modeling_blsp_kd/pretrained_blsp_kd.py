@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from .backbones import for_language_model_only, identify, load_audio_tower, load_language_model, without_folder
 from .configuration_blsp_kd import BlspKdConfig
-from .model_files import check_folder, misfits
+from .model_files import check_folder, lacks, misfits
 from .plora import ADAPTER_NAME, PartialLora
 from .plora_switching import load_as_stored, switch
 from .speech_encoder import TrueLengthWhisperEncoder
@@ -60,7 +60,7 @@ class BlspKdPreTrainedModel(PreTrainedModel):
         thin: bool = False,
         **config_options,
     ) -> "BlspKdPreTrainedModel":
-        """Give an LLM ears: join two pretrained backbones with a new adapter.
+        """Join two pretrained backbones with a new adapter.
 
         Args:
             speech_model (`str` or `os.PathLike`): Hub id or folder of a speech model of one of the types
@@ -160,11 +160,7 @@ class BlspKdPreTrainedModel(PreTrainedModel):
         # Partial LoRA without weights changes nothing. Callers who pass a state dict know what is in it.
         missing = sorted(name for name in loading_info.missing_keys if f".{ADAPTER_NAME}." not in name)
         if missing and load_config.pretrained_model_name_or_path is not None:
-            raise ValueError(
-                f"{load_config.pretrained_model_name_or_path} lacks weights that the config asks for, which would be "
-                f"random: {missing[:5]} ({len(missing)} in all). Load it with its own config; only plora may be "
-                "switched while loading. Another adapter or LLM is joined, and trained, by from_backbones."
-            )
+            raise ValueError(lacks(load_config.pretrained_model_name_or_path, missing))
         return loading_info
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, full: bool = False, **kwargs):

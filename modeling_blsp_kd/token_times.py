@@ -1,16 +1,20 @@
-"""When each token was said: CIF's running integral read as a clock, and text tokens laid on speech tokens.
+"""Times of tokens: CIF's running integral read as a clock that stops in silence, and text tokens laid on speech tokens.
 
 Follows arXiv 1905.11235: token u is what the integral gathers between the whole numbers u and u + 1. Read like that,
 times are biased (arXiv 2301.12343): a token is complete only some time after it was said, and silence gathers weight
-too. Leaves out: grouping tokens to words, which needs a tokenizer (the processor's `word_timestamps`).
+too. A frame is silent when it is nearer to the clip's quietest one than to its loudest by a given share, so loud noise
+counts as speech. Leaves out: grouping tokens to words, which needs a tokenizer (the processor's `word_timestamps`).
 
-Shapes: N clips, T encoder frames, U speech tokens of a clip, J text tokens.
+Shapes: N clips, W windows of clips, T encoder frames, U speech tokens of a clip, J text tokens.
 """
 
 import torch
 from torch.nn.functional import cosine_similarity, pad
 
 from .devices import computes_in_float64
+
+# Whisper's feature extractor clips log10 power at this much below the loudest.
+DYNAMIC_RANGE = 8.0
 
 
 @computes_in_float64
@@ -124,3 +128,44 @@ def align(similarity: torch.Tensor) -> torch.LongTensor:
     for source in reversed(came_from):
         places.append(int(source[places[-1]]))
     return torch.tensor(places[::-1])
+
+
+def loudness(
+    features: torch.Tensor, features_mask: torch.Tensor, time_axis: int, steps_per_frame: int, num_frames: int
+) -> torch.Tensor:
+    """Return the logarithmic loudness of encoder frames.
+
+    Args:
+        features (W, length), (W, length, bins) or (W, bins, length): waveforms, or logarithmic power in bands.
+        features_mask (W, length): 1 at what belongs to the clip.
+        time_axis (`int`): the axis that `length` is.
+        steps_per_frame (`int`): how much of `length` one encoder frame takes.
+        num_frames (`int`): T.
+
+    Returns:
+        (W, T) float32. It means something only beside other frames of the same clip; -inf at padding.
+    """
+    is_waveform = features.ndim == 2
+    features = features.detach().float()
+    values = features.square() if is_waveform else features.mean(3 - time_axis)
+    quietest = 0.0 if is_waveform else -torch.inf
+    values = values.masked_fill(~features_mask.bool(), quietest)
+    values = pad(values, (0, num_frames * steps_per_frame - values.shape[1]), value=quietest)
+    values = values.unflatten(1, (num_frames, steps_per_frame))
+    if not is_waveform:
+        return values.amax(-1)
+    power = values.mean(-1)
+    floor = power.amax(1, keepdim=True) * 10**-DYNAMIC_RANGE
+    return power.maximum(floor).clamp(min=torch.finfo(power.dtype).tiny).log10()
+
+
+def find_silence(frame_loudness: torch.Tensor, frame_mask: torch.Tensor, silence: float) -> torch.BoolTensor:
+    """Return True where nothing is said, padding included: (N, T).
+
+    Args:
+        frame_loudness (N, T): of [`loudness`]; frame_mask (N, T) bool: which frames belong to the clip.
+        silence (`float`): how far up from the quietest frame (0) to the loudest (1) of a clip silence reaches.
+    """
+    quietest = frame_loudness.masked_fill(~frame_mask, torch.inf).amin(1, keepdim=True)
+    loudest = frame_loudness.masked_fill(~frame_mask, -torch.inf).amax(1, keepdim=True)
+    return (frame_loudness < quietest + silence * (loudest - quietest)) | ~frame_mask

@@ -14,8 +14,7 @@ from transformers import PreTrainedTokenizerFast, TextStreamer
 
 from examples.experiments import measure_timestamps
 from modeling_blsp_kd.encoder_families import frame_starts_s
-from modeling_blsp_kd.loudness import find_silence, loudness
-from modeling_blsp_kd.token_times import align, text_token_times, token_times
+from modeling_blsp_kd.token_times import align, find_silence, loudness, text_token_times, token_times
 from processing import BlspKdProcessor
 from tests.helpers.encoders import ENCODERS, model_of, processor_of
 from tests.helpers.models import make_config, make_model

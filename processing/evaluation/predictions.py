@@ -7,7 +7,7 @@ import json
 from argparse import Namespace
 from pathlib import Path
 
-from modeling_blsp_kd.thin_checkpoints import identify
+from modeling_blsp_kd.backbones import identify
 from processing.audio_loading import load_audio
 
 from .systems import Systems
