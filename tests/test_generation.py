@@ -5,7 +5,7 @@ import torch
 from transformers import LogitsProcessor, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
-from tests.helpers.generation import ADAPTERS, AUDIO, GREEDY, expanded_mask, hear, literal_greedy, process
+from tests.helpers.generation import ADAPTERS, AUDIO, GREEDY, expand, expanded_mask, literal_greedy, process
 from tests.helpers.models import FAMILIES, VOCAB_SIZE, base_llm, make_model
 from tests.helpers.prompts import SAMPLING_RATE, clip, spoken_prompts
 
@@ -185,7 +185,7 @@ def test_logits_processors_see_one_id_per_position(audio_token_id, processor):
     model.config.audio_token_id = audio_token_id  # outside the LLM's vocabulary, and inside it
     inputs = spoken_prompts(processor)
     inputs["input_ids"][inputs["input_ids"] == 300] = audio_token_id
-    prompt = hear(model, inputs)
+    prompt = expand(model, inputs)
     recorder = PromptRecorder()
     output = model.generate(**inputs, **GREEDY, logits_processor=[recorder])
     width = prompt.input_ids.shape[1]
@@ -204,7 +204,7 @@ def test_speech_never_looks_like_the_end_of_a_turn(text, processor):
     inputs = spoken_prompts(processor, durations_s=(0.9,), instruction="repeat")
     recorder = PromptRecorder()
     model.generate(**inputs, **GREEDY, logits_processor=[recorder])
-    prompt = hear(model, inputs)
+    prompt = expand(model, inputs)
     assert not (recorder.prompts[0][prompt.is_speech] == 2).any()
 
 

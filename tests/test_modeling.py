@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMultimodalLM
 
 from modeling_blsp_kd import BlspKdConfig, BlspKdForCausalLM
+from tests.helpers.generation import partial_lora_at
 from tests.helpers.models import FAMILIES, SMALL_CFORMER, base_llm, make_config, make_model
 from tests.helpers.prompts import spoken_prompts
 
@@ -45,7 +46,7 @@ def literal_parts(model, batch):
         is_speech[0, place : place + len(vectors)] = True
         with torch.no_grad():
             teacher_logits = model.language_model(input_ids=teacher_ids[None]).logits[0].double()
-        with model._partial_lora_at(is_speech):
+        with partial_lora_at(model, is_speech):
             student_logits = model.language_model(inputs_embeds=embeds).logits[0].double()
 
         def kl(student_position, teacher_position, student=student_logits, teacher=teacher_logits):

@@ -10,6 +10,7 @@ from transformers import Qwen2Config, WhisperConfig
 
 from modeling_blsp_kd import BlspKdConfig, BlspKdForCausalLM
 from modeling_blsp_kd.distillation import predicts_next
+from tests.helpers.generation import partial_lora_at
 
 from .measure import OURS, Case
 
@@ -107,7 +108,7 @@ def _case(small: bool, vocab_size: int, trained: str, options: dict, device, dty
         speech = model.adapter(frames, frame_mask, batch["num_speech_tokens"]).speech_tokens
         embeds = llm.get_input_embeddings()(batch["teacher_input_ids"])
         embeds = embeds.masked_scatter(is_content[..., None], speech)
-        with model._partial_lora_at(is_content if partial_lora else None):
+        with partial_lora_at(model, is_content if partial_lora else None):
             return llm(inputs_embeds=embeds, use_cache=False).last_hidden_state
 
     def teacher_states():
