@@ -198,7 +198,6 @@ def test_the_shipped_model_answers_as_the_readme_says(number, monkeypatch, capsy
     assert capsys.readouterr().out.splitlines() == re.findall(r"print\(.*\)  # (.+)", block)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(
     "page",
     [

@@ -85,6 +85,7 @@ def test_an_evaluation_without_answers_reports_what_can_be_computed(data, tmp_pa
     assert printed.count("  answers ") == 2
 
 
+@pytest.mark.long
 def test_evaluation_while_training_and_the_best_model_work_with_a_manifest(data, tmp_path, monkeypatch):
     """Evaluation while training had no rows, and epochs were ignored, since steps had a default."""
     some = {"answer": "red", "voice": "a", "kind": "colour"}, {"instruction": "Repeat."}, {"answer": 4}
@@ -110,6 +111,7 @@ def test_evaluation_while_training_and_the_best_model_work_with_a_manifest(data,
     assert results["response_kl"] == pytest.approx(state["best_metric"], rel=1e-4), "what is saved is the best model"
 
 
+@pytest.mark.long
 def test_results_are_there_before_what_may_fail(data, tmp_path, monkeypatch):
     given = {"train_manifest": data("train", {}, {}), "eval_manifest": data("eval", {"answer": "red"}), "max_steps": 1}
 
@@ -274,6 +276,7 @@ def test_every_push_has_code_and_card(strategy, hub, tmp_path, processor, collat
         assert torch.equal(loaded.state_dict()[name], value), name
 
 
+@pytest.mark.long
 def test_the_script_pushes_its_card(hub, data, tmp_path, monkeypatch):
     given = {"train_manifest": data("train", {}, {}), "eval_manifest": data("eval", {"answer": "red"}), "max_steps": 1}
     given |= {"push_to_hub": True, "hub_model_id": REPO_ID, "hub_token": "hf_stand_in", "save_strategy": "no"}
