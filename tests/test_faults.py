@@ -208,7 +208,7 @@ def test_an_old_checkpoint_goes_only_when_the_new_one_is_there(tmp_path, process
         seen.append(sorted(path.name for path in tmp_path.glob("checkpoint-*")))
         real_move(written, final)
 
-    from modeling_blsp_kd import trainer as module
+    from modeling_blsp_kd.training import saving as module
 
     real_move = module.move_into_place
     monkeypatch.setattr(module, "move_into_place", move_into_place)

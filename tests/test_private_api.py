@@ -62,19 +62,6 @@ TABLE = [
     ),
     Private(
         TRAINER,
-        "_get_num_items_in_batch",
-        of("modeling_blsp_kd", "trainer"),
-        "each loss part has its own count, and Trainer counts labels alone",
-        ("batch_samples", "device"),
-    ),
-    Private(
-        TRAINER,
-        "_prepare_for_training",
-        of("modeling_blsp_kd", "trainer"),
-        "the only place between the optimiser's making and the first step",
-    ),
-    Private(
-        TRAINER,
         "_get_grad_norm",
         of("modeling_blsp_kd", "trainer"),
         "the last place before a step at which it can still be left out",
@@ -82,40 +69,24 @@ TABLE = [
     ),
     Private(
         TRAINER,
-        "_maybe_log_save_evaluate",
-        of("modeling_blsp_kd", "trainer"),
-        "a skipped step and a SIGTERM have to be known before what is logged and saved",
-    ),
-    Private(
-        TRAINER,
         "_get_output_dir",
-        of("modeling_blsp_kd", "trainer"),
+        of("modeling_blsp_kd/training", "saving"),
         "checkpoints are written aside and renamed when complete",
         ("trial",),
     ),
     Private(
         TRAINER,
         "_push_from_checkpoint",
-        of("modeling_blsp_kd", "trainer"),
+        of("modeling_blsp_kd/training", "saving"),
         "a checkpoint is pushed when complete, not while it is written aside",
         ("checkpoint_folder",),
     ),
     Private(
         TRAINER,
         "_save_checkpoint",
-        of("modeling_blsp_kd", "trainer"),
+        of("modeling_blsp_kd/training", "saving"),
         "checkpoints are written aside and renamed when complete",
         ("model", "trial"),
-    ),
-    Private(TRAINER, "_save_rng_state", of("modeling_blsp_kd", "trainer"), "loss sums of every process go along"),
-    Private(TRAINER, "_load_rng_state", of("modeling_blsp_kd", "trainer"), "loss sums of every process go along"),
-    Private(TRAINER, "_tr_loss", of("modeling_blsp_kd", "trainer"), "a skipped step must not count in the mean"),
-    Private(TRAINER, "_total_loss_scalar", of("modeling_blsp_kd", "trainer"), "the mean loss goes on after a resume"),
-    Private(
-        TRAINER,
-        "_globalstep_last_logged",
-        of("modeling_blsp_kd", "trainer"),
-        "the mean loss is one over the steps that were not skipped",
     ),
     # -- models -------------------------------------------------------------------------------------------------------
     *(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoProcessor
 
-from modeling_blsp_kd.trainer import _first_rows
+from modeling_blsp_kd.training.batch_counts import first_rows
 from tests.helpers.models import make_model
 from tests.helpers.prompts import clip
 from tests.helpers.trainers import NUM_ROWS, make_trainer
@@ -55,7 +55,7 @@ def test_first_rows_of_a_batch_are_the_batch_of_the_first_rows(num_rows, collato
     """The last batches of several processes hold rows of the first ones again, which counted twice."""
     model = make_model(plora={"lora_dropout": 0.0}, distillation={"response_ce": 0.5, "transcript_ce": 0.5}).train()
     rows = [rows[0], {**rows[1], "audio": None}, rows[2]]
-    output = model(**_first_rows(collator(rows), num_rows, model.config.audio_token_id))
+    output = model(**first_rows(collator(rows), num_rows, model.config.audio_token_id))
     output.loss.backward()
     if num_rows == 0:
         assert output.loss == 0 and all(not part.any() for part in output.loss_parts.values())

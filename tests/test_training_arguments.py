@@ -333,7 +333,7 @@ def test_a_smaller_batch_is_found_when_memory_runs_out(tmp_path, processor, coll
     assert trainer.state.train_batch_size == 4 and trainer.state.global_step == 4
     # Weights moved in the failed attempt's step, but each mean is over four steps of four rows.
     assert set(trainer.state.log_history[0]) == set(expected.state.log_history[0])
-    assert trainer._loss_parts["train"] == {}
+    assert trainer.sums.parts == {}
 
 
 @pytest.mark.parametrize("strategy", ["sequential", "random", "group_by_length"])

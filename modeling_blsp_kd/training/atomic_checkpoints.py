@@ -1,7 +1,7 @@
-"""Checkpoints that are whole or not there: written aside, sealed with the checksums of all files, then renamed.
+"""Checkpoints that are whole or not there: written into a folder aside, with checksums of all files, then renamed.
 
-Follows the usual order of durable writing: write, fsync, rename, fsync the folder. Leaves out: what a checkpoint holds,
-which is the Trainer's choice, and folders that the processes of one node do not share.
+Follows the usual order of durable writing: write, fsync, rename, fsync the folder. `saving.py` has the Trainer write
+them so. Leaves out: what a checkpoint holds, and folders that the processes of one node do not share.
 """
 
 import hashlib

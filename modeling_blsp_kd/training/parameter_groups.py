@@ -42,3 +42,21 @@ def optimizer_with_groups(
             for (is_encoder, decays), parameters in sorted(groups.items(), key=lambda group: group[0])
         ],
     }
+
+
+def check_groups(trainer: Trainer):
+    """Refuse a learning rate for the encoder beside an optimiser that has groups of its own.
+
+    Raises:
+        ValueError: the trainer has such an optimiser.
+    """
+    if trainer.optimizer is not None or trainer.optimizer_cls_and_kwargs is not None:
+        raise ValueError(
+            "encoder_learning_rate groups the parameters of the optimiser of TrainingArguments, and optimizers or "
+            "optimizer_cls_and_kwargs bring their own groups. Pass the one or the other."
+        )
+    if trainer.args.optim in OPTIMIZERS_WITH_OWN_GROUPS:
+        raise ValueError(
+            f"optim={trainer.args.optim.value!r} takes its own groups of parameters, so encoder_learning_rate cannot "
+            "group them by learning rate. Use another optimiser, or leave encoder_learning_rate out."
+        )

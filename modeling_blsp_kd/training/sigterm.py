@@ -1,4 +1,4 @@
-"""SIGTERM, noted while training and acted upon where training can be resumed exactly.
+"""On SIGTERM, end training where it can be resumed exactly: after a step, with a checkpoint.
 
 In place of transformers' `enable_jit_checkpoint`, which waits for three seconds, can save between a backward pass and
 its optimiser step (dropout then differs after a resume), lets each process decide for itself, and lets the script go on
@@ -9,23 +9,32 @@ import functools
 import os
 import signal
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
-class TerminationNotice:
-    """Context in which a first SIGTERM sets `came`; a second one does what it would have done without."""
+class SigtermCallback(TrainerCallback):
+    """Ends training on the first SIGTERM that arrives in its context; a second one has its previous effect.
+
+    Attributes:
+        received (`bool`): this process got a SIGTERM.
+        num_received (`torch.Tensor` or `int`): how many processes had got one when the step began. The trainer sets
+            it, so that all processes end at the same step.
+        is_ending (`bool`): training ends because of it.
+    """
 
     def __init__(self):
-        self.came = False
+        self.received = self.is_ending = False
+        self.num_received: torch.Tensor | int = 0
         self._is_awaited = torch.zeros((), dtype=torch.bool).share_memory_()  # for the workers to see
 
     def __enter__(self):
-        self.came, self._previous = False, None
+        self.received = self.is_ending = False
+        self._previous = None
         if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
-            self._previous = signal.signal(signal.SIGTERM, self._note)
+            self._previous = signal.signal(signal.SIGTERM, self._receive)
             self._is_awaited.fill_(True)
         return self
 
@@ -33,7 +42,24 @@ class TerminationNotice:
         self._is_awaited.fill_(False)
         self._restore()
 
-    def spare_workers(self, loader: Any) -> Iterator[None]:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs
+    ) -> TrainerControl:
+        if self.received if args.world_size == 1 else int(self.num_received):
+            self.is_ending = True
+            control.should_save = control.should_training_stop = True
+        return control
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs
+    ) -> TrainerControl:
+        if self.is_ending and not float(state.epoch).is_integer():
+            # The epoch is not over; what had to be done after the step has been done.
+            control.should_log = control.should_evaluate = control.should_save = False
+            return control
+        return self.on_step_end(args, state, control)  # it may have come during an evaluation
+
+    def protect_workers(self, loader: Any) -> Any:
         """Let a data loader's workers outlive any SIGTERM in this context: clusters send it to all processes at once,
         and a worker that dies of it takes the training along.
 
@@ -44,8 +70,8 @@ class TerminationNotice:
         inner.worker_init_fn = functools.partial(_init_worker, self._is_awaited, inner.worker_init_fn)
         return loader
 
-    def _note(self, number, frame):
-        self.came = True
+    def _receive(self, number, frame):
+        self.received = True
         self._restore()
 
     def _restore(self):
@@ -53,11 +79,11 @@ class TerminationNotice:
             signal.signal(signal.SIGTERM, self._previous)
 
 
-def _init_worker(is_spared: torch.Tensor, init, worker_id: int):
-    def note(number, frame):
-        if not is_spared:
+def _init_worker(is_protected: torch.Tensor, init, worker_id: int):
+    def receive(number, frame):
+        if not is_protected:
             os._exit(0)  # as torch has it when the loader's own process sends it
 
-    signal.signal(signal.SIGTERM, note)
+    signal.signal(signal.SIGTERM, receive)
     if init is not None:
         init(worker_id)

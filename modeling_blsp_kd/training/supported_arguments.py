@@ -5,10 +5,14 @@ docs/training_arguments.md lists every argument. Arguments that transformers its
 
 from typing import Any
 
-from transformers import PreTrainedModel, TrainingArguments
+from accelerate.utils import DistributedType
+from transformers import PreTrainedModel, ProcessorMixin, TrainingArguments
 from transformers.debug_utils import DebugOption
+from transformers.utils import logging
 
 from ..distillation_step import LOSS_PARTS
+
+logger = logging.get_logger(__name__)
 
 # For all other metrics of an evaluation, lower is better.
 GREATER_IS_BETTER = ("token_count_accuracy",)
@@ -111,3 +115,67 @@ def evaluation_metrics(model: PreTrainedModel) -> set[str]:
     if model.adapter.one_to_one:
         metrics |= {"input_kl", "token_count_accuracy", "token_count_error"}
     return metrics
+
+
+def check_length_columns(column: str, train_dataset: Any, eval_dataset: Any):
+    """Check that data sets have the column of lengths; an evaluation would find only after training that it is missing.
+
+    Raises:
+        ValueError: a data set has columns, and this one is not among them.
+    """
+    several = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
+    for name, dataset in {"train_dataset": train_dataset, **several}.items():
+        columns = getattr(dataset, "column_names", None)
+        if columns is not None and hasattr(dataset, "__len__") and column not in columns:
+            raise ValueError(
+                f"train_sampling_strategy='group_by_length' needs the column {column!r} in "
+                f"{name}, for example seconds of audio, but it has {columns}."
+            )
+
+
+def check_parts_of_trainer(trainer: Any):
+    """Refuse losses and metrics of logits, which a distillation does not return, and warn without a processor.
+
+    Raises:
+        ValueError: the trainer was given such a function.
+    """
+    for name in ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
+        if getattr(trainer, name) is not None:
+            raise ValueError(
+                f"BlspKdTrainer takes no {name}: the loss comes from the model's forward, and a distillation step "
+                "returns no logits. Generate answers and score them afterwards, as examples/evaluate.py does."
+            )
+    if not isinstance(trainer.processing_class, ProcessorMixin):
+        logger.warning(
+            "Without the processor as processing_class, checkpoints hold neither it nor the code of the pipelines "
+            "that their config names. Pass processing_class=processor, or save the processor beside the model: "
+            "processor.save_pretrained(folder)."
+        )
+
+
+def check_non_finite_loss(policy: str, distributed_type: DistributedType):
+    """Refuse a policy for losses that are not finite which cannot be kept.
+
+    Raises:
+        ValueError: it is unknown, or DeepSpeed cannot skip a step.
+    """
+    if policy not in ("stop", "skip"):
+        raise ValueError(f"non_finite_loss must be 'stop' or 'skip', got {policy!r}.")
+    if policy == "skip" and distributed_type == DistributedType.DEEPSPEED:
+        raise ValueError(
+            "DeepSpeed takes its optimiser step before the gradient's norm is known, so non_finite_loss='skip' "
+            "cannot prevent it. Use 'stop'."
+        )
+
+
+def correct_direction(args: TrainingArguments, model: PreTrainedModel, eval_dataset: Any):
+    """Set whether a greater value of the metric for the best model is better, unless the user did.
+
+    TrainingArguments assume so of every name that does not end in "loss", and would keep the model of the worst KL.
+    """
+    name, given = args.metric_for_best_model, args.greater_is_better
+    datasets = list(eval_dataset) if isinstance(eval_dataset, dict) else []
+    is_greater = best_metric_is_greater(name, evaluation_metrics(model), datasets)
+    if given and not is_greater and not name.endswith("loss"):  # True may be what they assumed
+        logger.warning(f"The best model is that of the lowest {name}: greater_is_better is False.")
+        args.greater_is_better = False
