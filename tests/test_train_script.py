@@ -15,6 +15,7 @@ import transformers.utils.hub
 from huggingface_hub import HfApi, ModelCard
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
+from transformers.training_args import OptimizerNames
 
 from examples import train
 from modeling_blsp_kd import BlspKdConfig, BlspKdTrainer
@@ -200,6 +201,24 @@ def test_weights_decay_that_decay_in_the_trainer():
     assert of_encoder == {name for name in names.values() if name.startswith("audio_tower.")} - {
         name for name, parameter in model.named_parameters() if not parameter.requires_grad
     }
+
+
+def test_the_trainer_alone_has_the_groups_of_the_script(processor, tmp_path):
+    args = TrainingArguments(str(tmp_path), use_cpu=True, weight_decay=0.1, learning_rate=1e-3, report_to="none")
+    model = make_model(freeze_speech_encoder=False)
+    trainer = BlspKdTrainer(model, args, processing_class=processor, encoder_learning_rate=4e-4)
+    groups = trainer.create_optimizer().param_groups
+    _, expected = optimizer_with_groups(model, args, 4e-4)
+    assert len(groups) == len(expected["params"]) == 4
+    for group, other in zip(groups, expected["params"]):
+        assert all(one is another for one, another in zip(group["params"], other["params"], strict=True))
+        assert (group["lr"], group["weight_decay"]) == (other.get("lr", 1e-3), other["weight_decay"])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="bring their own groups"):
+        BlspKdTrainer(model, args, processing_class=processor, encoder_learning_rate=4e-4, optimizers=(optimizer, None))
+    args.optim = OptimizerNames.LOMO
+    with pytest.raises(ValueError, match="optim='lomo' takes its own groups of parameters"):
+        BlspKdTrainer(model, args, processing_class=processor, encoder_learning_rate=4e-4)
 
 
 def test_documented_differences_of_defaults_are_all():
