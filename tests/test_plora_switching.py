@@ -169,8 +169,13 @@ def test_an_override_that_would_leave_weights_random_is_refused(options, message
 
 
 def test_a_state_dict_of_ones_own_may_lack_weights():
+    """What it holds is taken, and what it lacks is drawn as for a new model."""
     model = make_model()
-    loaded = BlspKdForCausalLM.from_pretrained(None, config=model.config, state_dict={})
+    given = {"language_model.model.norm.weight": torch.full((32,), 3.0)}
+    loaded = BlspKdForCausalLM.from_pretrained(None, config=model.config, state_dict=given)
+    assert torch.equal(loaded.language_model.model.norm.weight, given["language_model.model.norm.weight"])
+    drawn = loaded.language_model.model.layers[0].mlp.up_proj.weight
+    assert drawn.std().item() == pytest.approx(model.config.text_config.initializer_range, rel=0.2)
     assert all(parameter.isfinite().all() for parameter in loaded.parameters())
 
 
