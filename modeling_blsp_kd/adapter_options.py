@@ -1,6 +1,6 @@
 """The options of the adapters, CFormer and Subsampler: what each may be, and what a speech encoder gives to them.
 
-Defaults follow the authors' public code. Leaves out: the adapters themselves (`adapters.py`).
+Defaults follow the authors' public code. Leaves out: the adapters themselves (`adapters.py`, `subsampler.py`).
 """
 
 from dataclasses import dataclass, replace

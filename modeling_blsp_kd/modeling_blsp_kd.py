@@ -25,7 +25,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOu
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
-from .adapters import CFormer, Subsampler
+from .adapters import CFormer
 from .configuration_blsp_kd import BlspKdConfig
 from .conversation_cache import mask_after_cache
 from .distillation_step import NEED_STUDENT, NEED_TEACHER, ComparedPrompts, distillation_loss, wanted_losses
@@ -39,6 +39,7 @@ from .speech_encoder import TrueLengthWhisperEncoder, build_speech_encoder, enco
 from .speech_prompt import ExpandedPrompt, SpeechPrompt, check_text_only, cut_out, find_in_embeds
 from .speech_windows import check_mask, join_windows, split_into_windows
 from .stored_dtypes import build_in
+from .subsampler import Subsampler
 from .token_times import find_silence, loudness, token_times
 from .versions import CACHE_NAME, one_cache
 

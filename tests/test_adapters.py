@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from modeling_blsp_kd.adapters import CFormer, Subsampler
+from modeling_blsp_kd.adapters import CFormer
 from modeling_blsp_kd.cif import continuous_integrate_and_fire
+from modeling_blsp_kd.subsampler import Subsampler
 from tests.helpers.models import make_model
 
 pytestmark = pytest.mark.numerical

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from modeling_blsp_kd.adapters import CFormer, Subsampler
+from modeling_blsp_kd.adapters import CFormer
 from modeling_blsp_kd.speech_windows import (
     is_within,
     join_windows,
@@ -16,6 +16,7 @@ from modeling_blsp_kd.speech_windows import (
     split_into_windows,
     tokens_per_window,
 )
+from modeling_blsp_kd.subsampler import Subsampler
 from tests.helpers.literal_cif import literal_tokens
 from tests.helpers.models import make_model
 from tests.helpers.prompts import SAMPLING_RATE, clip
