@@ -74,7 +74,7 @@ def main():
     results["training"] = describe_training(trainer, model_options, data_options, eval_rows, stages_before)
     trainer.accelerator.wait_for_everyone()  # they may still note skipped rows
     if data_options.skip_bad_audio and trainer.is_world_process_zero():
-        results["skipped_rows"] = trainer.train_dataset.hear.skipped.finish()
+        results["skipped_rows"] = trainer.train_dataset.clip_features.skipped.finish()
         print(f"{results['skipped_rows']} training rows with bad audio were skipped: {args.output_dir}/{SKIPPED_FILE}")
     if kept_frames is not None and trainer.is_world_process_zero():
         kept_frames.save()

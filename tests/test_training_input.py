@@ -472,7 +472,7 @@ def test_rows_in_memory_leave_bad_clips_out(damaged, processor, tmp_path):
     data = training_data(rows, DataOptions(train_manifest=damaged, skip_bad_audio=True), args, processor)
     assert len(data) == len(data.lengths) == 7, "a file that is no audio is known by its header"
     assert numbers(data.__getitems__(range(7))) == [1, 3, 4, 6, 7, 8]
-    assert data.hear.skipped.finish() == 2
+    assert data.clip_features.skipped.finish() == 2
     with pytest.raises(BadClipError, match="row 2"):
         training_data(rows, DataOptions(train_manifest=damaged), args, processor)
 

@@ -63,7 +63,7 @@ def defect(checkpoint: Path) -> str | None:
 
 
 def choose_checkpoint(resume_from: str | bool, output_dir: str) -> str:
-    """The checkpoint to resume from.
+    """Return the checkpoint to resume from.
 
     Args:
         resume_from: a checkpoint, or True for the last good one in `output_dir`, with a warning if others are broken.

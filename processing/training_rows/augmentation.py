@@ -50,7 +50,7 @@ class Augmentation:
         return bool(self.speeds or self.noise)
 
     def __call__(self, waveform: np.ndarray, sampling_rate: int, generator: np.random.Generator) -> np.ndarray:
-        """The changed clip, float32 (num_samples,); the same generator state gives the same clip."""
+        """Return the changed clip, float32 (num_samples,); the same generator state gives the same clip."""
         if self.speeds:
             speed = generator.choice(self.speeds)
             if speed != 1:

@@ -1,4 +1,4 @@
-"""Rows to rows with features: decoded, augmented, heard by the feature extractor; and what becomes of bad clips.
+"""From rows to rows with features: decode, augment, extract; bad clips are errors, or are skipped and listed.
 
 Runs in the data loader's workers, ahead of the model. What it makes of a row depends on that row and the epoch alone,
 so neither workers nor a resume change it. Leaves out: tokens and padding (`processing/data_collator.py`).
@@ -25,14 +25,14 @@ SAMPLING_RATE = 16_000
 
 
 class BadClipError(ValueError):
-    """The audio of one row cannot be used; the message names row and file."""
+    """Raised when the audio of one row cannot be used; the message names row and file."""
 
     def __init__(self, message: str):  # one argument, so that it survives the way from a worker
         super().__init__(message)
 
 
 def audio_name(row: dict) -> str | None:
-    """The file of a row's audio, or what is known of it; None for a row of text only."""
+    """Return the file of a row's audio, or what is known of it; None for a row of text only."""
     audio = row.get("audio")
     if isinstance(audio, dict):
         return audio["path"] or (f"{len(audio['bytes'])} embedded bytes" if audio["bytes"] else None)
@@ -52,7 +52,7 @@ def bad_clip(row: dict, error: Exception, advice: str = SKIP) -> BadClipError:
 
 
 def check_clips(rows: list[dict]):
-    """Decode the clips of an evaluation, as it will do itself.
+    """Decode the clips of an evaluation, so that a bad one is found before training.
 
     Raises:
         BadClipError: one of them is missing, damaged, empty, silent, too short or too long.
@@ -67,7 +67,7 @@ def check_clips(rows: list[dict]):
 
 
 def duration_s(row: dict) -> float:
-    """Seconds of audio: the row's own `duration`, or else what the file's header says; 0 for a row of text only.
+    """Return the seconds of audio: the row's own `duration`, or the file's according to its header; 0 without audio.
 
     Raises:
         BadClipError: there is no such file, or none that can be decoded.
@@ -86,7 +86,7 @@ def duration_s(row: dict) -> float:
 
 
 def lengths(rows: list[dict], tokenizer: PreTrainedTokenizerBase, seconds_per_token: float) -> list[float]:
-    """What batches are grouped by: seconds of audio, and so many for each token of instruction, text and response.
+    """Return what batches are grouped by: seconds of audio, plus some for each token of instruction, text and response.
 
     Raises:
         BadClipError: see [`duration_s`].
@@ -118,7 +118,7 @@ class SkippedClips:
             os.close(file)
 
     def finish(self) -> int:
-        """Leave each row there once, and tell how many there are."""
+        """Leave each row in the file once, and return the number of rows."""
         if not self.path.exists():
             return 0
         lines = sorted(set(self.path.read_text().splitlines()))
@@ -151,30 +151,30 @@ class ClipFeatures:
         self.kept: dict[str | bytes | None, np.ndarray] | None = {} if keep and not augmentation else None
 
     def __call__(self, rows: list[dict]) -> list[dict]:
-        """Rows with `epoch`, to rows with `input_features` in the place of `audio`; text only has `audio` None.
+        """Return rows that have `input_features` in the place of `audio`, or `audio` None if they are text only.
 
         Raises:
             BadClipError: audio that cannot be used; with `skipped`, only if no row of the batch is left.
         """
-        heard = []
+        extracted = []
         for row in rows:
-            told = {name: value for name, value in row.items() if name not in ("audio", "epoch")}
+            fields = {name: value for name, value in row.items() if name not in ("audio", "epoch")}
             if audio_name(row) is None:
-                heard.append({**told, "audio": None})
+                extracted.append({**fields, "audio": None})
                 continue
             try:
-                heard.append({**told, "input_features": self._features(row)})
+                extracted.append({**fields, "input_features": self._features(row)})
             except (OSError, TypeError, ValueError) as error:
                 bad = bad_clip(row, error)
                 if self.skipped is None:
                     raise bad from None
                 self.skipped.add(row, bad)
-        if not heard and self.skipped is not None:
+        if not extracted and self.skipped is not None:
             raise BadClipError(
                 f"No clip of a batch of {len(rows)} can be used, which is more than --skip_bad_audio is for. Use "
                 f"larger batches, or mend the data. They are listed in {self.skipped.path}."
             )
-        return heard
+        return extracted
 
     def _features(self, row: dict) -> np.ndarray:
         # Embedded clips have no name, or one that others have, too.

@@ -19,11 +19,11 @@ class RowsInMemory(Dataset):
     Args:
         rows (`list[dict]`).
         lengths (`list[float]`): what batches are grouped by, one per row.
-        hear ([`ClipFeatures`]).
+        clip_features ([`ClipFeatures`]).
     """
 
-    def __init__(self, rows: list[dict], lengths: list[float], hear: ClipFeatures):
-        self.rows, self.lengths, self.hear = rows, lengths, hear
+    def __init__(self, rows: list[dict], lengths: list[float], clip_features: ClipFeatures):
+        self.rows, self.lengths, self.clip_features = rows, lengths, clip_features
         self.epoch = torch.zeros((), dtype=torch.long).share_memory_()  # workers that live on see it change
 
     def set_epoch(self, epoch: int):
@@ -43,7 +43,7 @@ class RowsInMemory(Dataset):
 
     def __getitems__(self, indices: list[int]) -> list[dict]:
         epoch = int(self.epoch)
-        return self.hear([{**self.rows[index], "epoch": epoch} for index in indices])
+        return self.clip_features([{**self.rows[index], "epoch": epoch} for index in indices])
 
 
 class StreamedRows(Dataset):
@@ -55,14 +55,16 @@ class StreamedRows(Dataset):
 
     Args:
         stream (`datasets.IterableDataset`): see `stream_sources`.
-        hear ([`ClipFeatures`]).
+        clip_features ([`ClipFeatures`]).
         seed (`int`).
         length_buffer (`int`): batches that are sorted by length together.
         seconds_per_token (`float`): see [`lengths`].
     """
 
-    def __init__(self, stream: Any, hear: ClipFeatures, seed: int, length_buffer: int, seconds_per_token: float):
-        self.stream, self.hear, self.seed = stream, hear, seed
+    def __init__(
+        self, stream: Any, clip_features: ClipFeatures, seed: int, length_buffer: int, seconds_per_token: float
+    ):
+        self.stream, self.clip_features, self.seed = stream, clip_features, seed
         self.length_buffer, self.seconds_per_token = length_buffer, seconds_per_token
         self.num_rows = 0  # read so far; rows count once
         self.voices: set[str] = set()
@@ -72,7 +74,7 @@ class StreamedRows(Dataset):
         return StreamedBatches(self, batch_size)
 
     def __getitems__(self, rows: list[dict]) -> list[dict]:
-        return self.hear(rows)
+        return self.clip_features(rows)
 
 
 class StreamedBatches(Sampler):
@@ -85,14 +87,14 @@ class StreamedBatches(Sampler):
 
     def __iter__(self):
         data, buffer, number = self.dataset, [], count()
-        tokenizer = data.hear.processor.tokenizer
+        tokenizer = data.clip_features.processor.tokenizer
         for row in self._rows():
             try:
                 length = lengths([row], tokenizer, data.seconds_per_token)[0]
             except BadClipError as error:
-                if data.hear.skipped is None:
+                if data.clip_features.skipped is None:
                     raise
-                data.hear.skipped.add(row, error)
+                data.clip_features.skipped.add(row, error)
                 continue
             buffer.append((length, row))
             if len(buffer) == data.length_buffer * self.batch_size:

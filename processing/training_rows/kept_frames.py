@@ -16,7 +16,7 @@ from modeling_blsp_kd.speech_encoder import SpeechEncoderOutput, TrueLengthWhisp
 
 
 class KeptFrames:
-    """Takes the place of an encoder's forward, and hears only clips that it has not heard before.
+    """Replaces the forward of an encoder, and encodes each clip only once.
 
     Args:
         audio_tower ([`TrueLengthWhisperEncoder`]): frozen.

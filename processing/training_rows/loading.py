@@ -62,7 +62,7 @@ def training_data(
         skipped = SkippedClips(Path(args.output_dir, SKIPPED_FILE))
         if args.process_index == 0 and not args.resume_from_checkpoint:
             skipped.path.unlink(missing_ok=True)
-    hear = ClipFeatures(
+    clip_features = ClipFeatures(
         processor,
         augmentation=Augmentation(options.speeds, options.noise, options.noise_snr_db, options.noise_share),
         skipped=skipped,
@@ -71,7 +71,7 @@ def training_data(
     )
     if options.streaming:
         stream = stream_sources(training_sources(options), seed, options.shuffle_buffer, options.allow_outside_paths)
-        return StreamedRows(stream, hear, seed, options.length_buffer, options.seconds_per_token)
+        return StreamedRows(stream, clip_features, seed, options.length_buffer, options.seconds_per_token)
 
     kept, kept_lengths = [], []
     for row in rows:
@@ -86,7 +86,7 @@ def training_data(
         raise ValueError(f"Of {len(rows)} training rows none has audio that can be used.")
     if num_text_only := sum(audio_name(row) is None for row in kept):
         logger.info("%d of %d training rows have no audio: they train on text alone.", num_text_only, len(kept))
-    return RowsInMemory(kept, kept_lengths, hear)
+    return RowsInMemory(kept, kept_lengths, clip_features)
 
 
 def evaluation_data(rows: list[dict], length_column: str = "length") -> Dataset:

@@ -54,7 +54,7 @@ class Source:
 
 
 def read_mixture(path: str) -> list[Source]:
-    """The sources of a YAML list such as `[{manifest: a.jsonl, weight: 3}, {dataset: me/rows, weight: 1}]`.
+    """Return the sources of a YAML list such as `[{manifest: a.jsonl, weight: 3}, {dataset: me/rows, weight: 1}]`.
 
     Raises:
         ValueError: an entry is not understood.
@@ -75,7 +75,7 @@ def read_mixture(path: str) -> list[Source]:
 
 
 def read_sources(sources: list[Source], seed: int, allow_outside_paths: bool) -> list[dict]:
-    """All rows of one epoch, in memory; rows that a mixture repeats are the same objects."""
+    """Return all rows of one epoch; rows that a mixture repeats are the same objects."""
     if names := [source.dataset for source in sources if source.dataset]:
         raise ValueError(f"The rows of {', '.join(names)} hold audio and are not read into memory: add --streaming.")
     tables = [read_manifest(str(source.manifest), allow_outside_paths, allow_text_only=True) for source in sources]
@@ -90,7 +90,7 @@ def read_sources(sources: list[Source], seed: int, allow_outside_paths: bool) ->
 
 
 def stream_sources(sources: list[Source], seed: int, shuffle_buffer: int, allow_outside_paths: bool) -> IterableDataset:
-    """Rows with the fields of `FEATURES`, shuffled by `seed` and epoch (`set_epoch`).
+    """Return a stream of rows with the fields of `FEATURES`, shuffled by `seed` and epoch (`set_epoch`).
 
     Never more than `shuffle_buffer` rows are in memory.
     """
@@ -134,7 +134,7 @@ def _of_dataset(row: dict, index: int, name: str) -> dict:
 
 
 def _with_features(row: dict) -> dict:
-    """A row with the fields of `FEATURES` alone.
+    """Return a row with the fields of `FEATURES` alone.
 
     Raises:
         ValueError: it has no response, which would be made here if all rows were in memory.
