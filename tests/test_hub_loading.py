@@ -128,7 +128,6 @@ def elsewhere(saved, audio_path, tmp_path_factory):
         return {"folder": first, "saved again": again, "hub": hub.result(), "resaved folder": resaved}
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("place", ["folder", "saved again", "hub"])
 def test_it_loads_without_the_package(elsewhere, expected, place):
     results = elsewhere[place]
@@ -148,12 +147,10 @@ def test_it_loads_without_the_package(elsewhere, expected, place):
     assert expected["logits"].isfinite().all() and any("lora_B" in name for name in expected["trainable"])
 
 
-@pytest.mark.long
 def test_the_hub_copy_is_the_commit(elsewhere):
     assert f".{COMMIT}." in elsewhere["hub"]["AutoModel"]["class"]
 
 
-@pytest.mark.long
 def test_saving_elsewhere_ships_the_same_files(elsewhere, saved):
     again = elsewhere["resaved folder"]
     assert {path.name for path in again.iterdir()} == {path.name for path in saved.iterdir()}

@@ -57,7 +57,7 @@ def folders(backbones, tmp_path_factory):
     return root
 
 
-def base_llm(model):
+def without_partial_lora(model):
     """Logits of text and speech without partial LoRA."""
     for layer in model.plora.layers:
         torch.nn.init.zeros_(layer.lora_B["plora"].weight)
@@ -76,7 +76,7 @@ def test_taken_off_the_llm_is_as_it_was(form, options, folders, inputs, tmp_path
     assert not any("lora" in name or "base_layer" in name for name in model.state_dict())
     assert not hasattr(model.language_model, "peft_config")
     assert torch.equal(model(input_ids=TEXT).logits, text)
-    assert torch.equal(logits(model, inputs), logits(base_llm(trained), inputs))
+    assert torch.equal(logits(model, inputs), logits(without_partial_lora(trained), inputs))
     assert not torch.equal(logits(model, inputs), audio)
     assert any("28 trained weights of partial LoRA" in message and "left out" in message for message in messages)
     model.save_pretrained(tmp_path)
@@ -119,7 +119,7 @@ def test_with_quantisation(plora, folders, inputs):
     options = {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
     given = BlspKdForCausalLM.from_pretrained(folders / f"full-{not plora}", **options)
     switched = BlspKdForCausalLM.from_pretrained(folders / f"full-{not plora}", plora=plora, **options)
-    given = given if plora else base_llm(given)
+    given = given if plora else without_partial_lora(given)
     assert torch.equal(logits(switched, inputs), logits(given, inputs))
 
 

@@ -179,7 +179,6 @@ def test_replicas_and_copies_are_independent():
     assert torch.equal(replica(x), replica.base_layer(x)) and not torch.equal(replica(x), layer(x))
 
 
-@pytest.mark.long
 @pytest.mark.numerical
 def test_compiled_calls_in_threads():
     """A graph masks where a plain call gathers: in float32, an old CPU's rounding was more than the tolerance."""
