@@ -7,6 +7,7 @@ Leaves out: data (`processing/data_collator.py`) and scoring of generated answer
 import math
 import signal
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +87,7 @@ class BlspKdTrainer(AtomicSaving, ExactOrder):
         super().__init__(model, args, *rest, **kwargs)
         check_parts_of_trainer(self)
         check_non_finite_loss(non_finite_loss, self.accelerator.distributed_type)
-        if encoder_learning_rate is not None:
-            check_groups(self)
+        check_groups(self, encoder_learning_rate)
         self.args.remove_unused_columns = self.args.logging_nan_inf_filter = False
         model = self.accelerator.unwrap_model(self.model)
         # FSDP's cpu_ram_efficient_loading gives the weights to one process per node, and to the others later.
@@ -158,7 +158,7 @@ class BlspKdTrainer(AtomicSaving, ExactOrder):
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         self.sums.begin_step()
-        batches = [self._without_repeats(batch) for _, batch in zip(range(num_batches), epoch_iterator)]
+        batches = [self._without_repeats(batch, self.num_last_rows) for batch in islice(epoch_iterator, num_batches)]
         if not batches:
             return batches, None
         counts = count_items(batches, device)
@@ -169,9 +169,9 @@ class BlspKdTrainer(AtomicSaving, ExactOrder):
         self.sigterm.num_received = totals[-1]
         return batches, totals[:-1] if self.args.average_tokens_across_devices else counts
 
-    def _without_repeats(self, batch):
-        token_id = self.model.config.audio_token_id
-        return without_repeats(batch, self.accelerator.gradient_state, self.args.process_index, token_id)
+    def _without_repeats(self, batch, num_last_rows=None):
+        state, token_id = self.accelerator.gradient_state, self.model.config.audio_token_id
+        return without_repeats(batch, state, self.args.process_index, token_id, num_last_rows)
 
     def compute_loss(self, model: PreTrainedModel, inputs: dict, return_outputs: bool = False, **kwargs) -> Any:
         if not model.training:

@@ -113,7 +113,8 @@ def test_a_list_of_rows_will_do(tmp_path, processor):
 
 @pytest.mark.long
 def test_two_processes_share_the_rows_and_resume(tmp_path, processor):
-    """Each process drew an order of its own, so rows were lost and doubled."""
+    """Each process drew an order of its own, so rows were lost and doubled; and in an epoch that was resumed in its
+    middle, rows that fill the last batches counted twice."""
     processor.save_pretrained(tmp_path / "processor")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]

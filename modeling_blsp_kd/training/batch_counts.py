@@ -21,16 +21,27 @@ def count_items(batches: list[Batch], device: torch.device) -> torch.Tensor:
     return counts
 
 
-def without_repeats(batch: Batch, gradient_state: GradientState, process_index: int, audio_token_id: int) -> Batch:
+def without_repeats(
+    batch: Batch,
+    gradient_state: GradientState,
+    process_index: int,
+    audio_token_id: int,
+    num_last_rows: int | None = None,
+) -> Batch:
     """Return the batch that has just been fetched, without the rows that other batches have.
 
     accelerate fills the last batch of each process with rows from the start of the epoch, so that all have as many
     batches of the same size. These rows would count twice.
+
+    Args:
+        num_last_rows: how many rows the last batches of all processes have together without them, 0 if they are full.
+            Omitted: as accelerate counts.
     """
     num_rows = len(batch["input_ids"])
-    if not gradient_state.end_of_dataloader or gradient_state.remainder <= 0:
+    remainder = gradient_state.remainder if num_last_rows is None else num_last_rows
+    if not gradient_state.end_of_dataloader or remainder <= 0:
         return batch
-    num_own = max(0, gradient_state.remainder - process_index * num_rows)
+    num_own = max(0, remainder - process_index * num_rows)
     return batch if num_own >= num_rows else first_rows(batch, num_own, audio_token_id)
 
 

@@ -7,7 +7,7 @@ and epoch alone. `BlspKdTrainer` has it; another Trainer gets it from [`ExactOrd
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, IterableDataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
@@ -70,11 +70,18 @@ class ExactOrder(Trainer):
         super().__init__(*args, **kwargs)
         self.order: RandomOrder | LengthGroupedOrder | LengthBudgetBatches | None = None
         self.max_batch_length = max_batch_length
+        # Of all processes at the last step of an epoch, where a part of a batch is left; None: as accelerate counts.
+        self.num_last_rows: int | None = None
         self.add_callback(_TellEpoch(self))
 
     def get_train_dataloader(self) -> DataLoader:
         batch_sampler = self._batch_sampler()
+        self.num_last_rows = None
         if batch_sampler is None:
+            is_numbered = hasattr(self.train_dataset, "__len__") and not isinstance(self.train_dataset, IterableDataset)
+            if is_numbered and not self.args.dataloader_drop_last:
+                # accelerate forgets it in an epoch that is resumed in its middle.
+                self.num_last_rows = len(self.train_dataset) % (self._train_batch_size * self.args.world_size)
             return super().get_train_dataloader()
         loader = DataLoader(
             self.train_dataset,

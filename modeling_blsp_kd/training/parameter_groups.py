@@ -44,12 +44,14 @@ def optimizer_with_groups(
     }
 
 
-def check_groups(trainer: Trainer):
+def check_groups(trainer: Trainer, encoder_learning_rate: float | None):
     """Refuse a learning rate for the encoder beside an optimiser that has groups of its own.
 
     Raises:
-        ValueError: the trainer has such an optimiser.
+        ValueError: the rate is given, and the trainer has such an optimiser.
     """
+    if encoder_learning_rate is None:
+        return
     if trainer.optimizer is not None or trainer.optimizer_cls_and_kwargs is not None:
         raise ValueError(
             "encoder_learning_rate groups the parameters of the optimiser of TrainingArguments, and optimizers or "
