@@ -286,6 +286,7 @@ def test_an_llm_that_answers_nothing_stops_before_training(tmp_path, monkeypatch
         make_trainer(ModelOptions(), data, args)
 
 
+@pytest.mark.long
 def test_digit_manifest_joins_recordings_and_holds_one_speaker_out(tmp_path):
     words = "zero one two three four five six seven eight nine".split()
     rows = []

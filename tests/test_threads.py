@@ -262,6 +262,7 @@ def asked_pipe():
     return threads.build_pipeline(None)
 
 
+@pytest.mark.long
 def test_a_short_run_of_many_threads_finds_nothing(asked_pipe):
     """The short form of `python -m tests.reliability.threads`."""
     result = threads.run(asked_pipe, num_threads=8, num_requests=6)
