@@ -190,8 +190,8 @@ class TimestampOptions(Options):
     """Options of `timestamps={...}`: how CIF's integral is read as a clock, see `token_times.py`.
 
     Args:
-        delay_s (`float`): how long after the words CIF gathers their weight, seconds. `examples/measure_timestamps.py`
-            fits it.
+        delay_s (`float`): how long after the words CIF gathers their weight, seconds.
+            `examples/experiments/measure_timestamps.py` fits it.
         silence (`float`): in [0, 1): frames are silent up to this share of the way from the quietest frame of a clip to
             its loudest; 0: none is.
     """
