@@ -151,7 +151,8 @@ def test_the_first_test_questions_are_of_all_kinds():
     ("kind", "question", "answer"),
     [("addition", "What is two plus three?", "5"), ("capital", "What is the capital of France?", "Paris"),
      ("calendar", "Which month comes after December?", "January"), ("spelling", "Spell the word fish.", "f i s h"),
-     ("comparison", "Which is bigger, an ant or the moon?", "moon"),
+     ("series", "What comes next? Monday, Tuesday, Wednesday.", "Thursday"),
+     ("saying", "Finish this saying: better late than!", "never"),
      ("yes or no", "Is a dog an animal? answer yes or no.", "yes"),
      ("last word", "What is the last word of this sentence? the king lost the key.", "key")],
 )  # fmt: skip

@@ -54,11 +54,9 @@ def main(arguments: list[str] | None = None):
     rows: list[dict] = []
     refused: list[dict] = []
     # Each sentence belongs to one synthesizer: together they say as many different ones as they can.
-    rng = random.Random(f"owners {options.seed}")
-    owners = rng.choices(list(options.shares), k=len(trained))
     for name, share in options.shares.items():
         synthesizer = open_synthesizer(name, options.assets)
-        own = [sentence for sentence, owner in zip(trained, owners) if owner == name] or trained
+        own = [sentence for sentence in trained if owner_of(sentence, options) == name] or trained
         texts = endless(own, questions, options.question_share, f"{name} {options.seed}")
         most = {"most_rows": round(share * options.rows)} if options.rows else {"most_s": share * options.hours * 3600}
         plans = deal([synthesizer], texts, "train", options.seed)
@@ -81,7 +79,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     amount.add_argument("--rows", type=int, help="of synthetic speech to train on, instead of --hours")
     parser.add_argument("--question_share", type=float, default=0.2, help="of the training clips")
     parser.add_argument("--num_test_sentences", type=int, default=300)
-    parser.add_argument("--num_test_questions", type=int, default=400)
+    parser.add_argument("--num_test_questions", type=int, default=1000)
     parser.add_argument("--min_words", type=int, default=3)
     parser.add_argument("--max_words", type=int, default=20)
     parser.add_argument("--longest_s", type=float, default=30.0, help="longest clip; Whisper reads 30 s at once")
@@ -124,11 +122,16 @@ def read_texts(options, people: dict[str, list[dict]]) -> tuple[list[Sentence], 
     return trained, tested
 
 
+def owner_of(sentence: Sentence, options) -> str:
+    """Return the synthesizer that says a sentence, drawn by its text."""
+    return random.Random(f"owner {options.seed} {sentence.text}").choice(list(options.shares))
+
+
 def endless(sentences: list[Sentence], questions: list[Sentence], share: float, key: str) -> Iterator[Sentence]:
     """Yield sentences without end, and a question in their place at a rate of `share`; `key` draws places and order."""
     rng = random.Random(key)
     turns = itertools.cycle(sentences)
-    asked = itertools.cycle(rng.sample(questions, len(questions)))
+    asked = itertools.cycle(random.Random(f"questions {key}").sample(questions, len(questions)))
     while True:
         yield next(asked) if rng.random() < share else next(turns)
 

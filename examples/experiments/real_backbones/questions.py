@@ -109,8 +109,10 @@ def _last_word() -> Items:
 def _first_word() -> Items:
     words = ITEMS["words"]
     for (place, first), (other, second) in itertools.permutations(enumerate(words), 2):
-        three = f"{first}, {second}, {words[(place + other) % len(words)]}"
-        yield three, f"tell me the first of these words: {three}.", first
+        third = words[(place + other) % len(words)]
+        if third not in (first, second):
+            three = f"{first}, {second}, {third}"
+            yield three, f"tell me the first of these words: {three}.", first
 
 
 def _say_word() -> Items:
@@ -141,23 +143,12 @@ def _yes_no() -> Items:
                 )
 
 
-def _category() -> Items:
-    for (group, members), other in itertools.product(ITEMS["members"].items(), ITEMS["members"]):
-        if group == other or {group, other} == {"animal", "bird"}:
-            continue
-        for member in members:
-            # A quarter of the pairs, the right answer first in half of them.
-            if is_for_tests(f"keep {member} {other}", 4):
-                first, second = (group, other) if is_for_tests(f"first {member} {other}", 2) else (other, group)
-                question = f"is {_thing(member, group)} {_article(first)} {first} or {_article(second)} {second}?"
-                yield member, question, group
-
-
-def _compare() -> Items:
-    for things, word in ((ITEMS["bigger"], "bigger"), (ITEMS["faster"], "faster")):
-        for first, second in itertools.permutations(things, 2):
-            more = max(first, second, key=things.index)
-            yield " ".join(sorted((first, second))), f"which is {word}, {first} or {second}?", more.split(" ", 1)[1]
+def _series() -> Items:
+    for names in (ITEMS["days"], ITEMS["months"]):
+        for place, name in enumerate(names):
+            three = ", ".join(names[(place + step) % len(names)] for step in range(3))
+            for template in ("what comes next? {}.", "continue this list: {}."):
+                yield f"{name} and so on", template.format(three), names[(place + 3) % len(names)]
 
 
 def _thing(member: str, group: str) -> str:
@@ -192,7 +183,13 @@ KINDS: dict[str, Callable[[], Items]] = {
     "say": _say_word,
     "spelling": _spelling,
     "yes or no": _yes_no,
-    "category": _category,
-    "comparison": _compare,
+    "country": _table("countries", "in which country is {}?", "which country is the city of {} in?"),
+    "currency": _table("currencies", "what is the currency of {}?", "what money do people use in {}?"),
+    "profession": _table("professions", "what do you call a person who {}?", "name the profession: a person who {}."),
+    "saying": _table("sayings", "finish this saying: {}!", "how does this saying end: {}?"),
+    "young": _table("young", "what is a baby {} called?", "what do you call a young {}?"),
+    "author": _table("authors", "who wrote {}?", "tell me who wrote {}."),
+    "symbol": _table("symbols", "what is the chemical symbol for {}?", "tell me the chemical symbol of {}."),
+    "series": _series,
     "fact": _table("facts", "{}?", "tell me, {}?"),
 }

@@ -20,10 +20,16 @@ MANIFEST_EVERY_S = 180
 
 
 def deal(synthesizers: list, texts: Iterable[Sentence], key: str, seed: int) -> Iterator[tuple[Sentence, dict]]:
-    """Yield each text with the plan of its clip, the synthesizers in turn."""
-    for number, (text, synthesizer) in enumerate(zip(texts, itertools.cycle(synthesizers))):
-        plan = plan_clip(synthesizer, text.written, text.text, f"{key} {seed} {synthesizer.name} {number}")
-        yield text, plan
+    """Yield each text with the plan of its clip, the synthesizers in turn.
+
+    A clip is drawn by its text and how often that came before, so clips stay as they are when other texts are added.
+    """
+    num_times: Counter = Counter()
+    for text, synthesizer in zip(texts, itertools.cycle(synthesizers)):
+        name = synthesizer.name
+        drawn_by = f"{key} {seed} {name} {num_times[name, text.text]} {text.text}"
+        num_times[name, text.text] += 1
+        yield text, plan_clip(synthesizer, text.written, text.text, drawn_by)
 
 
 def write_clips(
