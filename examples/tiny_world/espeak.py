@@ -10,6 +10,7 @@ import functools
 import itertools
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -28,6 +29,7 @@ _INITIALIZE_DONT_EXIT = 0x8000
 _PARAMETER_RATE = 1
 _PARAMETER_PITCH = 3
 _CHARS_UTF8 = 1
+_PHONEMES_IPA = 0x02
 _EVENT_LIST_TERMINATED = 0
 _EVENT_WORD = 1
 _EVENT_END = 5  # of a clause
@@ -74,6 +76,40 @@ def synthesize(text: str, voice: str, speed: int = 175, pitch: int = 50) -> np.n
         RuntimeError: espeak-ng cannot be loaded, or could not say `text`.
     """
     return _speak(text, voice, speed, pitch)[0]
+
+
+def synthesize_words(text: str, voice: str, speed: int = 175, pitch: int = 50) -> tuple[np.ndarray, list[dict]]:
+    """Return the samples of [`synthesize`], and the words: a list of dict with `text`, `start` and `end` (seconds)."""
+    samples, events = _speak(text, voice, speed, pitch)
+    return samples, _words(text, events, silence_before_s=0.0)
+
+
+def phonemes(text: str, voice: str) -> str:
+    """Return the pronunciation of `text` in the International Phonetic Alphabet, with stress and punctuation.
+
+    Args:
+        voice: a language of espeak-ng, as in "en-us".
+
+    Raises:
+        ValueError: espeak-ng does not know `voice`.
+        RuntimeError: espeak-ng cannot be loaded.
+    """
+    library = _load_espeak().library
+    if library.espeak_SetVoiceByName(voice.encode()) != 0:
+        raise ValueError(f"espeak-ng has no voice {voice!r}. Give a language, such as 'en-us'.")
+    library.espeak_TextToPhonemes.restype = ctypes.c_char_p
+    parts = []
+    # The library drops punctuation.
+    for part in re.split(r"([,.;:!?]+)", text):
+        if re.search(r"\w", part):
+            rest = ctypes.c_char_p(part.encode())
+            clauses = []
+            while rest.value:
+                clause = library.espeak_TextToPhonemes(ctypes.byref(rest), _CHARS_UTF8, _PHONEMES_IPA)
+                clauses.append(clause.decode())
+            part = (" " if part.startswith(" ") else "") + " ".join(clauses).strip()
+        parts.append(part)
+    return re.sub(r"\([a-z-]+\)", "", "".join(parts)).strip()  # without the marks of a change of language
 
 
 def _speak(text, voice, speed, pitch):
