@@ -1,4 +1,4 @@
-"""What training will cost: parameters, memory of a GPU and time, before anything is downloaded.
+"""Estimate what a training will cost: parameters, memory of a GPU and time, before anything is downloaded.
 
     python examples/estimate.py examples/recipes/whisper_small_qwen2.5_1.5b.yaml
     python examples/estimate.py examples/recipes/whisper_large_v3_llama3.1_8b.yaml --num_gpus 16 --utilisation 0.3

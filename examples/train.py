@@ -1,4 +1,4 @@
-"""Give an LLM ears, from (audio, transcript) pairs.
+"""Train an LLM to understand speech, from (audio, transcript) pairs.
 
     accelerate launch examples/train.py
     accelerate launch examples/train.py --text_model Qwen/Qwen2.5-0.5B-Instruct --speech_model openai/whisper-small \\
@@ -10,13 +10,12 @@
 Without arguments it uses the two tiny backbones of `examples/tiny_world` and speech that it synthesises on first use.
 A manifest has one JSON object per line: `audio` (a path, relative to the manifest; null in a training row of text
 alone), `text` (what is said) and optionally `instruction`, `response` (the LLM's answer; made here if absent),
-`duration` (seconds; omitted, the file is asked), `answer` and `kind` (to score with) and `voice`. A mixture is a YAML
+`duration` (seconds; read from the file if absent), `answer` and `kind` (to score with) and `voice`. A mixture is a YAML
 list of manifests and data sets, each with a `weight`. All other options are those of `transformers.TrainingArguments`
-(docs/training_arguments.md tells of each). A recipe is a YAML file of any of them, which options after it override.
+(docs/training_arguments.md explains each). A recipe is a YAML file of any of them; options after it override it.
 
-Leaves in the output folder: the model with its processor, `results.json` (what was measured, and on what it was
-trained; written after each part, so that what fails late takes nothing along), the clips of three evaluation rows,
-checkpoints.
+The output folder receives the model with its processor, `results.json` (the measurements and the training data; it is
+written after each part, so that a late failure loses nothing), the clips of three evaluation rows, and checkpoints.
 """
 
 import json

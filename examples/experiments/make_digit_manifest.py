@@ -41,7 +41,7 @@ LOUDNESS = 0.5  # of each digit's loudest sample
 
 @dataclass
 class Variation:
-    """How digits are joined.
+    """The rules by which digits are joined.
 
     Args:
         pauses_s: shortest and longest silence before, between and after them.

@@ -39,7 +39,7 @@ _LOOKED_AT = {1: 1500, 2: 750, 3: 200, 21: 300, 22: 300}
 
 @dataclass(frozen=True)
 class Sentence:
-    """What somebody says.
+    """A sentence that somebody says.
 
     Args:
         text: lower-case words between single spaces, no punctuation.
@@ -54,7 +54,7 @@ class Sentence:
 
 @dataclass(frozen=True)
 class Question:
-    """What somebody asks about a sentence, in typed text, and the one right answer.
+    """A question about a sentence, in typed text, and its only right answer.
 
     Args:
         kind: one of `KINDS`.

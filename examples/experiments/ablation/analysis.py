@@ -1,4 +1,4 @@
-"""What follows from the results of all runs: means with intervals, verdicts on claims, and a rank correlation.
+"""Analyse the results of all runs: means with intervals, verdicts on claims, and a rank correlation.
 
 Seeds and rows are both samples. Over seeds, Student's t is used, since there are few; over rows, the bootstrap.
 Differences are paired over both, and their two uncertainties are added in quadrature. That counts what seeds and rows

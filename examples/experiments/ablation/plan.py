@@ -1,4 +1,4 @@
-"""What all runs share, and the fingerprint of all settings that a result depends on.
+"""The settings that all runs share, and the fingerprint of all settings that a result depends on.
 
 Results are named by configuration, seed and fingerprint, so that those of several machines lie together in one folder,
 none overwrites another, and nothing is run twice. Leaves out: the code, whose changes a fingerprint does not see.
@@ -16,7 +16,7 @@ from .matrix import Configuration
 
 @dataclass(frozen=True)
 class Plan:
-    """What all runs share.
+    """The settings that all runs share.
 
     Args:
         steps: of the optimiser.
