@@ -15,7 +15,7 @@ for auto_class in (AutoModel, AutoModelForCausalLM, AutoModelForMultimodalLM):
 
 
 def __getattr__(name: str):
-    # Training takes `datasets` and `accelerate` along, which nobody else waits for.
+    # The trainer imports `datasets` and `accelerate`, which is slow and which inference does not need.
     if name == "BlspKdTrainer":
         from .trainer import BlspKdTrainer
 

@@ -1,4 +1,4 @@
-"""The options of the adapters, CFormer and Subsampler: what each may be, and what a speech encoder gives to them.
+"""The options of the adapters, CFormer and Subsampler: their legal values, and defaults that the speech encoder sets.
 
 Defaults follow the authors' public code. Leaves out: the adapters themselves (`adapters.py`, `subsampler.py`).
 """
@@ -16,7 +16,7 @@ class CFormerOptions(Options):
 
     Args:
         num_pre_layers, num_post_layers (`int`): transformer layers before and after CIF, at least 0. With none before
-            and no joined frames, CIF's weights are a channel of the encoder's own frames: train the encoder along.
+            and no joined frames, CIF's weights are a channel of the encoder's own frames: train the encoder, too.
         num_attention_heads (`int`, *optional*): must divide the encoder width; omitted: the encoder's own.
         ffn_dim (`int`, *optional*): omitted: the encoder's own.
         dropout (`float`): in [0, 1).

@@ -167,7 +167,7 @@ class CFormer(nn.Module):
         frames_per_window = frame_mask.sum(1)
         # The integral runs through the borders of windows: the next window completes what one leaves open.
         frame_mask, hidden_states, alphas = join_windows(windows_per_clip, frame_mask, hidden_states, alphas)
-        # CIF takes all channels, and the one that alphas came from is dropped afterwards: before, it would cost a copy.
+        # CIF integrates all channels. That of the alphas is dropped afterwards; dropping it before would cost a copy.
         cif = continuous_integrate_and_fire(hidden_states, alphas, frame_mask, target_lengths)
 
         speech_tokens = self.cif_proj(cif.speech_tokens[..., :-1])

@@ -1,8 +1,8 @@
-"""The options of `BlspKdConfig` that are dicts, one class for each, which raises an error for what means nothing.
+"""The options of `BlspKdConfig` that are dicts: one class for each, which raises an error for an invalid value.
 
 Defaults follow arXiv 2405.19041 and the authors' public code. A config stores these options as plain dicts and makes
-the classes again wherever they are read. Leaves out: the adapters' options (`adapter_options.py`), and fields that are
-no dict of options (`configuration_blsp_kd.py`).
+the classes again wherever they are read. Leaves out: the adapters' options (`adapter_options.py`), and all
+other fields (`configuration_blsp_kd.py`).
 """
 
 import difflib
@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Self
 
-# Names at least this alike are typing errors: "lora" is one of plora, but pad_token_id, which many configs have, is
-# none of audio_token_id.
+# Names at least this similar count as typing errors: "lora" is taken for plora, but pad_token_id, which many configs
+# have, is not taken for audio_token_id.
 TYPING_ERROR = 0.85
 BACKBONES = ("audio_tower", "language_model")
 
@@ -207,7 +207,7 @@ class TimestampOptions(Options):
 
 
 def check_backbones(given: Any):
-    """Check what a thin checkpoint's config tells of its backbones.
+    """Check what a thin checkpoint's config says about its backbones.
 
     Raises:
         ValueError: it is neither None nor a name and a revision of each.

@@ -35,7 +35,7 @@ logger = logging.get_logger(__name__)
 
 MODEL_TYPE = "blsp_kd"
 WRITTEN_FOR_ANY_CONFIG = frozenset(PreTrainedConfig().to_dict())
-# What transformers accepts for any config besides. Names with an underscore are its own notes.
+# Other options that transformers accepts for any config. Names that begin with an underscore are internal to it.
 GENERAL_OPTIONS = {
     "attn_implementation",
     "experts_implementation",
@@ -99,7 +99,7 @@ class BlspKdConfig(PreTrainedConfig):
 
     Raises:
         ValueError: a misspelt or contradictory option, or an unknown one in a dict of options. Other unknown options of
-            the config itself are warned of: transformers, too, passes and saves options, and new versions new ones.
+            the config itself give a warning: transformers passes and saves some of its own, and new versions add more.
     """
 
     model_type = MODEL_TYPE
@@ -130,7 +130,7 @@ class BlspKdConfig(PreTrainedConfig):
         if misspelt := [name for name in unknown if look_alikes(name, known)]:
             raise unknown_options(misspelt, known, "BlspKdConfig")
         if unknown := [name for name in unknown if not name.startswith("_")]:
-            # No error: another version of transformers may know them, and then its files must be readable.
+            # Not an error, because files that another version of transformers wrote must remain readable.
             logger.warning_once(
                 f"Unknown option(s) {unknown} in BlspKdConfig have no effect, and are not saved. Known: {known}."
             )
@@ -160,7 +160,7 @@ class BlspKdConfig(PreTrainedConfig):
         )
         pipelines = {**CUSTOM_PIPELINES, **(self.custom_pipelines or {})}
         self.custom_pipelines = {task: code for task, code in pipelines.items() if task not in self.registered_tasks}
-        self.is_checked = True  # as a whole, so from now on each assigned option
+        self.is_checked = True  # completely; from now on each assignment is checked
 
     def __setattr__(self, name: str, value: Any):
         if name in CHECKED_OPTIONS and "is_checked" in self.__dict__:

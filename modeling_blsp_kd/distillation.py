@@ -15,8 +15,8 @@ from torch.autograd.function import once_differentiable
 # Logits that go through the softmax together on a CPU: 1 MB in float32, which memory allocators hand out again, while
 # larger blocks come as new pages each time. An accelerator takes large tiles better.
 TILE_SIZE = 2**18
-# Products of more rows at once are quicker, the wider the LLM the more so. Their logits take memory, which counts where
-# rows are few and the LLM is small: then a chunk is a fifth of the rows, or as much as a sixth of the output head.
+# Larger products are faster, above all for wide LLMs, but their logits take memory. With few rows and a small LLM this
+# matters, so a chunk there is a fifth of the rows, or takes as much memory as a sixth of the output head.
 FEWEST_CHUNK_ROWS, MOST_CHUNK_ROWS = 32, 192
 
 
@@ -59,7 +59,7 @@ class _LinearKL(torch.autograd.Function):
             rows = slice(start, start + chunk_rows)
             hidden = torch.cat([student_hidden[rows], teacher_hidden[rows]])
             logits = buffer[: len(hidden)]
-            # What beta = 0 multiplies is not read.
+            # With beta = 0 the old contents are not read.
             added, beta = (logits, 0.0) if bias is None else (bias, factor)
             torch.addmm(added, hidden, weight.t(), beta=beta, alpha=factor, out=logits)
             student, teacher = logits.chunk(2)

@@ -27,7 +27,7 @@ class EncoderFamily:
 
     Args:
         time_axis (`int`): the axis of the features that is time.
-        window (`Callable`): how long `WINDOW_S` of audio is on that axis. No encoder gets more at once.
+        window (`Callable`): how long `WINDOW_S` of audio is on that axis. Longer clips are cut.
         frame_duration_s (`Callable`): how much audio one encoder frame stands for, in seconds.
         convolutions (`Callable`): kernel, stride and padding of each convolution between features and frames, of
             encoders that do not return the mask of their frames.
@@ -114,8 +114,8 @@ def steps_per_frame(config: PreTrainedConfig) -> int:
 def frame_starts_s(config: PreTrainedConfig, num_frames: int, frames_per_window: int) -> torch.Tensor:
     """Return where each encoder frame begins, in seconds from the start of its clip: (num_frames,).
 
-    Frames may leave a rest of a window uncovered (wav2vec 2.0 makes 1499 frames of 20 ms in 30 s), but the next window
-    begins in time.
+    The frames may not cover the end of a window (wav2vec 2.0 makes 1499 frames of 20 ms in 30 s), but the next window
+    still begins at its own time.
 
     Args:
         frames_per_window (`int`): how many frames the encoder makes of a whole window.
@@ -126,7 +126,7 @@ def frame_starts_s(config: PreTrainedConfig, num_frames: int, frames_per_window:
 
 
 def count_frames(config: PreTrainedConfig, length: Length) -> Length:
-    """Return how many frames an encoder that does not tell makes of a length on the features' time axis."""
+    """Return the number of frames that an encoder without a frame mask makes of a length on the features' time axis."""
     convolutions = ENCODER_FAMILIES[config.model_type].convolutions
     for kernel, stride, padding in [] if convolutions is None else convolutions(config):
         length = (length + 2 * padding - kernel) // stride + 1

@@ -1,6 +1,6 @@
-"""Run a module that is not trained, inside a model that is: without gradients of its own and without dropout.
+"""Run a frozen module inside a model that is trained: without gradients of its own and without dropout.
 
-Follows no paper. The speech encoder, the teacher's pass of the LLM and the demo use it. The model decides which
+The speech encoder, the teacher's pass of the LLM and the demo use it. The model decides which
 parameters are frozen.
 """
 

@@ -96,7 +96,7 @@ class BlspKdGenerationMixin(GenerationMixin):
             kwargs["return_dict_in_generate"] = True
         if input_features is None:
             if input_ids is not None:
-                # An assistant gets prompts that were expanded for the model that it assists.
+                # An assistant model receives prompts that the main model has already expanded.
                 if kwargs.get("speech_embeds") is None:
                     check_text_only(input_ids, kwargs.get("attention_mask"), self.config.audio_token_id)
                 kwargs["input_ids"] = input_ids
@@ -218,7 +218,7 @@ class BlspKdGenerationMixin(GenerationMixin):
         has_audio = model_kwargs is not None and model_kwargs.get("is_speech") is not None
         audio_token_id, vocab_size = self.config.audio_token_id, self.config.get_text_config().vocab_size
         if has_audio and audio_token_id is not None and audio_token_id < vocab_size:
-            # An answer with a placeholder in it would ask for audio when the conversation goes on.
+            # A placeholder in an answer would require a clip in the next turn of the conversation.
             processors.insert(0, SuppressTokensLogitsProcessor([audio_token_id], device=device))
         return processors
 
@@ -236,7 +236,7 @@ class BlspKdGenerationMixin(GenerationMixin):
         inputs = super().prepare_inputs_for_generation(
             input_ids, inputs_embeds=inputs_embeds, **{CACHE_NAME: cache}, **kwargs
         )
-        # Speech is part of the prompt: once that is in the cache, all is plain text.
+        # Speech is part of the prompt: once the prompt is in the cache, only text follows.
         num_past = 0 if cache is None else int(cache.get_seq_length())
         if is_speech is not None and num_past < is_speech.shape[1]:
             inputs |= {"speech_embeds": speech_embeds, "is_speech": is_speech}

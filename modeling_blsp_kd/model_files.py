@@ -1,7 +1,7 @@
 """Check the files of a model's folder before transformers reads them, whose errors would not name the file.
 
-Follows the formats of safetensors and of transformers' index of shards; of weights it reads the headers alone. Leaves
-out: the Hub, whose files huggingface_hub checks when it fetches them, and pickles, which torch refuses by itself.
+Follows the formats of safetensors and of transformers' index of shards; of weight files it reads only the headers.
+Leaves out: the Hub, whose files huggingface_hub checks when it fetches them, and pickles, which torch itself refuses.
 """
 
 import json

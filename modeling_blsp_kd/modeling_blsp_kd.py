@@ -61,7 +61,7 @@ class BlspKdAudioOutput(BaseModelOutputWithPooling):
             encoder frames (from the start) at which each token is complete, see [`CifOutput`]; -1 past a clip's count
             (CFormer only).
         token_times (`torch.FloatTensor` of shape (N, U, 2), *optional*):
-            where they were asked for: seconds from the start of the clip where each token begins and ends, corrected
+            if requested: seconds from the start of the clip where each token begins and ends, corrected
             as `config.timestamps` says; NaN past a clip's count (CFormer only). Uncorrected, tokens end at firing
             places times `frame_duration_s`.
     """
@@ -171,7 +171,7 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, BlspKdGenerationMixin):
                 tokens that CIF must fire, which the output then repeats; omitted, they are predicted. CFormer only.
             output_token_times (`bool`): tell when each token was said. CFormer only.
         """
-        # An option that is not given must stay away: None would overrule the encoder's own config.
+        # Do not pass options that were not given: None would override the encoder's own config.
         wanted = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
         wanted = {name: value for name, value in wanted.items() if value is not None}
         window, time_axis = window_of(self.config.speech_config)
@@ -252,7 +252,7 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, BlspKdGenerationMixin):
         num_speech_tokens=None,
         output_token_times: bool = False,
     ) -> tuple[ExpandedPrompt, BlspKdAudioOutput]:
-        """Encode the clips of a batch of prompts, and give each its positions."""
+        """Encode the clips of a batch of prompts, and expand each placeholder to the positions of its clip."""
         is_repeated = prompt.is_repeated(len(input_features), num_speech_tokens)
         if len(input_features) == 0:
             audio = self._encode_no_clips(input_features)
@@ -324,13 +324,13 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, BlspKdGenerationMixin):
         return {**given, "input_ids": None, "inputs_embeds": inputs_embeds}, is_speech
 
     def _partial_lora_at(self, is_speech):
-        # Also without speech, so that a call never reads under the mask of one around it.
+        # Needed without speech, too: otherwise a nested call would use the mask of the outer call.
         return nullcontext() if self.plora is None else self.plora.at(is_speech)
 
     def _distill(
         self, read: dict, prompts: ComparedPrompts, teacher_attention_mask, audio: BlspKdAudioOutput, num_items_in_batch
     ) -> BlspKdOutputWithPast:
-        """Run the LLM as far as the losses need it, and compute them.
+        """Run the LLM on the prompts that the losses need, and compute the losses.
 
         Args:
             read (`dict`): what the LLM reads of the speech prompts.
@@ -435,7 +435,7 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, BlspKdGenerationMixin):
             if speech_embeds is not None:
                 raise ValueError("input_features go without speech_embeds: the model makes its own.")
             if teacher_input_ids is not None and not self.adapter.one_to_one:
-                num_speech_tokens = None  # the transcripts' lengths do not bind an adapter of a fixed rate
+                num_speech_tokens = None  # an adapter of a fixed rate ignores the transcripts' lengths
             clips = (input_features, input_features_mask, num_speech_tokens)
             read, is_speech, audio = self._read_clips(read, num_past, *clips)
         elif is_speech is not None:
@@ -450,7 +450,7 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, BlspKdGenerationMixin):
             prompts = ComparedPrompts(read["labels"], is_speech, *of_teacher)
             return self._distill(read, prompts, teacher_attention_mask, audio, num_items_in_batch)
         if num_items_in_batch is not None:
-            # A count of labels alone, as from a plain Trainer, stands for response tokens, too.
+            # A single number, as from a plain Trainer, is the count of labels.
             kwargs["num_items_in_batch"] = torch.as_tensor(num_items_in_batch).flatten()[0]
         options = {"use_cache": use_cache, "logits_to_keep": logits_to_keep, "return_dict": True, CACHE_NAME: cache}
         with self._partial_lora_at(is_speech):

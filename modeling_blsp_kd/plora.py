@@ -71,7 +71,7 @@ class PartialLora:
             layer.__class__ = with_partial_lora(peft_class)
             layer.partial_lora = self
             trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
-            layer.set_adapter([])  # off but for speech; PEFT freezes what it sets inactive
+            layer.set_adapter([])  # off except at speech positions; PEFT freezes adapters that it deactivates
             for parameter in trained:
                 parameter.requires_grad_(True)
             offload = getattr(layer.base_layer, "_hf_hook", None)

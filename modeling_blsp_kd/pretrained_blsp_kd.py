@@ -140,7 +140,7 @@ class BlspKdPreTrainedModel(PreTrainedModel):
         if is_full:
             # transformers makes every loaded parameter trainable, so freezing has to be repeated.
             model.freeze_backbones()
-            model.config.part_dtypes = None  # they are those of the file
+            model.config.part_dtypes = None  # the loaded weights now have these dtypes
         model._skip_backbones_on_save()
         distributed = getattr(model.config, "distributed_config", None)
         if model.plora is not None and getattr(distributed, "tp_plan", None) is not None:
@@ -152,7 +152,7 @@ class BlspKdPreTrainedModel(PreTrainedModel):
 
     @staticmethod
     def _finalize_model_loading(model, load_config, loading_info):
-        # transformers would first allocate what does not fit, however large, and its error names no weight.
+        # transformers would first allocate weights that do not fit, however large, and its error names no weight.
         wrong = [(name, tuple(stored), tuple(own)) for name, stored, own in loading_info.mismatched_keys]
         if wrong and not load_config.ignore_mismatched_sizes:
             raise ValueError(misfits(load_config.pretrained_model_name_or_path, wrong))
@@ -225,7 +225,7 @@ class BlspKdPreTrainedModel(PreTrainedModel):
         self._skip_backbones_on_save()
 
     def upcast_trained(self) -> "BlspKdPreTrainedModel":
-        """Make what is trained float32, as optimisers want it, and return the model."""
+        """Convert trained weights to float32, as optimisers need it, and return the model."""
         for parameter in self.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()

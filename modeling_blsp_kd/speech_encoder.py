@@ -1,4 +1,4 @@
-"""Speech encoders: features of clips (log-mel or waveform) to frames, blind to padding.
+"""Speech encoders: features of clips (log-mel or waveform) to frames that do not depend on padding.
 
 Whisper runs on the true length of each clip, or on 30 padded seconds as it was pretrained; other encoders are used as
 transformers has them. Leaves out: making features (the processor), what differs between the families of encoders
@@ -120,7 +120,8 @@ class TrueLengthWhisperEncoder(WhisperEncoder):
 def spec_augment(config: WhisperConfig, log_mel: torch.Tensor, mel_mask: torch.Tensor) -> torch.Tensor:
     """Return log-mel (W, num_mel_bins, num_mel_frames) with random spans of frames and of bins zeroed (SpecAugment).
 
-    Follows arXiv 1904.08779 as `WhisperModel` applies it, draw for draw; its encoder alone does not.
+    Follows arXiv 1904.08779 as `WhisperModel` applies it, with the same random numbers. `WhisperEncoder` has no
+    SpecAugment.
     """
     num_windows, num_mel_bins, num_mel_frames = log_mel.shape
     if config.mask_time_prob > 0:

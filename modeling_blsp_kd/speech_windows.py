@@ -1,6 +1,6 @@
-"""Long clips in windows: cut, encoded like clips of their own, and joined again before CIF integrates over all of it.
+"""Split long clips into windows that are encoded separately, and join them again before CIF integrates the clip.
 
-What attends (encoder, CFormer layers) sees one window at a time, so memory grows with the length of a clip, not with
+Every attention layer (encoder, CFormer) sees one window at a time, so memory grows with the length of a clip, not with
 its square, and every window is like a training clip. Leaves out: encoding (`speech_encoder.py`).
 
 Shapes: N clips, W windows (all windows of the first clip, then of the second, ...), G rows of a new grouping.

@@ -18,10 +18,10 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 from .backbones import HUB_OPTIONS, fetch, load_audio_tower, load_language_model, without_folder
 from .model_files import misfits
 
-# Where and how the LLM, the one large part, is to be put.
+# Arguments that place the LLM, the only large part.
 PLACING_OPTIONS = ("low_cpu_mem_usage", "max_memory", "offload_buffers", "offload_folder", "use_safetensors")
-# What the Auto classes and `transformers serve` pass on, beside their notes, which begin with an underscore. None of it
-# has a meaning once the class is chosen.
+# Arguments that the Auto classes and `transformers serve` pass on. Like their internal ones, which begin with an
+# underscore, they have no meaning once the class is chosen.
 AUTO_OPTIONS = ("trust_remote_code", "code_revision", "adapter_kwargs", "tqdm_class")
 
 
@@ -49,7 +49,7 @@ def trained_names(model: PreTrainedModel) -> set[str]:
         ours = {id(parameter) for parameter in model.plora.parameters}
         names |= {name for name, parameter in model.named_parameters() if id(parameter) in ours}
     if any(name.startswith("audio_tower.") for name in names):
-        # Batch statistics move while an encoder is trained.
+        # Batch statistics change while an encoder is trained.
         names |= {f"audio_tower.{name}" for name, _ in model.audio_tower.named_buffers()}
     return names & set(model.state_dict())
 
@@ -147,7 +147,7 @@ def load_thin(
     )
     model.tie_weights()
     for name, parameter in model.named_parameters():
-        # What its user had unfrozen stays so, or the next checkpoint would lose it.
+        # Keep unfrozen what the user had unfrozen, or the next checkpoint would lose it.
         if name in weights:
             parameter.requires_grad_(True)
     if cached_file(name_or_path, GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub):

@@ -1,4 +1,4 @@
-"""Times of tokens: CIF's running integral read as a clock that stops in silence, and text tokens laid on speech tokens.
+"""Times of tokens: CIF's running integral read as a clock that stops in silence, and text tokens aligned to speech.
 
 Follows arXiv 1905.11235: token u is what the integral gathers between the whole numbers u and u + 1. Read like that,
 times are biased (arXiv 2301.12343): a token is complete only some time after it was said, and silence gathers weight
@@ -95,7 +95,7 @@ def text_token_times(text_embeds: torch.Tensor, speech_embeds: torch.Tensor, tim
 
 
 def align(similarity: torch.Tensor) -> torch.LongTensor:
-    """Lay J text tokens on U speech tokens in order, where they are most alike in sum.
+    """Align J text tokens to U speech tokens in order, so that the sum of their similarities is largest.
 
     With J <= U every text token has a speech token of its own, and speech tokens may be left over; with J > U every
     speech token has at least one text token, and some share one. Equal counts pair off.
@@ -108,7 +108,7 @@ def align(similarity: torch.Tensor) -> torch.LongTensor:
     """
     num_text, num_speech = similarity.shape
     shares = num_text > num_speech
-    similarity = similarity.cpu().double()  # small, and read step by step
+    similarity = similarity.cpu().double()  # it is small, and the loop reads single numbers
     never = similarity.new_full((1,), -torch.inf)
     # The best sum of the text tokens so far, by the speech token that the last of them lies on.
     best = similarity[0].clone()
@@ -143,7 +143,7 @@ def loudness(
         num_frames (`int`): T.
 
     Returns:
-        (W, T) float32. It means something only beside other frames of the same clip; -inf at padding.
+        (W, T) float32. It is comparable only within one clip; -inf at padding.
     """
     is_waveform = features.ndim == 2
     features = features.detach().float()

@@ -1,6 +1,6 @@
 """`BlspKdTrainer`: transformers' Trainer that counts and logs every part of the distillation loss.
 
-The loss itself comes from `BlspKdForCausalLM.forward`; what keeps faults from passing silently is in `training/`.
+The loss itself comes from `BlspKdForCausalLM.forward`; `training/` holds the parts of this class, one per file.
 Leaves out: data (`processing/data_collator.py`) and scoring of generated answers (`processing/evaluation/`).
 """
 
@@ -54,7 +54,7 @@ class BlspKdTrainer(AtomicSaving, ExactOrder):
 
     Rows are neither lost nor doubled by a resume or by several processes ([`ExactOrder`]). A checkpoint is there only
     when it is complete, and is verified before it is resumed from (`training/atomic_checkpoints.py`). It holds the sums
-    since the last log too, so that the logged means of a resumed run are those of an uninterrupted one. On SIGTERM the
+    since the last log, too, so that the logged means of a resumed run are those of an uninterrupted one. On SIGTERM the
     step (with several processes: the next one at the latest) and its evaluation are finished, a checkpoint is saved,
     and `train` raises `SystemExit(143)`.
 
@@ -140,15 +140,15 @@ class BlspKdTrainer(AtomicSaving, ExactOrder):
     def get_train_dataloader(self) -> DataLoader:
         loader = super().get_train_dataloader()
         if self.args.dataloader_persistent_workers:
-            # They draw their seed when they start, in the first epoch of an uninterrupted run and another one of a
-            # resumed run: so here instead, before the generator that dropout goes on with is restored.
+            # Workers draw their seed from the global generator when they start. A resumed run starts them in another
+            # epoch, so the seed is drawn here, before the state of that generator, which dropout uses, is restored.
             seed = torch.empty((), dtype=torch.int64).random_().item()
             loader.base_dataloader.generator = torch.Generator().manual_seed(seed)
         return self.sigterm.protect_workers(loader)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        # With persistent workers the Trainer keeps the first loader: later evaluations would get its rows, whatever
-        # they ask for, and in another order each time, which a resume forgets.
+        # With persistent workers the Trainer would use its first loader for all later evaluations: its rows instead of
+        # theirs, in an order that differs each time and is lost by a resume.
         persistent_workers, self.args.dataloader_persistent_workers = self.args.dataloader_persistent_workers, False
         try:
             loader = super().get_eval_dataloader(eval_dataset)
@@ -162,7 +162,7 @@ class BlspKdTrainer(AtomicSaving, ExactOrder):
         if not batches:
             return batches, None
         counts = count_items(batches, device)
-        # SIGTERM travels with the counts, at no cost: all processes must end at the same step.
+        # All processes must end at the same step, so SIGTERM is exchanged together with the counts, at no cost.
         totals = torch.cat([counts, counts.new_tensor([self.sigterm.received])])
         if self.args.world_size > 1:
             totals = self.accelerator.reduce(totals, reduction="sum")
@@ -179,8 +179,8 @@ class BlspKdTrainer(AtomicSaving, ExactOrder):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         add_to(self.sums.step_parts if model.training else self.evaluation_parts, outputs["loss_parts"])
         if model.training:
-            # Times 1, unless the loss is not finite: then its gradient is NaN, and so is the norm in all processes,
-            # which need no further exchange to agree on it.
+            # The factor is 1 if the loss is finite. Otherwise the gradient becomes NaN, and so does its norm in all
+            # processes, so they agree without another exchange.
             loss = loss * (0 * loss.detach() + 1)
         return (loss, outputs) if return_outputs else loss
 
@@ -190,7 +190,7 @@ class BlspKdTrainer(AtomicSaving, ExactOrder):
         return loss
 
     def _get_grad_norm(self, model, grad_norm=None):
-        # The one time per optimiser step that the device is waited for. The Trainer's filter does it per batch.
+        # The only wait for the device in an optimiser step. The Trainer's own filter would wait once per batch.
         grad_norm = super()._get_grad_norm(model, grad_norm)
         grad_norm = grad_norm.item() if isinstance(grad_norm, torch.Tensor) else grad_norm
         if grad_norm is None or math.isfinite(grad_norm):
@@ -235,7 +235,7 @@ class BlspKdTrainer(AtomicSaving, ExactOrder):
 
 
 class _Begin(TrainerCallback):
-    """What can be done only when the optimiser is made and the step to go on from is known."""
+    """Does what needs the optimiser and the first step of this run: restore the sums, check the head under ZeRO-3."""
 
     def __init__(self, trainer: BlspKdTrainer):
         self.trainer = trainer
@@ -246,5 +246,5 @@ class _Begin(TrainerCallback):
         trainer.sums = LossSums(args.device, state.global_step)
         if trainer._checkpoint is not None:
             trainer.sums.load(trainer._checkpoint, args.process_index)
-        if is_deepspeed_zero3_enabled():  # whose shares of weights could not be run before
+        if is_deepspeed_zero3_enabled():  # its sharded weights could not be used before this point
             check_output_head(trainer.accelerator.unwrap_model(trainer.model).language_model)

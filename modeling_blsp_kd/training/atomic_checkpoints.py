@@ -1,7 +1,7 @@
-"""Checkpoints that are whole or not there: written into a folder aside, with checksums of all files, then renamed.
+"""Checkpoints that are complete or absent: written into a temporary folder with checksums of all files, then renamed.
 
-Follows the usual order of durable writing: write, fsync, rename, fsync the folder. `saving.py` has the Trainer write
-them so. Leaves out: what a checkpoint holds, and folders that the processes of one node do not share.
+Follows the usual order of durable writing: write, fsync, rename, fsync the folder. `saving.py` makes the
+Trainer write them like this. Leaves out: what a checkpoint holds, and folders that processes of one node do not share.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 SEAL = "checkpoint_files.json"
-# The Trainer takes no folder of such a name for a checkpoint, and pushes none to the Hub.
+# The Trainer does not regard a folder of this name as a checkpoint, and does not push it to the Hub.
 ASIDE = "_unfinished"
 
 
@@ -98,7 +98,7 @@ def remove_old(output_dir: Path, aside: Path, limit: int | None, keep: set[str])
     surplus = len(checkpoints) - limit if limit else 0
     doomed = [checkpoint for checkpoint in checkpoints if str(checkpoint) not in keep][: max(surplus, 0)]
     for checkpoint in doomed:
-        # Renamed first, so that no half of it is ever taken for a checkpoint.
+        # Renamed first, so that a half-removed one is never mistaken for a checkpoint.
         checkpoint.rename(aside / f"removed-{checkpoint.name}")
     shutil.rmtree(aside)
 

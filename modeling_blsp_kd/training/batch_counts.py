@@ -1,4 +1,4 @@
-"""What counts in a batch: rows that no other batch has, and the items that each part of the loss is divided by."""
+"""Count the items of a batch that each part of the loss is divided by, without rows that other batches repeat."""
 
 import torch
 from accelerate.state import GradientState

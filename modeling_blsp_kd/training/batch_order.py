@@ -1,4 +1,4 @@
-"""Which rows make which batch: the same again after a resume and in every process.
+"""The order of rows in batches: the same after a resume and in every process.
 
 The Trainer resumes by skipping batches of the sampler, which workers do not read. So the order must follow from seed
 and epoch alone. `BlspKdTrainer` has it; another Trainer gets it from [`ExactOrder`].
@@ -22,9 +22,9 @@ def data_seed(args: TrainingArguments) -> int:
 class LengthGroupedOrder(Sampler):
     """transformers' order by length, but the same in every process and after a resume.
 
-    `LengthGroupedSampler` draws from the global generator. That is as `set_seed` left it in the first epoch, and stays
-    in use there. Later, dropout has moved it, differently in each process and after a resume: rows would be lost and
-    doubled. So later epochs have a generator of their own.
+    `LengthGroupedSampler` draws from the global generator. In the first epoch, `set_seed` determines its state, so
+    it is used there. Later, dropout has advanced it, differently in each process and after a resume, and rows would be
+    lost and doubled. So later epochs have a generator of their own.
     """
 
     def __init__(self, lengths: list[float], batch_size: int, seed: int):

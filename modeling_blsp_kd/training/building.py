@@ -79,16 +79,16 @@ def make_trainer(
         `tuple`: the trainer, training rows and evaluation rows, all with the LLM's own answers.
     """
     check_options(model_options, data_options, args)
-    if data_options.eval_manifest:  # seconds; a fault would else be known only when all has been trained
+    if data_options.eval_manifest:  # takes seconds; otherwise an error would appear only after the training
         check_clips(read_manifest(data_options.eval_manifest, data_options.allow_outside_paths))
     processor = build_processor(model_options)
     if args.deepspeed_plugin is not None and not args.deepspeed_plugin.zero3_init_flag:
-        # TrainingArguments asks for shares of the weights all the same, but the LLM is to answer first.
+        # TrainingArguments prepares ZeRO-3, which would shard the weights, but the LLM has to answer first.
         unset_hf_deepspeed_config()
     model = build_model(model_options, processor, model_class, args.device)
     warn_of_endless_answers(model, processor)
     train_rows, eval_rows = load_rows(data_options, data_seed(args))
-    # As in the method, the LLM's own answers are what it learns to give after speech.
+    # As in the paper, the model learns to give the LLM's own answers after speech.
     add_responses(eval_rows, model, processor, data_options.max_response_tokens)
     if reads_responses(model):
         add_responses(train_rows, model, processor, data_options.max_response_tokens)
@@ -157,7 +157,7 @@ def build_model(
         config = model_class.config_class.from_pretrained(options.start_from, **training)
         if hasattr(config.speech_config, "apply_spec_augment"):
             config.speech_config.update(SPEC_AUGMENT if options.spec_augment else {"apply_spec_augment": False})
-        # As stored, so that what goes on being trained is not rounded by the dtype of the rest.
+        # As stored, so that weights that are trained further are not rounded to the dtype of the rest.
         model = model_class.from_pretrained(options.start_from, config=config).upcast_trained().cast_frozen(dtype)
         if options.freeze_speech_encoder and any(each.requires_grad for each in model.audio_tower.parameters()):
             raise ValueError(

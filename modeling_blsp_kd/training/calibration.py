@@ -1,8 +1,8 @@
 """Start an untrained CFormer near the right number of tokens and the right size of vectors.
 
-Untrained alphas lie around 0.5 per frame: 25 tokens a second, where speech has three to five. Until that is unlearnt,
-the quantity loss and its gradient outweigh all else. Untrained speech tokens have another size than the LLM's
-embeddings. One number each corrects both, and a few batches suffice to find it. The other weights stay random.
+Untrained alphas lie around 0.5 per frame: 25 tokens a second, where speech has three to five. Until training
+has corrected this, the quantity loss and its gradient outweigh all else. Untrained speech tokens also differ in size
+from the LLM's embeddings. One number corrects each, and a few batches suffice to find it. Other weights stay random.
 """
 
 from collections.abc import Iterable
@@ -17,7 +17,7 @@ from ..speech_windows import is_within
 
 @dataclass(frozen=True)
 class Calibration:
-    """What [`calibrate_adapter`] added and multiplied with.
+    """The two numbers that [`calibrate_adapter`] found.
 
     Args:
         alpha_logit_shift (`float`): added to the logit of each alpha.

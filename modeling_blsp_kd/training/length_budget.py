@@ -11,7 +11,7 @@ from torch.utils.data import Sampler
 
 # Rows whose lengths differ by less change places between epochs, so that batches differ from epoch to epoch.
 CLASS_WIDTH = 1.05
-# Text-only rows have the length 0, and a batch of them is not endless.
+# Text-only rows have the length 0; this bounds the number of them in a batch.
 MAX_ROWS = 256
 MAX_STEPS = int(math.log(MAX_ROWS) / math.log(CLASS_WIDTH))
 

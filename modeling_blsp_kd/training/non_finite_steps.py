@@ -1,4 +1,4 @@
-"""What becomes of an optimiser step whose loss or gradient is NaN or infinite: an error, or no step."""
+"""Handle an optimiser step whose loss or gradient is NaN or infinite: raise an error, or skip the step."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from .loss_sums import LossSums
 
 logger = logging.get_logger(__name__)
 
-# Skipping that many steps in a row is no accident any more.
+# So many skipped steps in a row are not an accident.
 MAX_SKIPPED_IN_A_ROW = 10
 
 

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 TINY_WORLD = Path(__file__).parents[2] / "examples" / "tiny_world"
 TINY_TEXT_MODEL = str(TINY_WORLD / "llm")
 TINY_SPEECH_MODEL = str(TINY_WORLD / "speech_encoder")
-# What a model that is trained further brings with it.
+# Options that a model to train further already decides.
 OF_A_MODEL = ("text_model", "speech_model", "adapter", "adapter_options", "calibrate_adapter", "plora", "thin")
 DEFAULT_STEPS = 2400
 
@@ -28,7 +28,7 @@ DEFAULT_STEPS = 2400
 class ModelOptions:
     text_model: str = field(default=TINY_TEXT_MODEL, metadata={"help": "Hub id or folder of the LLM."})
     speech_model: str = field(default=TINY_SPEECH_MODEL, metadata={"help": "Hub id or folder of a speech encoder."})
-    adapter: str = field(default="cformer", metadata={"help": "cformer or subsampler."})
+    adapter: str = field(default="cformer", metadata={"help": "Which adapter: cformer or subsampler."})
     adapter_options: str | None = field(
         default=None,
         metadata={
@@ -46,15 +46,15 @@ class ModelOptions:
     dtype: str | None = field(
         default=None,
         metadata={
-            "help": "Of the frozen weights: float32, bfloat16, or auto, as the LLM is stored. If omitted: float32 on a "
-            "CPU, auto elsewhere. What is trained is float32."
+            "help": "Dtype of the frozen weights: float32, bfloat16, or auto (as the LLM is stored). If omitted: "
+            "float32 on a CPU, auto elsewhere. Trained weights are always float32."
         },
     )
     calibrate_adapter: bool = field(
         default=False,
         metadata={
-            "help": "Start an untrained CFormer at the token count and the vector size of some training rows. It saves "
-            "the first hundreds of steps at the 50 frames a second of Whisper."
+            "help": "Start an untrained CFormer at the token count and the vector size of some training rows. With "
+            "Whisper's 50 frames a second this saves some hundred steps."
         },
     )
     plora: bool = field(default=False, metadata={"help": "Adapt the LLM at speech positions (partial LoRA)."})
@@ -62,8 +62,8 @@ class ModelOptions:
     start_from: str | None = field(
         default=None,
         metadata={
-            "help": "Hub id or folder of a BLSP-KD model to train further. Backbones, adapter and partial LoRA are its "
-            "own; all else, also what is frozen and how losses weigh, is as this command says."
+            "help": "Hub id or folder of a BLSP-KD model to train further. It keeps its backbones, adapter and partial "
+            "LoRA; this command decides all else, including what is frozen and the weights of the losses."
         },
     )
     distillation: str = field(
@@ -76,7 +76,7 @@ class ModelOptions:
         default=True, metadata={"help": "Mask bits of the features of an unfrozen encoder (all but Parakeet's)."}
     )
     speech_padding: str = field(
-        default="do_not_pad", metadata={"help": "do_not_pad, or max_length: Whisper hears each clip padded to 30 s."}
+        default="do_not_pad", metadata={"help": "do_not_pad, or max_length: pad each clip to 30 s for Whisper."}
     )
     kept_frames: str | None = field(
         default=None,
@@ -146,7 +146,7 @@ class Arguments(TrainingArguments):
         if self.num_train_epochs is None:
             self.num_train_epochs = TrainingArguments.num_train_epochs
         super().__post_init__()
-        check_training_arguments(self)  # before any work, the making of data included
+        check_training_arguments(self)  # before any work, also before making data
         if self.optim in OPTIMIZERS_WITH_OWN_GROUPS:
             raise ValueError(
                 f"--optim {self.optim.value} takes its own groups of parameters, but train.py groups them by learning "

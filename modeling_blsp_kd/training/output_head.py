@@ -22,7 +22,7 @@ def check_output_head(language_model: nn.Module):
     Raises:
         ValueError: this LLM does something else.
     """
-    from peft.utils.integrations import gather_params_ctx  # takes a second, which only training need wait for
+    from peft.utils.integrations import gather_params_ctx  # the import takes a second, so only training does it
 
     input_ids = torch.arange(4, device=language_model.device)[None]
     head = OutputHead.of(language_model)

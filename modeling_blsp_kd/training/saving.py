@@ -1,4 +1,4 @@
-"""A Trainer whose checkpoints are atomic, and whose pushes hold code and card."""
+"""A Trainer whose checkpoints are atomic, and which pushes the code and the model card, too."""
 
 import os
 import shutil
@@ -50,7 +50,7 @@ class AtomicSaving(Trainer):
         if self._is_writing_aside:
             return
         if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
-            # The Trainer takes weights and configs along, but without its code nobody can load them.
+            # The Trainer pushes weights and configs, but nobody can load them without the code.
             for file in Path(checkpoint_folder).glob("*.py"):
                 shutil.copy(file, self.args.output_dir)
             self.create_model_card()

@@ -61,7 +61,7 @@ class SigtermCallback(TrainerCallback):
 
     def protect_workers(self, loader: Any) -> Any:
         """Let a data loader's workers outlive any SIGTERM in this context: clusters send it to all processes at once,
-        and a worker that dies of it takes the training along.
+        and the death of a worker would end the training.
 
         Args:
             loader (`torch.utils.data.DataLoader`): as accelerate prepared it, its workers not yet started.
