@@ -33,8 +33,8 @@ class BlspKdDataCollator:
     - `instruction` (optional): what to do with the content.
 
     The student's prompt is tokenised as at inference, with the placeholder in it. The teacher's prompt has the tokens
-    of the transcript instead, whose number CIF learns to fire, and is otherwise the same. The transcript and the
-    response have the ids that they have within the whole text, see [`continue_ids`].
+    of the transcript instead (CIF learns to fire that number of tokens), and is otherwise the same. The transcript and
+    the response have the ids that they have within the whole text, see [`continue_ids`].
 
     Args:
         processor ([`BlspKdProcessor`]).
@@ -130,7 +130,7 @@ class BlspKdDataCollator:
         )
 
     def _features(self, rows) -> dict[str, torch.Tensor]:
-        """Features of the rows with audio, (N, ...)."""
+        """Return the features of the rows with audio, (N, ...)."""
         if not rows:
             # Zero clips, but in the shape of real features, because the trainer counts clips by the first axis.
             tone = {"array": np.sin(np.arange(8_000, dtype=np.float32)), "sampling_rate": 16_000}

@@ -1,4 +1,4 @@
-"""What a processor is made of: its feature extractor, its tokenizer that threads share, and the arguments of a call."""
+"""The parts of a processor: its feature extractor, its tokenizer that threads share, and the arguments of a call."""
 
 import os
 import threading

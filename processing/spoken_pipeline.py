@@ -1,4 +1,4 @@
-"""What the pipelines of a BLSP-KD model share: options, batches of prompts, generation and streams.
+"""The common base of the pipelines of a BLSP-KD model: options, batches of prompts, generation and streams.
 
 Follows the inputs of transformers' pipelines, and the way in which they call `generate`. `pipeline_blsp_kd.py` has the
 two tasks.

@@ -1,4 +1,4 @@
-"""What the demo page shows: how a model understands a clip, as numbers and as a picture."""
+"""The demo page, and how a model understands a clip, as numbers and as a picture."""
 
 from .hearing import Hearing, hear
 from .picture import plot_hearing

@@ -24,7 +24,7 @@ def answer(
     batch_size: int = 64,
     description: str | None = None,
 ) -> list[str]:
-    """Greedy answers to conversations (lists of chat messages), in their order; a description shows progress."""
+    """Return the greedy answers to conversations (lists of chat messages), in order; a description shows progress."""
     model.eval()
     answers = []
     starts = range(0, len(conversations), batch_size)

@@ -1,4 +1,4 @@
-"""What systems predicted, on disk: one JSON line per row, written batch by batch, so that a rerun goes on.
+"""Keep the predictions of systems on disk: one JSON line per row, written batch by batch, so that a rerun continues.
 
 Leaves out: writing by several processes at once.
 """
@@ -49,7 +49,7 @@ class Predictions:
         self.by_id = {line["id"]: line for line in self._read()}
 
     def _read(self) -> list[dict]:
-        """Return all whole lines; cut off what a killed process left of another."""
+        """Return all complete lines; remove an incomplete last line, which a killed process left."""
         contents = self.path.read_bytes()
         whole = contents[: contents.rfind(b"\n") + 1]
         if len(whole) < len(contents):
@@ -92,7 +92,7 @@ def predict_missing(systems: Systems, files: dict[str, Predictions], batch: list
         ValueError, TypeError, FileNotFoundError: a clip cannot be heard, or a row does not suit the model.
     """
     missing = {system: [row for row in batch if row["id"] not in file.by_id] for system, file in files.items()}
-    # Decoded once, for all that hear.
+    # Decoded once for all systems that read audio.
     heard = {row["id"]: row for system in HEARING for row in missing.get(system, [])}
     rate = systems.processor.feature_extractor.sampling_rate
     for row in heard.values():
@@ -110,5 +110,5 @@ def predict_missing(systems: Systems, files: dict[str, Predictions], batch: list
         files[system].append(lines)
         if system == "text":
             for row, line in zip(rows, lines):
-                # What alignment takes as the response, unless the data has one.
+                # The response for the alignment scores, unless the data has one.
                 row.setdefault("response", line["predicted"].get("answers"))

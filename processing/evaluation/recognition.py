@@ -43,9 +43,9 @@ def load_recognizer(name: str, dtype: torch.dtype | str = "auto") -> Callable[[l
         options: dict[str, int] = {}
         if recognize.type == "seq2seq_whisper":
             if max(map(len, waveforms)) > WHISPER_WINDOW_S * rate:
-                options["return_timestamps"] = True  # or it would not go beyond its window
+                options["return_timestamps"] = True  # without it Whisper stops at the end of its window
             else:
-                # Whisper pads every clip alike. Others would read letters off the padding of the shorter ones.
+                # Whisper pads all clips to one length. Others would recognise letters in the padding of shorter clips.
                 options["batch_size"] = len(given)
         return [made["text"].strip() for made in recognize(given, **options)]
 

@@ -2,7 +2,7 @@
 
 A row has `id`, `audio` and `text` (what is said), and where known `instruction`, `answer` (gold), `translation` (gold),
 `response` (the LLM's own answer), `words` (when each was said), `kind`, `voice` and `voice_group`. Leaves out: decoding
-by `datasets`, which would need torchcodec; clips stay bytes or paths until they are heard.
+by `datasets`, which would need torchcodec; clips stay bytes or paths until a system reads them.
 """
 
 import hashlib
@@ -15,8 +15,8 @@ from datasets import Audio, load_dataset
 
 from processing.manifests import DEFAULT_INSTRUCTION, read_manifest
 
-# Data sets are told by their columns, since the same one lives on the Hub under several names. The first that fits
-# counts. Each maps our fields to its columns.
+# Data sets are recognised by their columns, since the same one is on the Hub under several names. The first schema that
+# fits is used. Each maps our fields to its columns.
 SCHEMAS = {
     "CoVoST-2 or MuST-C": {
         "id": "id",

@@ -1,8 +1,8 @@
 """Scores of what systems predicted, each with its interval.
 
 Intervals hold 95 % of what a percentile bootstrap over rows gives (Efron 1979); scores of a whole corpus (WER, BLEU)
-are made anew of each sample's rows. Where no row errs, or where there are few, they are too narrow. Leaves out: the
-spread over seeds of training, which one model cannot tell.
+are computed anew from each sample's rows. If no row has an error, or if there are few rows, they are too narrow. Leaves
+out: the spread over seeds of training, which one model cannot tell.
 """
 
 from collections import defaultdict
@@ -54,7 +54,7 @@ class Scorer:
         return {"value": float(statistic(np.arange(num_rows))), "low": float(low), "high": float(high), "n": num_rows}
 
     def ratio(self, numerators: Sequence[float] | np.ndarray, denominators: Sequence[float] | np.ndarray) -> dict:
-        """Divide the sum of the ones by the sum of the others, both given by row."""
+        """Return the sum of the numerators divided by the sum of the denominators, both given by row."""
         above, below = np.asarray(numerators, float), np.asarray(denominators, float)
 
         def statistic(rows):
@@ -120,7 +120,7 @@ class Scorer:
         return scores
 
     def _word_times(self, lines) -> dict:
-        """Absolute errors of starts and ends of the words that were heard right, milliseconds."""
+        """Return the absolute errors of starts and ends of the correctly transcribed words, milliseconds."""
         errors = [1000 * np.abs(np.array(line["word_errors_s"], float).ravel()) for line in lines]
 
         def percentile(percent):

@@ -1,8 +1,8 @@
 """The systems that are compared, and what they predict for rows.
 
-- text: the LLM reads the gold transcript; the upper bound for all that hear.
-- speech: the BLSP-KD model hears the clip.
-- blind: the LLM gets the instruction alone; what can be guessed without hearing.
+- text: the LLM reads the gold transcript; the upper bound for the systems that read audio.
+- speech: the BLSP-KD model gets the clip.
+- blind: the LLM gets the instruction alone; what can be guessed without the clip.
 - cascade: a recogniser transcribes the clip, and the LLM reads the transcript.
 
 All four get the same instruction. The LLM is the model's own, with partial LoRA off wherever there is no audio. Leaves
@@ -125,7 +125,7 @@ class Systems:
         return instructions
 
     def _align(self, rows: list[dict], lines: list[dict]):
-        """Add to speech's lines how far what the LLM expects after speech is from what it expects after the text."""
+        """Add to the lines of `speech` the KLs between the LLM's predictions after speech and after the text."""
         unanswered = [row for row in rows if not row.get("response")]
         made = answer_rows(
             self.model, self.processor, unanswered, "text", max_new_tokens=self.max_new_tokens, description=None

@@ -1,4 +1,4 @@
-"""What a published folder holds beside its card: the model with code and licence, and sample clips.
+"""Write the contents of a published folder except its card: the model with code and licence, and sample clips.
 
 Leaves out: the card (`card.py`), and making the folder appear when it is complete (`publication.py`).
 """

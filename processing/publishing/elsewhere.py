@@ -1,4 +1,4 @@
-"""What someone else's machine makes of a published model: run by `verify.py` as a process of its own.
+"""Load and run a published model as on a machine without this project; `verify.py` starts this file as a process.
 
     python -I elsewhere.py answer MODEL CLIP INSTRUCTION RESULTS
     python -I elsewhere.py memory MODEL CLIP INSTRUCTION
@@ -125,7 +125,7 @@ def answer(source: str, clip: str, instruction: str, results_path: str, attempts
     for name, way in ways.items():
         try:
             results["answers"][name] = way()
-        except Exception as error:  # of whatever kind: one way that fails must not hide the others
+        except Exception as error:  # of any kind, because one failure must not hide the other results
             results["answers"][name] = f"{type(error).__name__}: {error}"
     torch.save({**results, "attempts": attempts}, results_path)
 

@@ -1,7 +1,7 @@
 """The facts of a checkpoint that its model card states: its parts, their sizes and licences, and what was measured.
 
-Everything is counted from the model, read from `results.json` as `train.py` leaves it, or said by the user; what none
-of them tells is None, and the card says so. Leaves out: wording (`card.py`), memory in use (`verify.py`).
+Facts are counted from the model, read from the `results.json` of `train.py`, or given by the user. Unknown facts are
+None, and the card says so. Leaves out: wording (`card.py`), memory in use (`verify.py`).
 """
 
 import os
@@ -90,7 +90,7 @@ def describe_parts(model: BlspKdForCausalLM, training: dict | None, given: dict[
 
 
 def count_parameters(model: BlspKdForCausalLM) -> dict[str, dict[str, int]]:
-    """Numbers in each part, all and trained ones; tied weights count once."""
+    """Return the number of parameters of each part, all and trained ones; tied weights count once."""
     with torch.device("meta"):
         # Of an LLM that was quantised, the stored tensors are packed: they do not tell how many numbers they hold.
         shapes = dict(BlspKdForCausalLM(model.config).named_parameters())
@@ -105,13 +105,13 @@ def count_parameters(model: BlspKdForCausalLM) -> dict[str, dict[str, int]]:
 
 
 def _origin(model, part: str, part_config, option: str, training: dict | None, given: dict) -> dict:
-    """Base model and licence of a backbone, from the checkpoint and from what the user says."""
+    """Return base model and licence of a backbone, from the checkpoint and from the user's options."""
     candidates = [
         (model.config.backbones or {}).get(part, {}).get("name_or_path"),
         part_config.name_or_path,
         (training or {}).get(option),
     ]
-    # A folder of this machine tells others nothing.
+    # A folder of this machine means nothing to others.
     known = next((name for name in candidates if name and not os.path.isabs(name)), None)
     name, licence = given.get(option, (known, None))
     if known and name != known:

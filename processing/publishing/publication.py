@@ -1,7 +1,7 @@
 """A folder that appears complete or not at all, and knows which files are its own.
 
-`publication.json` holds the facts that the model card states, and every file with its checksum: what an earlier
-publication wrote may be replaced, what somebody else put or changed there may not. Leaves out: what is written.
+`publication.json` holds the facts that the model card states, and every file with its checksum. A new publication may
+replace files of an earlier one, but not files that somebody else added or changed. Leaves out: what is written.
 """
 
 import hashlib
@@ -69,12 +69,12 @@ def check_replaceable(folder: Path):
 
 
 def recorded_files(record: dict) -> dict[str, str]:
-    """File name -> checksum of a publication's record."""
+    """Return the checksum of each file in a publication's record, by file name."""
     return record["files"]
 
 
 def _checksums(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file but the record, by path relative to the folder."""
+    """Return the SHA-256 of every file except the record, by path relative to the folder."""
     checksums = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file() or path.is_symlink()):
         name = path.relative_to(folder).as_posix()

@@ -1,6 +1,6 @@
-"""What `examples/train.py` leaves beside the model for its publication: a record of the training, clips, a card.
+"""Write what a later publication needs beside a trained model: a record of the training, clips, a card.
 
-`facts.py` reads the record.
+`examples/train.py` calls it, and `facts.py` reads the record.
 """
 
 import json

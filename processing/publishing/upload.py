@@ -1,4 +1,4 @@
-"""A published folder to the Hub, in one commit.
+"""Upload a published folder to the Hub, in one commit.
 
 Uses huggingface_hub's `create_commit`: `upload_folder` may make several commits of a large folder, and a model of which
 half is new cannot be loaded. Files of an earlier publication that this one has not are deleted, all others of the

@@ -1,7 +1,7 @@
-"""Does a published folder, elsewhere, answer as the checkpoint does here?
+"""Check that a published folder gives the checkpoint's answers in another environment.
 
-Elsewhere is a process without this project's packages (`elsewhere.py`), offline, with an empty Hub cache but for this
-model (and, if it is thin, its base models). Leaves out: the real Hub, and real Inference Endpoints.
+That environment is a process without this project's packages (`elsewhere.py`), offline, whose Hub cache has nothing but
+this model (and, if it is thin, its base models). Leaves out: the real Hub, and real Inference Endpoints.
 """
 
 import base64

@@ -1,7 +1,7 @@
 """From rows to rows with features: decode, augment, extract; bad clips are errors, or are skipped and listed.
 
-Runs in the data loader's workers, ahead of the model. What it makes of a row depends on that row and the epoch alone,
-so neither workers nor a resume change it. Leaves out: tokens and padding (`processing/data_collator.py`).
+Runs in the data loader's workers, ahead of the model. The result depends only on the row and the epoch, so
+neither the number of workers nor a resume changes it. Leaves out: tokens and padding (`processing/data_collator.py`).
 """
 
 import hashlib
@@ -86,7 +86,7 @@ def duration_s(row: dict) -> float:
 
 
 def lengths(rows: list[dict], tokenizer: PreTrainedTokenizerBase, seconds_per_token: float) -> list[float]:
-    """Return what batches are grouped by: seconds of audio, plus some for each token of instruction, text and response.
+    """Return the length by which rows are grouped: seconds of audio, plus some for each token of the three texts.
 
     Raises:
         BadClipError: see [`duration_s`].
@@ -102,7 +102,7 @@ def lengths(rows: list[dict], tokenizer: PreTrainedTokenizerBase, seconds_per_to
 class SkippedClips:
     """A file of the rows that were left out, one JSON object per line. Every process and worker appends to it.
 
-    A row that comes again, in a later epoch or after a resume, stands there again until [`~SkippedClips.finish`].
+    A row that is read again, in a later epoch or after a resume, is listed again until [`~SkippedClips.finish`].
     """
 
     def __init__(self, path: str | Path):

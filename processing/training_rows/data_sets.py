@@ -1,7 +1,6 @@
 """Training rows as data sets: in memory, or streamed.
 
-`BlspKdTrainer` puts rows in memory into batches; a stream makes its own batches. What becomes of the rows is in
-`clips.py`.
+`BlspKdTrainer` batches rows in memory; a stream makes its own batches. `clips.py` turns rows into features.
 """
 
 from itertools import count
@@ -49,9 +48,9 @@ class RowsInMemory(Dataset):
 class StreamedRows(Dataset):
     """A stream of rows that never ends.
 
-    Its "indices" are the rows themselves: the batch sampler reads them in the main process, and a worker that is handed
-    some decodes them. So each row is read once per process, whatever the number of workers, and a resume reads the rows
-    that it skips but decodes none of them.
+    Its "indices" are the rows themselves: the batch sampler reads them in the main process, and the workers that
+    receive them decode the audio. So each row is read once per process, whatever the number of workers, and a resume
+    reads the rows that it skips but decodes none of them.
 
     Args:
         stream (`datasets.IterableDataset`): see `stream_sources`.

@@ -26,10 +26,10 @@ class DataOptions:
         default=False, metadata={"help": "Read training rows as they are needed, instead of all of them at the start."}
     )
     shuffle_buffer: int = field(
-        default=2000, metadata={"help": "Streaming: rows held in memory, of which the next one is drawn."}
+        default=2000, metadata={"help": "Streaming: rows in memory from which the next row is drawn."}
     )
     length_buffer: int = field(
-        default=32, metadata={"help": "Streaming: batches whose rows are held, sorted by length and cut together."}
+        default=32, metadata={"help": "Streaming: number of batches whose rows are sorted by length together."}
     )
     seconds_per_token: float = field(
         default=0.0,
