@@ -15,6 +15,8 @@ from typing import Any, ClassVar, Self
 # have, is not taken for audio_token_id.
 TYPING_ERROR = 0.85
 BACKBONES = ("audio_tower", "language_model")
+PARTS = (*BACKBONES, "adapter", "plora")
+FLOATING_POINT = ("float64", "float32", "bfloat16", "float16")
 
 
 def look_alikes(name: str, known: Iterable[str]) -> list[str]:
@@ -82,7 +84,7 @@ class Options:
         """
         require(isinstance(given, dict), f"The options of {cls.where} must be a dict", given)
         known = [field.name for field in fields(cls)]
-        if unknown := sorted(set(given) - set(known)):
+        if unknown := sorted(map(str, set(given) - set(known))):
             raise unknown_options(unknown, known, cls.where)
         return cls(**given)
 
@@ -223,5 +225,21 @@ def check_backbones(given: Any):
             for backbone in given.values()
         ),
         f"backbones must be None, or give name_or_path and revision (text) of each of {BACKBONES}",
+        given,
+    )
+
+
+def check_part_dtypes(given: Any):
+    """Check what a full checkpoint's config tells of the dtypes of its parts.
+
+    Raises:
+        ValueError: it is neither None nor the name of a dtype for some of the parts.
+    """
+    require(
+        given is None
+        or isinstance(given, dict)
+        and set(given) <= set(PARTS)
+        and all(dtype in FLOATING_POINT for dtype in given.values()),
+        f"part_dtypes must be None, or give the name of a floating point dtype for parts among {PARTS}",
         given,
     )

@@ -22,6 +22,7 @@ from .config_options import (
     PartialLoraOptions,
     TimestampOptions,
     check_backbones,
+    check_part_dtypes,
     is_count,
     look_alikes,
     read_plora,
@@ -59,7 +60,6 @@ CHECKED_OPTIONS = (
 )
 SPEECH_ENCODERS = tuple(ENCODER_FAMILIES)
 SPEECH_PADDINGS = ("do_not_pad", "max_length")
-FLOATING_POINT = {"float64", "float32", "bfloat16", "float16"}
 # Where `pipeline` finds the code of its tasks, which the processor saves beside itself.
 CUSTOM_PIPELINES = {
     "audio-text-to-text": {"impl": "pipeline_blsp_kd.BlspKdPipeline", "pt": ["AutoModelForCausalLM"]},
@@ -192,10 +192,8 @@ class BlspKdConfig(PreTrainedConfig):
                 "any length. Leave speech_padding at 'do_not_pad'."
             )
         check_backbones(given["backbones"])
-        dtypes = given["part_dtypes"]
-        are_dtypes = dtypes is None or isinstance(dtypes, dict) and set(dtypes.values()) <= FLOATING_POINT
-        require(are_dtypes, "part_dtypes must be None, or give names of floating point dtypes", dtypes)
-        return {**given, **checked}
+        check_part_dtypes(given["part_dtypes"])
+        return {**copy.deepcopy(given), **checked}
 
     @property
     def adapter_options(self) -> CFormerOptions | SubsamplerOptions:

@@ -15,11 +15,9 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .plora import ADAPTER_NAME
 
-PARTS = ("audio_tower", "adapter", "language_model", "plora")
-
 
 def part_of(name: str) -> str:
-    """Return the part in `PARTS` to which the weight `name` belongs."""
+    """Return the part, of `PARTS` in `config_options.py`, to which the weight `name` belongs."""
     return "plora" if f".{ADAPTER_NAME}." in name else name.split(".")[0]
 
 

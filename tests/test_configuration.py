@@ -112,11 +112,13 @@ def test_the_callers_dicts_stay_as_they_are():
         "adapter": {"type": "cformer", "num_pre_layers": 1},
         "plora": {"r": 2},
         "distillation": {"response_ce": 1.0},
+        "part_dtypes": {"adapter": "float32"},
     }
     before = copy.deepcopy(given)
     made = BlspKdConfig(**given)
     assert given == before
     made.adapter["dropout"] = made.plora["lora_dropout"] = made.distillation["quantity"] = 0.5
+    made.part_dtypes["plora"] = "float32"
     assert given == before
 
 
@@ -257,7 +259,10 @@ def test_what_is_accepted_can_be_built():
         ({"distillation": {"input_kl": float("nan")}}, r"distillation option input_kl must be at least 0, got nan"),
         ({"distillation": {"temperature": 0}}, r"distillation option temperature must be above 0, got 0"),
         ({"distillation": {"temperature": -2.0}}, r"distillation option temperature must be at least 0, got -2\.0"),
+        ({"plora": {1: 2}}, r"Unknown option\(s\) \['1'\] in plora"),
         ({"audio_token_id": -1}, "audio_token_id must be a token id of at least 0, got -1"),
+        ({"part_dtypes": {"adaptor": "float32"}}, r"part_dtypes must be .* for parts among .*'adapter'"),
+        ({"part_dtypes": {"adapter": ["float32"]}}, r"part_dtypes must be None, or give the name of a .* dtype"),
         ({"freeze_speech_encoder": "no"}, "freeze_speech_encoder must be True or False, got 'no'"),
     ],
 )
