@@ -36,5 +36,7 @@ def test_what_cannot_be_calibrated_is_an_error(rows, collator):
         calibrate_adapter(make_model(adapter="subsampler"), [batch])
     with pytest.raises(ValueError, match="have no clips"):
         calibrate_adapter(make_model(), [collator([{**rows[0], "audio": None}])])
+    with pytest.raises(ValueError, match=r"have \d+ tokens, but their clips only \d+ encoder frames"):
+        calibrate_adapter(make_model(), [collator([{**rows[0], "text": "the red cat ran " * 20}])])
     with pytest.raises(ValueError, match="set num_pre_layers to 1 or more"):
         calibrate_adapter(make_model(adapter={**SMALL_CFORMER, "num_pre_layers": 0}), [batch])

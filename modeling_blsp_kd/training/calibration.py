@@ -41,7 +41,8 @@ def calibrate_adapter(model: BlspKdForCausalLM, batches: Iterable[dict[str, torc
         batches (iterable of `dict`): of [`BlspKdDataCollator`]; some 50 clips suffice.
 
     Raises:
-        ValueError: the model has another adapter, the batches have no clips, or the CFormer has no layer before CIF.
+        ValueError: the model has another adapter, the batches have no clips or too few encoder frames for their
+            tokens, or the CFormer has no layer before CIF.
     """
     if not model.adapter.one_to_one:
         raise ValueError(
@@ -58,6 +59,11 @@ def calibrate_adapter(model: BlspKdForCausalLM, batches: Iterable[dict[str, torc
         alphas = [_audio(model, batch).alphas for batch in batches]
         logits = torch.cat([torch.logit(each.double()[each > 0], eps=1e-12) for each in alphas])
         num_tokens = sum(int(batch["num_speech_tokens"].sum()) for batch in batches)
+        if num_tokens >= len(logits):
+            raise ValueError(
+                f"The transcripts of the batches to calibrate with have {num_tokens} tokens, but their clips only "
+                f"{len(logits)} encoder frames, of which each is at most one token. Are these the right transcripts?"
+            )
         shift = _shift_to_sum(logits, num_tokens)
         model.adapter.shift_alpha_logits(shift)
 
