@@ -58,6 +58,8 @@ def test_rows_without_audio_do_not_make_endless_batches():
         ([1.0, 90.0], 1, r"row 1 has the length 90, but a batch may have 80"),
         ([1.0, float("nan")], 1, r"row 1 has the length nan"),
         ([1.0], 2, r"1 training row\(s\) for 2 processes"),
+        # The largest batch, of one row, was halved: a process got a batch of none, and the collator failed.
+        ([50.0] * 3, 2, r"3 training rows make no multiple of 2 batches"),
     ],
 )
 def test_what_fits_no_batch_is_an_error(lengths, num_processes, message):

@@ -30,7 +30,8 @@ class LengthBudgetBatches(Sampler):
         num_processes (`int`): the number of batches is a multiple of it.
 
     Raises:
-        ValueError: a row is longer than the budget, or there are fewer rows than processes.
+        ValueError: a row is longer than the budget, or rows cannot be shared out so that each process has as many
+            batches: there are fewer rows than processes, or too many of them fill a batch alone.
     """
 
     batch_size = None  # accelerate asks: it differs between batches
@@ -50,6 +51,12 @@ class LengthBudgetBatches(Sampler):
         self.seed, self.epoch, self.num_processes = seed, 0, num_processes
         self.classes = [_length_class(length, budget) for length in lengths]
         self.sizes = _split_to_multiple(_plan(sorted(self.classes), budget), num_processes)
+        if 0 in self.sizes:
+            raise ValueError(
+                f"{len(lengths)} training rows make no multiple of {num_processes} batches, one per process, of up to "
+                f"{budget:.4g}, because too many of them fill a batch alone. Raise the budget, or use another number "
+                "of processes."
+            )
 
     def __len__(self):
         return len(self.sizes)
