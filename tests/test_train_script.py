@@ -321,3 +321,17 @@ def test_a_recognition_warm_up_asks_the_llm_nothing(data, tmp_path, monkeypatch)
     assert not asked and sum(len(batch["num_speech_tokens"]) for batch in calibrated) == 4
     with pytest.raises(ValueError, match="--max_batch_length needs the lengths of all rows"):
         start(monkeypatch, tmp_path / "model", "--streaming", "true", **given)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--calibrate_adapter", "true", "--adapter", "subsampler"], "but a subsampler predicts none"),
+        (["--kept_frames", "frames.safetensors"], "add --freeze_speech_encoder true"),
+    ],
+)
+def test_what_parts_cannot_do_is_told_before_any_work(options, message, tmp_path, monkeypatch):
+    """These errors came after the LLM had answered all rows, which may take hours."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *options, "--output_dir", str(tmp_path)])
+    with pytest.raises(ValueError, match=message):
+        train.main()

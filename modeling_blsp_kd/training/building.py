@@ -52,6 +52,13 @@ def check_options(model_options: ModelOptions, data_options: DataOptions, args: 
             "--kept_frames encodes each clip once, but --speeds and --noise make another clip of it in every epoch. "
             "Leave out the one or the other."
         )
+    if model_options.kept_frames and not model_options.freeze_speech_encoder:
+        raise ValueError("--kept_frames needs an encoder that stays as it is: add --freeze_speech_encoder true.")
+    if model_options.calibrate_adapter and model_options.adapter == "subsampler":
+        raise ValueError(
+            "--calibrate_adapter starts a cformer at its token count, but a subsampler predicts none. Leave out "
+            "--calibrate_adapter, or take --adapter cformer."
+        )
     started_from = model_options.start_from and Path(model_options.start_from).resolve()
     if started_from and started_from.is_dir() and started_from.is_relative_to(Path(args.output_dir).resolve()):
         raise ValueError(f"--output_dir {args.output_dir} holds the model of --start_from. Give a folder of its own.")
