@@ -13,9 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from torch.utils.data import IterableDataset
 from transformers import TrainingArguments
 
 from modeling_blsp_kd import BlspKdTrainer
+from modeling_blsp_kd.training.batch_order import row_lengths
 from processing import BlspKdDataCollator, BlspKdProcessor
 from tests.helpers.models import make_model
 from tests.helpers.prompts import clip
@@ -111,6 +113,59 @@ def test_a_list_of_rows_will_do(tmp_path, processor):
         batches(tmp_path, processor, nameless, train_sampling_strategy="group_by_length")
 
 
+class Stream(IterableDataset):
+    """Rows that are only iterated, in another order in each pass."""
+
+    epoch = 0
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __iter__(self):
+        order = torch.randperm(NUM_ROWS, generator=torch.Generator().manual_seed(self.epoch))
+        every = rows()
+        yield from (every[index] for index in order)
+
+
+class CountedStream(Stream):
+    def __len__(self):
+        return NUM_ROWS
+
+
+STEPS_OF_STREAM = 3 * NUM_ROWS // BATCH_SIZE  # nearly three passes, of which one and a half precede the resume
+
+
+def test_a_stream_goes_on_in_a_later_pass(tmp_path, processor):
+    """A resume skipped batches in the first pass alone, so one in a later pass began with its first rows again."""
+    whole = batches(tmp_path, processor, Stream(), max_steps=STEPS_OF_STREAM)
+    assert set(Counter(sum(whole[: 2 * NUM_ROWS // BATCH_SIZE], [])).values()) == {2}
+    assert whole[:5] != whole[5:10]
+    again = batches(tmp_path / "b", processor, Stream(), tmp_path / "checkpoint-8", max_steps=STEPS_OF_STREAM)
+    assert again == whole[8:]
+
+
+def test_a_stream_is_not_grouped_by_length(tmp_path, processor):
+    """It was read in its own order without a word."""
+    with pytest.raises(ValueError, match=r"needs all rows by number, but train_dataset is an IterableDataset \(Stream"):
+        batches(tmp_path, processor, Stream(), train_sampling_strategy="group_by_length", max_steps=3)
+
+
+def test_lengths_are_read_by_number():
+    """A torch Dataset need not raise an IndexError after its last row, and then its lengths were never all read."""
+
+    class Wrapped:
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, number):
+            return {"length": float(number % 3)}
+
+    assert row_lengths(Wrapped(), "length") == [0.0, 1.0, 2.0]
+    for nameless in (Wrapped(), Dataset.from_list([{"seconds": 1.0}])):
+        with pytest.raises(ValueError, match="max_batch_length.* needs the field 'size' in every row"):
+            row_lengths(nameless, "size")
+
+
 @pytest.mark.long
 def test_two_processes_share_the_rows_and_resume(tmp_path, processor):
     """Each process drew an order of its own, so rows were lost and doubled; and in an epoch that was resumed in its
@@ -121,8 +176,14 @@ def test_two_processes_share_the_rows_and_resume(tmp_path, processor):
     run = subprocess.run([*command, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr[-3000:]
     ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    streams = [rank.pop("stream") for rank in ranks]
     for name in ranks[0]:
         check([rank[name] for rank in ranks])
+    # accelerate joined batches of different length, which failed.
+    for process in streams:
+        assert process["from 6"] == process["whole"][6:]
+    read = Counter(row for process in streams for batch in process["whole"] for row in batch)
+    assert len(read) == NUM_ROWS and set(read.values()) <= {2, 3}, "nearly three passes"
 
 
 def main(folder: Path):
@@ -131,6 +192,12 @@ def main(folder: Path):
     runs = {
         "random": runs_of(folder / "random", processor, 2, train_sampling_strategy="random", **WORKERS),
         "group_by_length": runs_of(folder / "length", processor, 2, train_sampling_strategy="group_by_length"),
+    }
+    runs["counted stream"] = runs_of(folder / "counted", processor, 2, dataset=CountedStream())
+    stream = {"max_steps": STEPS_OF_STREAM // 2}
+    runs["stream"] = {
+        "whole": batches(folder / "stream", processor, Stream(), **stream),
+        "from 6": batches(folder / "again", processor, Stream(), folder / "stream" / "checkpoint-6", **stream),
     }
     (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(runs))
 

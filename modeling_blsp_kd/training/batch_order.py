@@ -4,6 +4,8 @@ The Trainer resumes by skipping batches of the sampler, which workers do not rea
 and epoch alone. `BlspKdTrainer` has it; another Trainer gets it from [`ExactOrder`].
 """
 
+from collections.abc import Iterator
+from itertools import count
 from typing import Any
 
 import torch
@@ -52,6 +54,31 @@ class RandomOrder(Sampler):
         return iter(torch.randperm(self.num_rows, generator=generator).tolist())
 
 
+class EndlessRows(IterableDataset):
+    """The rows of a data set that only iterates, again and again.
+
+    The Trainer counts all passes over such rows as one epoch, and a resume skips batches in the first pass alone. Here
+    passes follow each other in the middle of a batch, so that the training is one pass, and skipping goes through all.
+
+    Args:
+        dataset (`IterableDataset`): its `set_epoch`, if it has one, is called before each pass.
+    """
+
+    def __init__(self, dataset: IterableDataset):
+        self.dataset = dataset
+
+    def __iter__(self) -> Iterator[Any]:
+        for epoch in count():
+            if hasattr(self.dataset, "set_epoch"):
+                self.dataset.set_epoch(epoch)
+            has_rows = False
+            for row in self.dataset:
+                has_rows = True
+                yield row
+            if not has_rows:  # of a worker without a share, or none at all
+                return
+
+
 class ExactOrder(Trainer):
     """A Trainer that neither loses nor doubles rows after a resume, and with several processes.
 
@@ -61,10 +88,15 @@ class ExactOrder(Trainer):
     A data set without numbered rows may make its own batches, in a method `batch_sampler(batch_size)`. The method
     `set_epoch` of a data set, if it has one, is called before each epoch, also after a resume.
 
+    An `IterableDataset` keeps its own order. One without a length is read as one epoch without end ([`EndlessRows`]),
+    until `max_steps`; a resume reads the rows that it skips again.
+
     Args:
         max_batch_length (`float`, *optional*): make batches of up to this padded length, in the unit of the lengths,
             instead of `per_device_train_batch_size` rows; see [`LengthBudgetBatches`].
     """
+
+    train_dataset: Any  # of the Trainer, whose types are not known here
 
     def __init__(self, *args, max_batch_length: float | None = None, **kwargs):
         super().__init__(*args, **kwargs)
@@ -73,15 +105,24 @@ class ExactOrder(Trainer):
         # Of all processes at the last step of an epoch, where a part of a batch is left; None: as accelerate counts.
         self.num_last_rows: int | None = None
         self.add_callback(_TellEpoch(self))
+        # Otherwise accelerate has the first process read an `IterableDataset` for all, and joins their batches, which
+        # are padded to different lengths.
+        self.accelerator.dataloader_config.dispatch_batches = False
 
     def get_train_dataloader(self) -> DataLoader:
+        dataset = self.train_dataset
         batch_sampler = self._batch_sampler()
         self.num_last_rows = None
+        if batch_sampler is None and isinstance(dataset, IterableDataset) and not hasattr(dataset, "__len__"):
+            self.train_dataset = EndlessRows(dataset)
+            try:
+                return super().get_train_dataloader()
+            finally:
+                self.train_dataset = dataset
         if batch_sampler is None:
-            is_numbered = hasattr(self.train_dataset, "__len__") and not isinstance(self.train_dataset, IterableDataset)
-            if is_numbered and not self.args.dataloader_drop_last:
+            if hasattr(dataset, "__len__") and not self.args.dataloader_drop_last:
                 # accelerate forgets it in an epoch that is resumed in its middle.
-                self.num_last_rows = len(self.train_dataset) % (self._train_batch_size * self.args.world_size)
+                self.num_last_rows = len(dataset) % (self._train_batch_size * self.args.world_size)
             return super().get_train_dataloader()
         loader = DataLoader(
             self.train_dataset,
@@ -98,6 +139,13 @@ class ExactOrder(Trainer):
     def _batch_sampler(self) -> Sampler | None:
         """Return what makes whole batches; None if the Trainer groups single rows."""
         dataset, args = self.train_dataset, self.args
+        is_by_length = self.max_batch_length is not None or args.train_sampling_strategy == "group_by_length"
+        if is_by_length and isinstance(dataset, IterableDataset):
+            raise ValueError(
+                "Grouping by length (train_sampling_strategy='group_by_length', or max_batch_length) needs all rows by "
+                f"number, but train_dataset is an IterableDataset ({type(dataset).__name__}). Leave it out, or pass a "
+                "list, a datasets.Dataset or another torch Dataset."
+            )
         if self.max_batch_length is not None:
             lengths = row_lengths(dataset, args.length_column_name)
             self.order = LengthBudgetBatches(lengths, self.max_batch_length, data_seed(args), args.world_size)
@@ -125,14 +173,15 @@ def row_lengths(dataset: Any, column: str) -> list[float]:
     """
     if hasattr(dataset, "lengths"):
         return dataset.lengths
-    if hasattr(dataset, "column_names"):
-        return list(dataset[column])
     try:
-        return [row[column] for row in dataset]
+        if column in getattr(dataset, "column_names", ()):
+            return list(dataset[column])
+        # By number, because a data set of torch need not end when it is iterated.
+        return [dataset[number][column] for number in range(len(dataset))]
     except (KeyError, TypeError) as error:
         raise ValueError(
-            f"train_sampling_strategy='group_by_length' needs the field {column!r} in every row of train_dataset, for "
-            "example seconds of audio."
+            "Grouping by length (train_sampling_strategy='group_by_length', or max_batch_length) needs the field "
+            f"{column!r} in every row of train_dataset, for example seconds of audio."
         ) from error
 
 
