@@ -1,7 +1,7 @@
 """The losses of BLSP-KD as pure functions: forward KL from hidden states, cross-entropy, quantity loss.
 
 Follows arXiv 2405.19041 and its authors' public code, with the one-step shift that the code lacks: the distribution
-that predicts token j stands at position j - 1. Leaves out: which positions are compared, see `modeling_blsp_kd.py`.
+that predicts token j stands at position j - 1. Leaves out: which positions are compared, see `distillation_step.py`.
 
 All sums run over rows (token positions), all softmaxes are float32. Callers divide by the token count of the whole
 optimiser step, which keeps the loss the same under gradient accumulation and several processes. N rows, D LLM width,

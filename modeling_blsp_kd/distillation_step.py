@@ -1,7 +1,8 @@
 """One distillation step: what the LLM predicts after speech is compared with what it predicts after the text.
 
 Follows arXiv 2405.19041. Runs inside the model's forward, where sharded weights are gathered. Leaves out: running the
-LLM (`modeling_blsp_kd.py`), the formulas (`distillation.py`), and counts over batches and processes (`trainer.py`).
+LLM (`modeling_blsp_kd.py`), the formulas (`distillation.py`), and counts over batches and processes
+(`training/batch_counts.py`).
 
 Shapes: B prompts, L student and L' teacher length, N audio clips in reading order, D LLM width, V vocabulary.
 """
