@@ -155,6 +155,8 @@ def test_kept_frames_are_those_of_the_encoder_and_are_made_once(tmp_path):
             difference = (heard.last_hidden_state - expected.last_hidden_state)[expected.frame_mask]
             assert difference.abs().max() < 5e-3, "float16"
         assert num_encoded == [1, 2]
+        # The longest row of a batch is cut off at the end of an epoch that several processes share.
+        assert tower(features[1:], mask[1:]).last_hidden_state.shape == expected.last_hidden_state[1:].shape
         kept.save()
         tower.forward = encode
         again = KeptFrames(tower, tmp_path / "frames.safetensors")

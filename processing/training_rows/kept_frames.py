@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from modeling_blsp_kd.speech_encoder import SpeechEncoderOutput, TrueLengthWhisperEncoder
@@ -50,8 +51,11 @@ class KeptFrames:
             encoded = self.encode(input_features[indices], input_features_mask[indices], return_dict=True)
             for key, frames, mask in zip(new, encoded.last_hidden_state, encoded.frame_mask):
                 self.frames[key] = frames[mask].to("cpu", torch.float16)
-        frames = pad_sequence([self.frames[key] for key in keys], batch_first=True).to(input_features.device)
-        return SpeechEncoderOutput(last_hidden_state=frames.float(), frame_mask=input_features_mask[:, ::2].bool())
+        frame_mask = input_features_mask[:, ::2].bool()
+        frames = pad_sequence([self.frames[key] for key in keys], batch_first=True)
+        # A batch may be padded beyond its longest clip, where rows were cut off it.
+        frames = pad(frames, (0, 0, 0, frame_mask.shape[1] - frames.shape[1])).to(input_features.device)
+        return SpeechEncoderOutput(last_hidden_state=frames.float(), frame_mask=frame_mask)
 
     def _key(self, log_mel) -> str:
         return hashlib.blake2b(log_mel.cpu().numpy().tobytes(), key=self.identity, digest_size=16).hexdigest()
