@@ -48,7 +48,9 @@ class RecordingTrainer(BlspKdTrainer):
         return torch.zeros(())
 
 
-def batches(output: Path, processor, dataset=None, resume: Path | None = None, **options) -> list[list[int]]:
+def batches(
+    output: Path, processor, dataset=None, resume: Path | None = None, max_batch_length: float | None = None, **options
+) -> list[list[int]]:
     """Return the rows of each batch of this process over three epochs; each has checkpoints at 2/3 of an epoch."""
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     args = TrainingArguments(
@@ -70,6 +72,7 @@ def batches(output: Path, processor, dataset=None, resume: Path | None = None, *
         train_dataset=Dataset.from_list(rows()) if dataset is None else dataset,
         data_collator=NumberedCollator(processor),
         processing_class=processor,
+        max_batch_length=max_batch_length,
     )
     trainer.seen = []
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
@@ -176,12 +179,17 @@ def test_two_processes_share_the_rows_and_resume(tmp_path, processor):
     run = subprocess.run([*command, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr[-3000:]
     ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
-    streams = [rank.pop("stream") for rank in ranks]
+    streams, budgets = [rank.pop("stream") for rank in ranks], [rank.pop("budget") for rank in ranks]
     for name in ranks[0]:
         check([rank[name] for rank in ranks])
     # accelerate joined batches of different length, which failed.
-    for process in streams:
+    for process in (*streams, *budgets):
         assert process["from 6"] == process["whole"][6:]
+    # accelerate before 1.15 refused batches of different sizes.
+    assert Counter(row for process in budgets for batch in process["whole"] for row in batch) == {
+        row: 3 for row in range(NUM_ROWS)
+    }
+    assert len({len(batch) for process in budgets for batch in process["whole"]}) > 1
     read = Counter(row for process in streams for batch in process["whole"] for row in batch)
     assert len(read) == NUM_ROWS and set(read.values()) <= {2, 3}, "nearly three passes"
 
@@ -198,6 +206,11 @@ def main(folder: Path):
     runs["stream"] = {
         "whole": batches(folder / "stream", processor, Stream(), **stream),
         "from 6": batches(folder / "again", processor, Stream(), folder / "stream" / "checkpoint-6", **stream),
+    }
+    budget = {"max_batch_length": 2.0}
+    runs["budget"] = {
+        "whole": batches(folder / "budget", processor, **budget),
+        "from 6": batches(folder / "again", processor, resume=folder / "budget" / "checkpoint-6", **budget),
     }
     (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(runs))
 

@@ -41,7 +41,7 @@ def test_batches_fill_the_budget():
 
 def test_processes_share_the_batches_of_similar_length():
     batches = LengthBudgetBatches(LENGTHS, BUDGET, seed=3, num_processes=2)
-    shards = [list(BatchSamplerShard(batches, num_processes=2, process_index=index)) for index in range(2)]
+    shards = [list(BatchSamplerShard(batches, 2, index, even_batches=False)) for index in range(2)]
     assert len(shards[0]) == len(shards[1]) == len(batches) // 2
     assert sorted(row for shard in shards for batch in shard for row in batch) == list(range(len(LENGTHS)))
     ratios = [padded(first) / padded(second) for first, second in zip(*shards)]

@@ -134,7 +134,13 @@ class ExactOrder(Trainer):
             multiprocessing_context=self.args.dataloader_multiprocessing_context,
             prefetch_factor=self.args.dataloader_prefetch_factor,
         )
-        return self.accelerator.prepare(loader)
+        even_batches = self.accelerator.even_batches
+        if batch_sampler.batch_size is None:  # accelerate before 1.15 evens no batches of different sizes
+            self.accelerator.even_batches = False
+        try:
+            return self.accelerator.prepare(loader)
+        finally:
+            self.accelerator.even_batches = even_batches
 
     def _batch_sampler(self) -> Sampler | None:
         """Return what makes whole batches; None if the Trainer groups single rows."""
