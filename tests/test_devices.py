@@ -157,7 +157,7 @@ def test_a_quantised_llm_beside_float32_parts(backbones, tmp_path):
 
 
 def test_wrong_dtypes_of_parts_are_named():
-    with pytest.raises(ValueError, match="part_dtypes must be None, or give names of floating point dtypes"):
+    with pytest.raises(ValueError, match="part_dtypes must be None, or give the name of a floating point dtype"):
         BlspKdConfig(part_dtypes={"adapter": "int8"})
 
 

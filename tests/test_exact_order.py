@@ -102,7 +102,7 @@ def runs_of(folder: Path, processor, num_processes: int, **options) -> dict[str,
     return runs
 
 
-@pytest.mark.parametrize("workers", [{}, WORKERS])
+@pytest.mark.parametrize("workers", [{}, pytest.param(WORKERS, marks=pytest.mark.long)])
 @pytest.mark.parametrize("strategy", ["random", "group_by_length"])
 def test_a_resumed_run_sees_the_rows_of_the_uninterrupted_one(strategy, workers, tmp_path, processor):
     """Later epochs grouped by length drew their order from the global generator, which dropout moves."""

@@ -86,7 +86,7 @@ def run_folder(saved, tmp_path):
     return Path(shutil.copytree(saved[0], tmp_path / "run"))
 
 
-@pytest.mark.parametrize("workers", [{}, WORKERS])
+@pytest.mark.parametrize("workers", [{}, pytest.param(WORKERS, marks=pytest.mark.long)])
 @pytest.mark.parametrize("logging_steps", [1, 5])
 def test_a_resumed_run_is_the_uninterrupted_one(logging_steps, workers, tmp_path, processor, collator):
     """Means that were logged after a resume left out the steps between the last log and the checkpoint."""

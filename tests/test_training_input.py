@@ -137,6 +137,7 @@ def test_a_resumed_run_sees_the_batches_of_the_uninterrupted_one(streaming, opti
     assert len({str(batch) for batch in whole}) == len(whole), "no two are the same"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("streaming", [False, True])
 def test_workers_change_nothing(streaming, manifests, tmp_path, processor):
     options = {"max_steps": 8, "save_strategy": "no"}
@@ -287,6 +288,7 @@ def test_a_mixture_that_is_not_understood_is_named(text, message, tmp_path):
         read_mixture(str(tmp_path / "mixture.yaml"))
 
 
+@pytest.mark.long
 def test_a_data_set_with_embedded_audio_is_streamed(manifests, tmp_path, processor):
     import pyarrow
     import pyarrow.parquet
