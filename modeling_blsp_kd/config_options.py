@@ -1,14 +1,14 @@
 """The options of `BlspKdConfig` that are dicts: one class for each, which raises an error for an invalid value.
 
 Defaults follow arXiv 2405.19041 and the authors' public code. A config stores these options as plain dicts and makes
-the classes again wherever they are read. Leaves out: the adapters' options (`adapter_options.py`), and all
-other fields (`configuration_blsp_kd.py`).
+the classes again wherever they are read. Leaves out: the options of the adapters and of the losses
+(`adapter_options.py`, `distillation_options.py`), and all other fields (`configuration_blsp_kd.py`).
 """
 
 import difflib
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Self
 
 # Names at least this similar count as typing errors: "lora" is taken for plora, but pad_token_id, which many configs
@@ -53,7 +53,7 @@ def is_share(value: Any) -> bool:
     return _is_number(value) and 0 <= value < 1
 
 
-def _is_not_negative(value: Any) -> bool:
+def is_not_negative(value: Any) -> bool:
     return _is_number(value) and value >= 0
 
 
@@ -136,55 +136,6 @@ def read_plora(given: Any) -> PartialLoraOptions | None:
     if given.get("lora_bias") or given.get("bias", "none") != "none":
         raise ValueError("plora does not support lora_bias: a bias after B is added at every position, text included.")
     return PartialLoraOptions.read(given)
-
-
-@dataclass(frozen=True)
-class DistillationOptions(Options):
-    """Weights of the losses, at least 0 each (0: not computed in training), and the temperature of the KLs.
-
-    Args:
-        response_kl (`float`): KL over response tokens.
-        input_kl (`float`, *optional*): KL over content positions; needs one token per text token. Omitted: 1 with
-            the CFormer, 0 with the subsampler.
-        quantity (`float`, *optional*): CIF's token count. Omitted: as `input_kl`.
-        response_ce (`float`): cross-entropy of the response (the BLSP baseline).
-        transcript_ce (`float`): cross-entropy of the transcript read off the speech tokens (ASR).
-        temperature (`float`): above 0; no temperature^2 factor follows.
-    """
-
-    where: ClassVar[str] = "distillation"
-
-    response_kl: float = 1.0
-    input_kl: float | None = None
-    quantity: float | None = None
-    response_ce: float = 0.0
-    transcript_ce: float = 0.0
-    temperature: float = 2.0
-
-    def __post_init__(self):
-        names = ("response_kl", "response_ce", "transcript_ce", "temperature")
-        self.check(_is_not_negative, "must be at least 0", *names)
-        self.check(_is_not_negative, "must be at least 0", "input_kl", "quantity", or_none=True)
-        self.check(lambda value: value > 0, "must be above 0", "temperature")
-
-    def for_adapter(self, one_to_one: bool) -> Self:
-        """Return the options with what was omitted filled in.
-
-        Args:
-            one_to_one (`bool`): the adapter makes one speech token per text token.
-
-        Raises:
-            ValueError: a loss needs that, and the adapter does not do it.
-        """
-        omitted = {name: float(one_to_one) for name in ("input_kl", "quantity") if getattr(self, name) is None}
-        options = replace(self, **omitted)
-        for name in () if one_to_one else ("input_kl", "quantity", "transcript_ce"):
-            if value := getattr(options, name):
-                raise ValueError(
-                    f"distillation option {name}={value} needs one speech token per text token, which the "
-                    "subsampler adapter does not make. Set it to 0, or use adapter='cformer'."
-                )
-        return options
 
 
 @dataclass(frozen=True)

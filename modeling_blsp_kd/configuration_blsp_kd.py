@@ -2,8 +2,8 @@
 
 Defaults follow arXiv 2405.19041 and the authors' public code. Everything is checked together when the config is made,
 and again when an option is assigned; the parts themselves take plain numbers. Leaves out: the options inside `adapter`,
-`plora`, `distillation` and `timestamps` (`adapter_options.py`, `config_options.py`), and training arguments, which
-belong to the Trainer.
+`distillation`, `plora` and `timestamps` (`adapter_options.py`, `distillation_options.py`, `config_options.py`), and
+training arguments, which belong to the Trainer.
 """
 
 import copy
@@ -18,7 +18,6 @@ from transformers.utils import logging
 
 from .adapter_options import CFormerOptions, SubsamplerOptions, read_adapter
 from .config_options import (
-    DistillationOptions,
     PartialLoraOptions,
     TimestampOptions,
     check_backbones,
@@ -29,6 +28,7 @@ from .config_options import (
     require,
     unknown_options,
 )
+from .distillation_options import DistillationOptions
 from .encoder_families import ENCODER_FAMILIES
 from .model_files import CHECK_CONFIG, explained
 
