@@ -68,15 +68,17 @@ def main():
     results: dict[str, Any] = {}
     trainer.make_card = lambda: card_of_run(trainer, results)
     training_start = time.time()
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    finally:  # a run that is stopped keeps them, too
+        if kept_frames is not None and trainer.is_world_process_zero():
+            kept_frames.save()
     results["train_seconds"] = round(time.time() - training_start, 1)
     results["training"] = describe_training(trainer, model_options, data_options, eval_rows, stages_before)
     trainer.accelerator.wait_for_everyone()  # they may still note skipped rows
     if data_options.skip_bad_audio and trainer.is_world_process_zero():
         results["skipped_rows"] = trainer.train_dataset.clip_features.skipped.finish()
         print(f"{results['skipped_rows']} training rows with bad audio were skipped: {args.output_dir}/{SKIPPED_FILE}")
-    if kept_frames is not None and trainer.is_world_process_zero():
-        kept_frames.save()
     trainer.save_model(_internal_call=True)  # what is pushed has results and samples, too
     write_results(results, trainer)
     if eval_rows:

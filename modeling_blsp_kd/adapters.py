@@ -17,6 +17,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoderLayer
 from transformers.utils import ModelOutput
 
 from .cif import continuous_integrate_and_fire
+from .ctc import NUM_CTC_CLASSES
 from .speech_windows import is_within, join_windows, regroup, tokens_per_window
 
 
@@ -30,6 +31,8 @@ class AdapterOutput(ModelOutput):
         alphas (`torch.FloatTensor` of shape (N, T), *optional*): unscaled CIF weight of each frame.
         alpha_sum (`torch.FloatTensor` of shape (N,), *optional*): their sum, the predicted token count.
         firing_places (`torch.FloatTensor` of shape (N, U), *optional*): see [`CifOutput`].
+        ctc_logits (`torch.FloatTensor` of shape (N, T', 257), *optional*): of the joined frames, see `ctc.py`.
+        num_ctc_frames (`torch.LongTensor` of shape (N,), *optional*): valid ones of them.
     """
 
     speech_tokens: torch.FloatTensor | None = None
@@ -37,6 +40,8 @@ class AdapterOutput(ModelOutput):
     alphas: torch.FloatTensor | None = None
     alpha_sum: torch.FloatTensor | None = None
     firing_places: torch.FloatTensor | None = None
+    ctc_logits: torch.FloatTensor | None = None
+    num_ctc_frames: torch.LongTensor | None = None
 
 
 def _run_layers(layers, config, hidden_states, mask):
@@ -106,6 +111,7 @@ class CFormer(nn.Module):
         attention_window (`int` or None): length in joined frames of the stretches that the layers before CIF attend
             within; stretches shift by half from layer to layer. None: they attend to all.
         attn_implementation (`str`): attention of these layers, as in transformers.
+        has_ctc_head (`bool`): tell the characters of the transcript from the frames before CIF, see `ctc.py`.
     """
 
     one_to_one = True
@@ -122,6 +128,7 @@ class CFormer(nn.Module):
         attn_implementation: str,
         frame_stride: int = 1,
         attention_window: int | None = None,
+        has_ctc_head: bool = False,
     ):
         super().__init__()
         self.frame_stacking = FrameStacking(input_dim, frame_stride) if frame_stride > 1 else None
@@ -140,6 +147,7 @@ class CFormer(nn.Module):
         self.post_layers = nn.ModuleList(WhisperEncoderLayer(self.layer_config) for _ in range(num_post_layers))
         self.cif_proj = nn.Linear(input_dim - 1, input_dim)
         self.output_proj = nn.Linear(input_dim, output_dim)
+        self.ctc_head = nn.Linear(input_dim, NUM_CTC_CLASSES) if has_ctc_head else None
 
     def set_attn_implementation(self, attn_implementation: str):
         self.layer_config._attn_implementation = attn_implementation
@@ -159,10 +167,13 @@ class CFormer(nn.Module):
             windows_per_clip (`torch.LongTensor` of shape (N,), *optional*): omitted, every clip is one window.
         """
         if self.frame_stacking is None:
-            hidden_states = self._run_pre_layers(hidden_states, frame_mask)
+            joined_mask = frame_mask
+            joined = hidden_states = self._run_pre_layers(hidden_states, frame_mask)
         else:
-            joined = self._run_pre_layers(*self.frame_stacking.join(hidden_states, frame_mask))
+            joined, joined_mask = self.frame_stacking.join(hidden_states, frame_mask)
+            joined = self._run_pre_layers(joined, joined_mask)
             hidden_states = self.frame_stacking.split(joined, hidden_states)
+        ctc = self._run_ctc_head(joined, joined_mask, windows_per_clip)
         alphas = torch.sigmoid(hidden_states[..., -1].float()).masked_fill(~frame_mask, 0.0)
         frames_per_window = frame_mask.sum(1)
         # The integral runs through the borders of windows: the next window completes what one leaves open.
@@ -188,7 +199,14 @@ class CFormer(nn.Module):
             alphas=alphas,
             alpha_sum=cif.alpha_sum,
             firing_places=cif.firing_places,
+            **ctc,
         )
+
+    def _run_ctc_head(self, joined, joined_mask, windows_per_clip) -> dict[str, torch.Tensor]:
+        if self.ctc_head is None:
+            return {}
+        mask, logits = join_windows(windows_per_clip, joined_mask, self.ctc_head(joined))
+        return {"ctc_logits": logits, "num_ctc_frames": mask.sum(1)}
 
     @torch.no_grad()
     def shift_alpha_logits(self, shift: float):

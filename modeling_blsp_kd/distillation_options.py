@@ -20,6 +20,8 @@ class DistillationOptions(Options):
         quantity (`float`, *optional*): CIF's token count. Omitted: as `input_kl`.
         response_ce (`float`): cross-entropy of the response (the BLSP baseline).
         transcript_ce (`float`): cross-entropy of the transcript read off the speech tokens (ASR).
+        ctc (`float`): CTC of the transcript's characters on the frames before CIF, see `ctc.py`; the CFormer has a head
+            for it while this is above 0.
         temperature (`float`): above 0; no temperature^2 factor follows.
     """
 
@@ -30,10 +32,11 @@ class DistillationOptions(Options):
     quantity: float | None = None
     response_ce: float = 0.0
     transcript_ce: float = 0.0
+    ctc: float = 0.0
     temperature: float = 2.0
 
     def __post_init__(self):
-        names = ("response_kl", "response_ce", "transcript_ce", "temperature")
+        names = ("response_kl", "response_ce", "transcript_ce", "ctc", "temperature")
         self.check(is_not_negative, "must be at least 0", *names)
         self.check(is_not_negative, "must be at least 0", "input_kl", "quantity", or_none=True)
         self.check(lambda value: value > 0, "must be above 0", "temperature")
@@ -49,7 +52,7 @@ class DistillationOptions(Options):
         """
         omitted = {name: float(one_to_one) for name in ("input_kl", "quantity") if getattr(self, name) is None}
         options = replace(self, **omitted)
-        for name in () if one_to_one else ("input_kl", "quantity", "transcript_ce"):
+        for name in () if one_to_one else ("input_kl", "quantity", "transcript_ce", "ctc"):
             if value := getattr(options, name):
                 raise ValueError(
                     f"distillation option {name}={value} needs one speech token per text token, which the "

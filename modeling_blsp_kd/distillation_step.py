@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from .ctc import ctc_loss
 from .distillation import linear_cross_entropy, linear_kl_of_rows, predicts_next, quantity_loss
 from .speech_windows import is_within
 
@@ -36,6 +37,7 @@ LOSS_PARTS = {
     "quantity": "clips",
     "response_ce": "response_tokens",
     "transcript_ce": "content_tokens",
+    "ctc": "clips",
 }
 KL_OF = {"response": "response_kl", "content": "input_kl"}
 # Losses that read the LLM's states after the text prompt, and after the speech prompt.
@@ -63,6 +65,7 @@ class ComparedPrompts:
         is_speech (B, L) bool: speech positions of the student.
         teacher_input_ids (B, L'): the text prompts.
         teacher_is_content, teacher_is_response (B, L') bool: transcript tokens and response tokens of the teacher.
+        transcript_bytes (N, S) or None: of the clips, see `ctc.py`.
     """
 
     labels: torch.LongTensor
@@ -70,6 +73,7 @@ class ComparedPrompts:
     teacher_input_ids: torch.LongTensor
     teacher_is_content: torch.BoolTensor
     teacher_is_response: torch.BoolTensor
+    transcript_bytes: torch.LongTensor | None = None
 
 
 @dataclass(frozen=True)
@@ -143,7 +147,8 @@ def distillation_loss(
         `tuple`: the weighted loss, and its parts by name, each a tensor of sum and count.
 
     Raises:
-        ValueError: speech and text prompts hold different numbers of response or content tokens.
+        ValueError: speech and text prompts hold different numbers of response or content tokens, or CTC lacks its
+            targets.
     """
     predicts_response = predicts_next(prompts.labels != -100)
     teacher_predicts_response = predicts_next(prompts.teacher_is_response)
@@ -176,6 +181,14 @@ def distillation_loss(
         # The LLM's token embeddings double as the output matrix of the recogniser.
         embeddings = _gathered_weight(language_model.get_input_embeddings())
         parts["transcript_ce"] = linear_cross_entropy(speech_tokens, targets, embeddings)
+    num_aligned = None
+    if "ctc" in wanted:
+        if prompts.transcript_bytes is None:
+            raise ValueError(
+                "The distillation option ctc needs the bytes of the transcripts, but the batch has no "
+                "transcript_bytes. Collate with BlspKdDataCollator(processor, transcript_bytes=True), or set ctc to 0."
+            )
+        parts["ctc"], num_aligned = ctc_loss(audio.ctc_logits, audio.num_ctc_frames, prompts.transcript_bytes)
 
     counts = ItemCounts(
         response_tokens=predicts_response.sum(),
@@ -192,6 +205,8 @@ def distillation_loss(
         name: torch.stack([part.detach().float(), getattr(counts, LOSS_PARTS[name]).float()])
         for name, part in parts.items()
     }
+    if num_aligned is not None:
+        loss_parts["ctc_aligned_share"] = torch.stack([num_aligned.float(), counts.clips.float()])
     if audio.alpha_sum is not None:
         miss = (audio.alpha_sum.detach().round().clamp(min=1) - audio.num_speech_tokens).abs()
         num_clips = counts.clips.float()

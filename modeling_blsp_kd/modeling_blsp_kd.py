@@ -64,6 +64,8 @@ class BlspKdAudioOutput(BaseModelOutputWithPooling):
             if requested: seconds from the start of the clip where each token begins and ends, corrected
             as `config.timestamps` says; NaN past a clip's count (CFormer only). Uncorrected, tokens end at firing
             places times `frame_duration_s`.
+        ctc_logits (`torch.FloatTensor` of shape (N, T', 257), *optional*), num_ctc_frames (`torch.LongTensor` of
+            shape (N,), *optional*): while the distillation option `ctc` is on, see `ctc.py`.
     """
 
     num_speech_tokens: torch.LongTensor | None = None
@@ -72,6 +74,8 @@ class BlspKdAudioOutput(BaseModelOutputWithPooling):
     alpha_sum: torch.FloatTensor | None = None
     firing_places: torch.FloatTensor | None = None
     token_times: torch.FloatTensor | None = None
+    ctc_logits: torch.FloatTensor | None = None
+    num_ctc_frames: torch.LongTensor | None = None
 
 
 @dataclass
@@ -116,6 +120,7 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, BlspKdGenerationMixin):
         options, adapter_class = asdict(config.adapter_options), ADAPTER_CLASSES[config.adapter_options.type]
         if adapter_class is CFormer:
             options["attn_implementation"] = config._attn_implementation or "sdpa"
+            options["has_ctc_head"] = config.distillation_options.ctc > 0
         self.adapter = adapter_class(speech_config.hidden_size, text_config.get_text_config().hidden_size, **options)
         plora = config.plora_options
         self.plora = None if plora is None else PartialLora(self.language_model, **asdict(plora))
@@ -201,6 +206,8 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, BlspKdGenerationMixin):
             alpha_sum=adapted.alpha_sum,
             firing_places=adapted.firing_places,
             token_times=times,
+            ctc_logits=adapted.ctc_logits,
+            num_ctc_frames=adapted.num_ctc_frames,
         )
 
     def _time_tokens(self, windows, window_mask, frame_mask, windows_per_clip, adapted) -> torch.Tensor:
@@ -381,6 +388,7 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, BlspKdGenerationMixin):
         teacher_attention_mask: torch.Tensor | None = None,
         teacher_is_content: torch.BoolTensor | None = None,
         teacher_is_response: torch.BoolTensor | None = None,
+        transcript_bytes: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
@@ -414,6 +422,8 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, BlspKdGenerationMixin):
                 the same dialogues with the transcript in place of the placeholder. Given: a distillation step.
             teacher_is_content, teacher_is_response (`torch.BoolTensor` of shape (B, L')):
                 True at transcript tokens and at response tokens.
+            transcript_bytes (`torch.LongTensor` of shape (N, S), *optional*):
+                UTF-8 bytes of the lower-cased transcripts, -1 at padding: for the distillation option `ctc`.
             num_items_in_batch (`torch.Tensor` of shape (3,), *optional*):
                 [`ItemCounts`] of the whole optimiser step, over all processes. Omitted: those of this batch. Without
                 a teacher: the number of labels, as in any causal LM.
@@ -447,7 +457,7 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, BlspKdGenerationMixin):
             if audio is None or labels is None:
                 raise ValueError("A distillation step needs input_features and labels beside the teacher's inputs.")
             of_teacher = (teacher_input_ids, teacher_is_content, teacher_is_response)
-            prompts = ComparedPrompts(read["labels"], is_speech, *of_teacher)
+            prompts = ComparedPrompts(read["labels"], is_speech, *of_teacher, transcript_bytes)
             return self._distill(read, prompts, teacher_attention_mask, audio, num_items_in_batch)
         if num_items_in_batch is not None:
             # A single number, as from a plain Trainer, is the count of labels.

@@ -15,6 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from .backbones import for_language_model_only, identify, load_audio_tower, load_language_model, without_folder
 from .configuration_blsp_kd import BlspKdConfig
+from .ctc import CTC_HEAD
 from .model_files import check_folder, lacks, misfits
 from .plora import ADAPTER_NAME, PartialLora
 from .plora_switching import load_as_stored, switch
@@ -157,8 +158,13 @@ class BlspKdPreTrainedModel(PreTrainedModel):
         if wrong and not load_config.ignore_mismatched_sizes:
             raise ValueError(misfits(load_config.pretrained_model_name_or_path, wrong))
         loading_info = PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
-        # Partial LoRA without weights changes nothing. Callers who pass a state dict know what is in it.
-        missing = sorted(name for name in loading_info.missing_keys if f".{ADAPTER_NAME}." not in name)
+        # Partial LoRA without weights changes nothing, and an auxiliary CTC head may begin in any stage of training.
+        # Callers who pass a state dict know what is in it.
+        missing = sorted(
+            name
+            for name in loading_info.missing_keys
+            if f".{ADAPTER_NAME}." not in name and not name.startswith(CTC_HEAD)
+        )
         if missing and load_config.pretrained_model_name_or_path is not None:
             raise ValueError(lacks(load_config.pretrained_model_name_or_path, missing))
         return loading_info

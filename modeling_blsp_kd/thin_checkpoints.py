@@ -16,6 +16,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from .backbones import HUB_OPTIONS, fetch, load_audio_tower, load_language_model, without_folder
+from .ctc import CTC_HEAD
 from .model_files import misfits
 
 # Arguments that place the LLM, the only large part.
@@ -126,7 +127,10 @@ def load_thin(
     if not any(name.startswith("audio_tower.") for name in weights):
         # Frozen so far; the backbone has its weights, whether it is to be trained from now on or not.
         expected = {name for name in expected if not name.startswith("audio_tower.")}
-    missing, unexpected = sorted(expected - set(weights)), sorted(set(weights) - set(current))
+    # Training may turn the auxiliary CTC head on or off from one stage to the next.
+    weights = {name: tensor for name, tensor in weights.items() if name in current or not name.startswith(CTC_HEAD)}
+    missing = sorted(name for name in expected - set(weights) if not name.startswith(CTC_HEAD))
+    unexpected = sorted(set(weights) - set(current))
     if missing or unexpected:
         raise ValueError(
             f"The weights of {name_or_path} do not fit its config: missing are {missing[:5]}, and unknown are "

@@ -38,9 +38,11 @@ class BlspKdDataCollator:
 
     Args:
         processor ([`BlspKdProcessor`]).
+        transcript_bytes (`bool`): add the characters of the transcripts, which the distillation option `ctc` needs.
     """
 
     processor: Any
+    transcript_bytes: bool = False
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         """Collate B rows into right-padded batches; L is the length of the student's prompt, L' of the teacher's.
@@ -48,8 +50,9 @@ class BlspKdDataCollator:
         Returns:
             `dict` of `input_ids`, `attention_mask`, `labels` (B, L); `teacher_input_ids`, `teacher_attention_mask`,
             `teacher_is_content`, `teacher_is_response` (B, L'); `input_features`, `input_features_mask`;
-            `num_speech_tokens` (N,), the transcripts' token counts of the N rows with audio. The features of a batch
-            without any have the shape (0, ...).
+            `num_speech_tokens` (N,), the transcripts' token counts of the N rows with audio; on demand
+            `transcript_bytes` (N, S), the UTF-8 bytes of these transcripts in lower case, -1 at padding. The features
+            of a batch without any have the shape (0, ...).
 
         Raises:
             ValueError: a row lacks a field or has an invalid one; the message gives the row's index in the batch.
@@ -69,6 +72,7 @@ class BlspKdDataCollator:
         ]
         input_ids, attention_mask, _, is_response = self._join(student)
         teacher_input_ids, teacher_attention_mask, teacher_is_content, teacher_is_response = self._join(pieces)
+        spoken_rows = [row for row, spoken in zip(rows, is_spoken) if spoken]
         return {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -80,7 +84,8 @@ class BlspKdDataCollator:
             "num_speech_tokens": torch.tensor(
                 [len(content) for (_, content, _, _), spoken in zip(pieces, is_spoken) if spoken], dtype=torch.long
             ),
-            **self._features([row for row, spoken in zip(rows, is_spoken) if spoken]),
+            **(transcript_bytes(spoken_rows) if self.transcript_bytes else {}),
+            **self._features(spoken_rows),
         }
 
     def _tokenize(self, rows: list[dict]) -> list[tuple[list[int], list[int], list[int], list[int]]]:
@@ -141,6 +146,14 @@ class BlspKdDataCollator:
         else:
             features = self.processor.extract_features([row["audio"] for row in rows])
         return {name: torch.from_numpy(values) for name, values in features.items()}
+
+
+def transcript_bytes(rows: list[dict]) -> dict[str, torch.Tensor]:
+    """Return the UTF-8 bytes of the rows' transcripts, lower-cased, because capitals cannot be told from speech."""
+    texts = [torch.tensor([*row["text"].strip().lower().encode()], dtype=torch.long) for row in rows]
+    # No row gives the shape (0, 0).
+    padded = pad_sequence(texts, batch_first=True, padding_value=-1) if texts else torch.empty(0, 0, dtype=torch.long)
+    return {"transcript_bytes": padded}
 
 
 def split_prompt(processor: ProcessorMixin, instruction: str | None, response: str) -> tuple[str, str, str]:

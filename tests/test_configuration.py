@@ -29,6 +29,7 @@ AUTHORS_DISTILLATION = {
     "quantity": 1.0,
     "response_ce": 0.0,
     "transcript_ce": 0.0,
+    "ctc": 0.0,
     "temperature": 2.0,
 }
 

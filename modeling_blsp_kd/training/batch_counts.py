@@ -53,7 +53,7 @@ def first_rows(batch: Batch, num_rows: int, audio_token_id: int) -> Batch:
     """
     num_kept = max(num_rows, 1)
     num_clips = int((batch["input_ids"][:num_rows] == audio_token_id).sum())
-    of_clips = ("input_features", "input_features_mask", "num_speech_tokens")
+    of_clips = ("input_features", "input_features_mask", "num_speech_tokens", "transcript_bytes")
     kept = {name: values[: num_clips if name in of_clips else num_kept] for name, values in batch.items()}
     if num_rows == 0:
         kept["input_ids"], kept["attention_mask"] = kept["teacher_input_ids"], kept["teacher_attention_mask"]

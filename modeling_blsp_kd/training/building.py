@@ -104,7 +104,7 @@ def make_trainer(
             row["response"] = row.get("response") or row["text"]  # the collator needs one, the loss does not
     with args.main_process_first(desc="looking at the clips"):
         train_dataset = training_data(train_rows, data_options, args, processor)
-    collator = BlspKdDataCollator(processor)
+    collator = BlspKdDataCollator(processor, transcript_bytes=model.config.distillation_options.ctc > 0)
     if model_options.calibrate_adapter and not args.resume_from_checkpoint:
         calibration = calibrate_adapter(model, calibration_batches(train_dataset, collator))
         logger.info("Calibrated the adapter: %s.", calibration)

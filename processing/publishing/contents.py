@@ -7,6 +7,8 @@ import shutil
 from importlib.metadata import files
 from pathlib import Path
 
+from transformers import PreTrainedModel
+
 from processing import BlspKdPipeline
 
 MAX_NEW_TOKENS = 128  # of an answer on the card
@@ -19,11 +21,19 @@ def write_model(pipeline: BlspKdPipeline, folder: Path, full: bool):
         full: write a thin model's backbones too.
     """
     pipeline.model.config.auto_map["AutoProcessor"] = "processing_blsp_kd.BlspKdProcessor"
+    drop_ctc_head(pipeline.model)
     pipeline.save_pretrained(folder, full=full)
     # The licence lies where the installation put it: in the checkout, or beside the metadata of the wheel.
     [licence] = (path.locate() for path in files("blsp-kd") or [] if path.name == "LICENSE")
     for file in (Path(__file__).with_name("handler.py"), Path(__file__).with_name("requirements.txt"), licence):
         shutil.copy(file, folder)
+
+
+def drop_ctc_head(model: PreTrainedModel):
+    """Remove the auxiliary head that only training uses (distillation option `ctc`), in place."""
+    if model.config.distillation_options.ctc:
+        model.adapter.ctc_head = None
+        model.config.distillation = {**model.config.distillation, "ctc": 0.0}
 
 
 def write_samples(pipeline: BlspKdPipeline, rows: list[dict], folder: Path) -> list[dict]:
