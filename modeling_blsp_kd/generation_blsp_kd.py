@@ -18,6 +18,7 @@ from transformers.utils import ModelOutput
 from .conversation_cache import check_cache, note_mask
 from .speech_prompt import ExpandedPrompt, check_text_only, unspoken_token_id
 from .token_times import text_token_times
+from .transcription import longest_transcript, without_prompts
 from .versions import CACHE_NAME, CACHE_NAMES, one_cache
 
 
@@ -49,6 +50,7 @@ class BlspKdGenerationMixin(GenerationMixin):
         input_features: torch.Tensor | None = None,
         streamer: Any = None,
         return_timestamps: bool = False,
+        transcription_prompt_ids: torch.Tensor | None = None,
         **kwargs,
     ) -> Any:
         """Generate after prompts of text and audio; see `GenerationMixin.generate` for all other arguments.
@@ -74,11 +76,21 @@ class BlspKdGenerationMixin(GenerationMixin):
                 (a float tensor of the shape of `sequences` and 2): start and end in seconds of each token in its row's
                 audio; NaN at prompts, at the ends of answers, and in rows without audio. A prompt has at most one
                 audio then.
+            transcription_prompt_ids (`torch.LongTensor` of shape (B, L), *optional*): prompts instead of `input_ids`,
+                which the result does not begin with; from the processor, called with a waveform alone.
 
         Raises:
             ValueError: placeholders and audios do not fit together, the prompts do not fit the LLM's context or the
                 cache, or there are no timestamps for them.
         """
+        if transcription_prompt_ids is not None:
+            if inputs is not None or input_features is None or kwargs.keys() & {"input_ids", "inputs_embeds"}:
+                raise ValueError("transcription_prompt_ids go with input_features, and without any other prompts.")
+            if generation_config is None and not kwargs.keys() & {"max_new_tokens", "max_length"}:
+                kwargs["max_new_tokens"] = longest_transcript(self.config.speech_config, input_features)
+            options = {"input_features": input_features, "streamer": streamer, "return_timestamps": return_timestamps}
+            output = self.generate(transcription_prompt_ids, generation_config, *args, **options, **kwargs)
+            return without_prompts(output, transcription_prompt_ids.shape[1])
         input_ids = kwargs.pop("input_ids", inputs)
         cache = one_cache(*(kwargs.pop(name, None) for name in CACHE_NAMES))
         if cache is not None:

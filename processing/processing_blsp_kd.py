@@ -10,6 +10,7 @@ import os
 from typing import Any
 
 import numpy as np
+import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.feature_extraction_utils import BatchFeature, FeatureExtractionMixin
 from transformers.processing_utils import ProcessorMixin, Unpack
@@ -26,6 +27,7 @@ from .processor_parts import (
     tokenize_alone,
 )
 from .speech_features import features_of_clips, padded_features
+from .spoken_inputs import user_turn
 from .word_timestamps import words_with_times
 
 AUDIO_TOKEN = "<|audio|>"
@@ -127,7 +129,8 @@ class BlspKdProcessor(ProcessorMixin):
         """Prepare prompts and their audio.
 
         Args:
-            text (`str` or `list[str]`): prompts, with `audio_token` once for every audio.
+            text (`str` or `list[str]`): prompts, with `audio_token` once for every audio. A bare waveform, as
+                speech-to-text servers pass it, is prepared by [`~BlspKdProcessor.for_transcription`].
             audio (*optional*): one clip or a list of clips in reading order, each as in [`load_audio`].
             chat_audio (*optional*): the clips of a chat's audio blocks, which `apply_chat_template` passes here.
             sampling_rate (`int`, *optional*): of clips given as bare arrays, Hz; defaults to the feature extractor's.
@@ -142,6 +145,9 @@ class BlspKdProcessor(ProcessorMixin):
             TypeError: text is not a string or a list of strings.
             ValueError: placeholders and audios do not match, or a clip is unusable (see [`load_audio`]).
         """
+        is_waveform = isinstance(text, torch.Tensor) or (isinstance(text, np.ndarray) and text.dtype.kind in "fiu")
+        if is_waveform and audio is None and chat_audio is None:
+            return self.for_transcription(text, **kwargs)
         if text is None:
             raise ValueError(f"BlspKdProcessor needs text: a prompt with {self.audio_token!r} once for every audio.")
         check_arguments(kwargs)
@@ -174,6 +180,19 @@ class BlspKdProcessor(ProcessorMixin):
         if clips:
             data |= self.extract_features(clips, sampling_rate)
         return BatchFeature(data, tensor_type=return_tensors)
+
+    def for_transcription(self, clip: Any, **kwargs: Unpack[BlspKdProcessorKwargs]) -> BatchFeature:
+        """Prepare one clip without a prompt; `generate` then returns the transcript alone.
+
+        Returns:
+            `BatchFeature`: the clip's features, and `transcription_prompt_ids` (1, L), the prompt that asks for its
+            transcript by `transcription_instruction`.
+        """
+        prompt = self.apply_chat_template(user_turn(self.transcription_instruction), add_generation_prompt=True)
+        inputs = self(prompt, clip, add_special_tokens=False, **kwargs)
+        inputs["transcription_prompt_ids"] = inputs.pop("input_ids")
+        del inputs["attention_mask"]
+        return inputs
 
     def tokenize(self, texts: str | list[str], **kwargs) -> BatchEncoding:
         """Call the tokenizer in a way that is safe for several threads."""

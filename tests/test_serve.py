@@ -32,6 +32,7 @@ if is_serve_available():
 START_TIMEOUT_S = 120
 MAX_NEW_TOKENS = 8
 CONTEXT_LENGTH = 2048
+LONGEST_OF_CLIP = 16 + 15  # tokens of a transcript of 0.6 s
 
 # What the `transformers` command does, where neither the package nor any other machine is there.
 SERVER = f"""
@@ -341,10 +342,19 @@ def test_a_stream_tells_its_error(client):
 
 
 @pytest.mark.long
-def test_transcriptions_are_refused(client, server, model, processor):
+@pytest.mark.parametrize("format", ["wav", "flac"])
+def test_a_file_is_transcribed(client, server, model, processor, format):
     """The server calls processors with nothing but audio there, as encoder-decoder models take it."""
+    turn = [user(processor.transcription_instruction, audio(format=format))]
+    expected = answer_of(model, processor, turn, max_new_tokens=LONGEST_OF_CLIP)
+    file = (f"clip.{format}", file_of(clip(0.6), format))
+    assert client.audio.transcriptions.create(model=REPO_ID, file=file).text == expected
+
+
+@pytest.mark.long
+def test_a_file_that_is_no_audio_is_refused_and_the_server_goes_on(client, server, model, processor):
     with connect(server) as other, pytest.raises(openai.InternalServerError):
-        other.audio.transcriptions.create(model=REPO_ID, file=("clip.wav", file_of(clip(0.6))))
+        other.audio.transcriptions.create(model=REPO_ID, file=("clip.wav", b"no audio"))
     messages = CONVERSATIONS["text alone"]
     assert text_of(client, messages) == answer_of(model, processor, messages)
 
