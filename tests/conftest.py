@@ -41,8 +41,10 @@ def pytest_configure(config):
 
 
 def pytest_ignore_collect(collection_path, config):
-    # transformers' own tests need a download, so they are not even imported unless they are asked for.
-    return True if "hf_common" in collection_path.parts and not _runs_common_tests(config) else None
+    # Tests that need a download are not even imported unless they are asked for.
+    opt_in = {"hf_common": "hf_common", "real_engine": "vllm"}
+    wanted = [opt_in[part] for part in collection_path.parts if part in opt_in]
+    return True if wanted and config.getoption("markexpr") not in wanted else None
 
 
 def pytest_collection_finish():

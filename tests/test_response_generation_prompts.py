@@ -168,8 +168,8 @@ def test_vllm_gets_the_same_prompts_and_seeds_and_gives_the_same_rows(asr, backb
     asked = {}
 
     class LLM:
-        def __init__(self, model, dtype, tensor_parallel_size, max_model_len):
-            asked["model"] = (model, dtype, tensor_parallel_size, max_model_len)
+        def __init__(self, model, dtype, tensor_parallel_size, max_model_len, seed):
+            asked["model"] = (model, dtype, tensor_parallel_size, max_model_len, seed)
 
         def generate(self, prompts, sampling_params, use_tqdm):
             for prompt, sampling in zip(prompts, sampling_params):
@@ -191,8 +191,10 @@ def test_vllm_gets_the_same_prompts_and_seeds_and_gives_the_same_rows(asr, backb
     vllm.__spec__ = importlib.machinery.ModuleSpec("vllm", None)
     vllm.LLM, vllm.SamplingParams = LLM, dict
     monkeypatch.setitem(sys.modules, "vllm", vllm)
-    rows, _ = make(asr / "asr.jsonl", asr / "vllm.jsonl", backbones[1], temperature=0.7, engine="vllm")
-    assert asked.pop("model") == (str(backbones[1]), "float32", 1, 256)
+    rows, _ = make(
+        asr / "asr.jsonl", asr / "vllm.jsonl", backbones[1], temperature=0.7, engine="vllm", vllm_options='{"seed": 7}'
+    )
+    assert asked.pop("model") == (str(backbones[1]), "float32", 1, 256, 7)
     assert {seed: prompt for seed, (prompt, _) in asked.items()} == prompts
     assert all((one["max_tokens"], one["temperature"], one["top_p"]) == (6, 0.7, 1.0) for _, one in asked.values())
     assert [(row["response"], row["finished"]) for row in rows[:2]] == [("yes", True), ("no", False)]

@@ -124,6 +124,7 @@ class VllmEngine:
     Args:
         num_gpus: GPUs that vLLM splits the LLM over.
         max_prompt_tokens: longest prompt, because vLLM reserves memory for it.
+        further: arguments of `vllm.LLM`.
         model, dtype, max_new_tokens, temperature, top_p: see [`TransformersEngine`].
 
     Raises:
@@ -139,13 +140,18 @@ class VllmEngine:
         max_new_tokens: int,
         temperature: float,
         top_p: float,
+        further: dict | None = None,
     ):
         if importlib.util.find_spec("vllm") is None:
             raise ImportError("--engine vllm needs vLLM, which is not installed. Install it, or leave --engine out.")
         from vllm import LLM, SamplingParams
 
         self.llm = LLM(
-            model=model, dtype=dtype, tensor_parallel_size=num_gpus, max_model_len=max_prompt_tokens + max_new_tokens
+            model=model,
+            dtype=dtype,
+            tensor_parallel_size=num_gpus,
+            max_model_len=max_prompt_tokens + max_new_tokens,
+            **(further or {}),
         )
         self.sampling_params = SamplingParams
         self.options = {"max_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
@@ -172,5 +178,6 @@ def make_engine(
         "top_p": options.top_p,
     }
     if options.engine == "vllm":
-        return VllmEngine(options.text_model, num_gpus=options.num_gpus, max_prompt_tokens=max_prompt_tokens, **common)
+        common |= {"num_gpus": options.num_gpus, "max_prompt_tokens": max_prompt_tokens}
+        return VllmEngine(options.text_model, further=options.read_vllm_options(), **common)
     return TransformersEngine(options.text_model, processor, device, batch_size=options.batch_size, **common)

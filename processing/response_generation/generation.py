@@ -134,6 +134,8 @@ def describe(
         files = sorted({path for pattern in WEIGHTS for path in Path(name).glob(pattern)})
         model = {"folder": Path(name).name, "files": [file_identity(path) for path in files]}
     options = asdict(source_options) | asdict(row_options) | asdict(answer_options)
+    if options["vllm_options"] is None:
+        del options["vllm_options"]  # runs that began before this option existed go on
     return {
         "source": source.identity(),
         "model": model,

