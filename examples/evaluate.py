@@ -11,6 +11,9 @@ Without data it takes the tiny world's test sentences. A manifest has the fields
 `id`, `translation`, `words` and `voice_group`. Data sets of the Hub are known by their columns (CoVoST-2, MuST-C,
 LibriSpeech, Common Voice, VoiceBench). `processing/evaluation/text_scores.py` says how texts are normalised.
 
+With `--engine_url http://host:port/v1` a server of this model answers. The model is then loaded only for the task
+`alignment`, and for a cascade without `--asr_model`.
+
 Leaves in the output folder: `results.json`, `results.md`, plots (with matplotlib), and `predictions/`, one JSON line
 per row. A rerun goes on there: after a stop, with a higher limit, with more systems.
 """
@@ -34,6 +37,7 @@ from processing.evaluation.recognition import load_recognizer
 from processing.evaluation.report import as_markdown, plot
 from processing.evaluation.rows import open_rows, voice_group
 from processing.evaluation.scoring import Scorer
+from processing.evaluation.served_answers import ServedAnswers
 from processing.evaluation.systems import SYSTEMS, TASKS, Systems, names_of
 from processing.training_rows.kept_frames import KeptFrames
 
@@ -84,6 +88,7 @@ def parse_options() -> Namespace:
     parser.add_argument("--output", required=True, help="folder for results and predictions")
     parser.add_argument("--systems", type=names_of(SYSTEMS), help="some of text,speech,blind,cascade (all but cascade)")
     parser.add_argument("--asr_model", help="of the cascade: Hub id or folder; omitted, the model itself transcribes")
+    parser.add_argument("--engine_url", help="of a server of this model, up to /v1, which gives the answers instead")
     parser.add_argument("--tasks", type=names_of(TASKS), default=TASKS, help=f"some of {','.join(TASKS)} (all)")
     parser.add_argument("--manifest", help="JSONL manifest of the rows")
     parser.add_argument("--train_manifest", help="with --manifest: voices in it count as seen")
@@ -110,6 +115,8 @@ def parse_options() -> Namespace:
     options = parser.parse_args()
     if options.systems is None:
         options.systems = SYSTEMS if options.asr_model else SYSTEMS[:3]
+    if options.kept_frames and options.engine_url:
+        parser.error("--kept_frames are of a model here, but with --engine_url the server listens.")
     if options.asr_model and "cascade" not in options.systems:
         parser.error("--asr_model is of the cascade, which is not among --systems.")
     if not (options.manifest or options.dataset or options.translation_instruction):
@@ -130,14 +137,22 @@ def tiny_world(options: Namespace) -> tuple[str, list[dict]]:
 
 
 def load_systems(options: Namespace) -> Systems:
-    dtype = fast_dtype(options.dtype)
+    dtype, model, answers = fast_dtype(options.dtype), None, None
+    processor = BlspKdProcessor.from_pretrained(options.model, **read_options(options.chat_template_kwargs))
+    if options.engine_url:
+        rate = processor.feature_extractor.sampling_rate
+        answers = ServedAnswers(options.engine_url, rate, processor.chat_template_kwargs)
+    is_aligned = "alignment" in options.tasks and "speech" in options.systems
+    if answers is None or is_aligned or ("cascade" in options.systems and not options.asr_model):
+        model = BlspKdForCausalLM.from_pretrained(options.model, device_map="auto", dtype=dtype).requires_grad_(False)
     return Systems(
-        BlspKdForCausalLM.from_pretrained(options.model, device_map="auto", dtype=dtype).requires_grad_(False),
-        BlspKdProcessor.from_pretrained(options.model, **read_options(options.chat_template_kwargs)),
+        model,
+        processor,
         tasks=options.tasks,
         recognizer=load_recognizer(options.asr_model, dtype) if options.asr_model else None,
         translation_instruction=options.translation_instruction,
         max_new_tokens=options.max_new_tokens,
+        answers=answers,
     )
 
 

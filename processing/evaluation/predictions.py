@@ -71,6 +71,8 @@ def settings_of(system: str, options: Namespace, data: str) -> dict:
     """
     settings = {"model": identify(options.model, {})["revision"], "data": data, "tasks": list(options.tasks)}
     settings |= {name: getattr(options, name) for name in ("max_new_tokens", "translation_instruction")}
+    if options.engine_url:
+        settings["answered_by"] = "a server"
     if options.chat_template_kwargs:
         settings["chat_template_kwargs"] = options.chat_template_kwargs
     if options.train_manifest:

@@ -45,11 +45,13 @@ class Systems:
     """Predicts for batches of rows, whose `audio` is a clip as in `load_audio`.
 
     Args:
-        model, processor: a BLSP-KD model.
+        model, processor: a BLSP-KD model. With `answers` the model may be None, unless `alignment` is among the tasks
+            or the model itself is the recogniser.
         tasks: of `TASKS`. A row takes part in those that it has the fields for.
         recognizer: of the cascade, see `load_recognizer`; the model itself if omitted.
         translation_instruction: what to ask where a row has a translation.
         max_new_tokens: longest answer.
+        answers: returns the answers to chats, given their greatest length; of the model if omitted.
     """
 
     model: Any
@@ -58,10 +60,12 @@ class Systems:
     recognizer: Any = None
     translation_instruction: str | None = None
     max_new_tokens: int = 64
+    answers: Callable[[list[list[dict]], int], list[str]] | None = None
     collator: BlspKdDataCollator = field(init=False)
 
     def __post_init__(self):
-        self.model.eval()
+        if self.model is not None:
+            self.model.eval()
         self.collator = BlspKdDataCollator(self.processor)
         if self.recognizer is None:
             self.recognizer = lambda clips: transcribe(self.model, self.processor, clips)
@@ -90,11 +94,14 @@ class Systems:
             else user_turn(instruction, contents[index])
             for index, instruction in distinct
         ]
-        answers = answer(self.model, self.processor, turns, self.max_new_tokens, batch_size=len(rows))
-        answers = dict(zip(distinct, answers))
+        if self.answers is None:
+            answers = answer(self.model, self.processor, turns, self.max_new_tokens, batch_size=len(rows))
+        else:
+            answers = self.answers(turns, self.max_new_tokens)
+        answer_to = dict(zip(distinct, answers))
         lines = []
         for index, (row, of_row) in enumerate(zip(rows, asked)):
-            predicted = {task: answers[index, instruction] for task, instruction in of_row.items()}
+            predicted = {task: answer_to[index, instruction] for task, instruction in of_row.items()}
             if system == "cascade":
                 predicted["transcripts"] = transcripts[index]
             lines.append({**{name: row[name] for name in KEPT if name in row}, "predicted": predicted})
