@@ -24,7 +24,7 @@ SCRIPTS = tuple(f"examples/{path.name}" for path in sorted((ROOT / "examples").g
 EXAMPLE_PAGES = tuple(
     str(path.relative_to(ROOT)) for path in (ROOT / "examples").rglob("*.md") if "results" not in path.parts
 )
-MODULE = re.compile(r"python -m ((?:tests|examples)[.\w]*\w)([^\n`]*)")
+MODULE = re.compile(r"python -m ((?:tests|examples|processing)[.\w]*\w)([^\n`]*)")
 SPOKEN_CLIP = "outputs/tiny_world_speech/42c1e598c8a08f39bad3.flac"
 
 

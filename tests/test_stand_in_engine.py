@@ -6,6 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from processing import BlspKdProcessor
+from tests.helpers.chat_families import FAMILIES
 from tests.helpers.engine_requests import (
     KINDS,
     TINY_WORLD,
@@ -15,6 +17,8 @@ from tests.helpers.engine_requests import (
     prompt_and_answer,
     tiny_world,
 )
+from tests.helpers.models import text_config
+from tests.helpers.prompts import make_tokenizer
 
 pytest.importorskip("starlette", reason="needs the extra `serve`")
 from starlette.testclient import TestClient
@@ -29,8 +33,9 @@ def llm():
     return AutoModelForCausalLM.from_pretrained(TINY_WORLD / "llm"), AutoTokenizer.from_pretrained(TINY_WORLD / "llm")
 
 
-def start(llm, **options):
-    return TestClient(stand_in_engine(*llm, (TINY_WORLD / "model/chat_template.jinja").read_text(), **options))
+def start(llm, template=None, **options):
+    template = template or (TINY_WORLD / "model/chat_template.jinja").read_text()
+    return TestClient(stand_in_engine(*llm, template, **options))
 
 
 def ask(client, messages, **options):
@@ -78,6 +83,40 @@ def test_partial_lora_acts_at_embedded_positions_with_the_plugin_and_everywhere_
         ]
     assert texts["text"][0] == texts["text"][1] != texts["text"][2]
     assert len(set(texts["one clip"])) == 3
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_our_template_of_every_family_gives_an_engine_the_positions_of_our_processor(backbones, tmp_path, name):
+    """Also with the LLM's own template, if that expects strings: the engine joins parts with line breaks, as we do."""
+    family, tokenizer = FAMILIES[name], make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": family.special})
+    tokenizer.chat_template = family.template
+    tokenizer.save_pretrained(tmp_path)
+    options = {"chat_template_kwargs": family.options}
+    processor = BlspKdProcessor.from_backbones(backbones[0], tmp_path, **options)
+    templates = [
+        each["default"] if isinstance(each, dict) else each for each in (processor.chat_template, family.template)
+    ]
+    llm = AutoModelForCausalLM.from_config(text_config(vocab_size=400))
+    spoken, text = {"type": "audio"}, {"type": "text", "text": "the red cat"}
+    for template in templates[: 1 if family.in_parts or name == "gemma3" else 2]:
+        client = start((llm, tokenizer), template=template)
+        for content in ("the red cat", [text], [text, spoken], [spoken, spoken, text], [spoken]):
+            turns = [content, "ran", [text, spoken]]
+            chat = [{"role": role, "content": each} for role, each in zip(("user", "assistant", "user"), turns)]
+            prompt = processor.apply_chat_template(chat, add_generation_prompt=True)
+            ids = processor.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+            expected = [each for id in ids for each in ([-1] * 3 if id == processor.audio_token_id else [id])]
+            part = embeds_part(torch.zeros(3, 32))
+            messages = [
+                {**turn, "content": [part if block is spoken else block for block in turn["content"]]}
+                if isinstance(turn["content"], list)
+                else turn
+                for turn in chat
+            ]
+            answer = client.post("/tokenize", json={"messages": messages, **options}).json()
+            placeholder = len(tokenizer)  # the engine adds its own behind the LLM's
+            assert [-1 if id == placeholder else id for id in answer["tokens"]] == expected
 
 
 def test_it_refuses_what_the_engine_refuses(llm, plain):
