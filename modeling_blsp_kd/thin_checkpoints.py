@@ -121,7 +121,7 @@ def load_thin(
     for name, device in (_part_of(device_map, "adapter") or {"": "cpu"}).items():
         model.adapter.get_submodule(name).to(device)
 
-    weights = _own_weights(name_or_path, hub)
+    weights = own_weights(name_or_path, hub)
     current = model.state_dict()
     expected = trained_names(model)
     if not any(name.startswith("audio_tower.") for name in weights):
@@ -185,7 +185,9 @@ def _load_quantised(name_or_path, config, quantization_config, device_map, **kwa
     )
 
 
-def _own_weights(name_or_path, hub: dict) -> dict[str, torch.Tensor]:
+def own_weights(name_or_path: str | os.PathLike, hub: dict | None = None) -> dict[str, torch.Tensor]:
+    """Return the weights that a checkpoint holds itself; `hub` has options of the Hub, such as `revision`."""
+    hub = hub or {}
     one_file = cached_file(name_or_path, "model.safetensors", _raise_exceptions_for_missing_entries=False, **hub)
     if one_file is not None:
         return load_file(one_file)

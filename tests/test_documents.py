@@ -146,10 +146,10 @@ def test_modules_that_pages_run_exist(page):
 
 
 @pytest.mark.parametrize("page", [*PAGES, *EXAMPLE_PAGES])
-def test_pages_name_only_options_of_experiments_that_exist(page, monkeypatch, capsys):
+def test_pages_name_only_options_of_modules_that_exist(page, monkeypatch, capsys):
     text = (ROOT / page).read_text().replace("\\\n", " ")
     for name, arguments in MODULE.findall(text):
-        if name.startswith("examples.experiments."):
+        if name.startswith(("examples.experiments.", "processing.")):
             known = set(re.findall(r"--\w+", _help_of_module(name, monkeypatch, capsys)))
             unknown = set(re.findall(r"(?<=\s)--\w+", arguments)) - known
             assert not unknown, f"{page} passes {unknown} to {name}, which does not know them"
@@ -158,7 +158,8 @@ def test_pages_name_only_options_of_experiments_that_exist(page, monkeypatch, ca
 def _help_of_module(name, monkeypatch, capsys) -> str:
     monkeypatch.setattr(sys, "argv", [name, "--help"])
     with pytest.raises(SystemExit):
-        importlib.import_module(name).main()
+        module = importlib.import_module(name)
+        (module if hasattr(module, "main") else importlib.import_module(f"{name}.__main__")).main()
     return capsys.readouterr().out
 
 

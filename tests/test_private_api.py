@@ -244,7 +244,7 @@ def names_in(tree: ast.Module, defined: bool) -> set[str]:
     found = set()
     in_strings = {part for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values}
     for node in ast.walk(tree):
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             found |= {node.name} if defined else set()
         elif isinstance(node, ast.arg):
             found |= {node.arg} if defined else set()

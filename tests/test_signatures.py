@@ -12,11 +12,14 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("modeling_blsp_kd", "processing")
 
 
-def returns_a_value(function: ast.FunctionDef) -> bool:
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+def returns_a_value(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
     inside, found = list(function.body), False
     while inside and not found:
         node = inside.pop()
-        if not isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Lambda)):
+        if not isinstance(node, (*FUNCTIONS, ast.ClassDef, ast.Lambda)):
             found = isinstance(node, (ast.Yield, ast.YieldFrom)) or (
                 isinstance(node, ast.Return) and node.value is not None
             )
@@ -30,7 +33,7 @@ def untyped(body: list[ast.stmt], of_class: str = "") -> list[str]:
     for node in body:
         if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
             found += untyped(node.body, f"{node.name}.")
-        is_public = isinstance(node, ast.FunctionDef) and (
+        is_public = isinstance(node, FUNCTIONS) and (
             not node.name.startswith("_") or node.name in ("__init__", "__call__")
         )
         if is_public:
@@ -57,6 +60,7 @@ def test_public_signatures_are_typed(package):
         ("def f(a: int, *args, b=1) -> int: return a", ["f: b"]),
         ("def f():\n    yield 1", ["f: what it returns"]),
         ("def f():\n    def g():\n        return 1", []),
+        ("async def f(a):\n    return 1", ["f: a", "f: what it returns"]),
         ("class C:\n    def __init__(self, a): pass\n    def _f(self, b): pass", ["C.__init__: a"]),
         ("class C:\n    @staticmethod\n    def f(a): pass", ["C.f: a"]),
     ],

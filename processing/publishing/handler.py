@@ -195,7 +195,7 @@ def read_inputs(inputs: Any, read_block: Callable, audio_info: Callable) -> Any:
         inputs: of the request.
         read_block, audio_info: the functions of `chat_audio.py` and `audio_decoding.py`.
     """
-    budget = _Budget(audio_info)
+    budget = AudioBudget(audio_info)
     if isinstance(inputs, (bytes, bytearray, str)):
         return {"audio": budget.read(inputs)}
     if isinstance(inputs, dict):
@@ -217,17 +217,22 @@ def read_inputs(inputs: Any, read_block: Callable, audio_info: Callable) -> Any:
     )
 
 
-def _read_message(message: dict, read_block, budget: "_Budget") -> dict:
+def _read_message(message: dict, read_block, budget: "AudioBudget") -> dict:
     unknown = sorted(map(str, set(message) - {"role", "content"}))
     content = message.get("content")
     if unknown or not isinstance(message["role"], str) or not isinstance(content, (str, list)):
         raise ValueError(f"A message has a 'role' and a 'content' (text or a list of blocks), got {message!r:.200}.")
     if isinstance(content, list):
-        content = [_read_block(block, read_block, budget) for block in content]
+        content = [read_text_or_audio(block, read_block, budget) for block in content]
     return {"role": message["role"], "content": content}
 
 
-def _read_block(block, read_block, budget: "_Budget") -> dict:
+def read_text_or_audio(block: Any, read_block: Callable, budget: "AudioBudget") -> dict:
+    """Return a block of a chat, of type "text" or "audio", with the contents of the file in the place of base64.
+
+    Raises:
+        ValueError, TypeError: the block is of another type, or its audio is no file or base64 of one, or too much.
+    """
     read, clip = read_block(block) if isinstance(block, dict) else ({}, None)
     if read.get("type") == "text" and isinstance(read.get("text"), str):
         return {"type": "text", "text": read["text"]}
@@ -242,14 +247,21 @@ def _read_block(block, read_block, budget: "_Budget") -> dict:
     return {"type": "audio", "audio": budget.read(values[0])}
 
 
-class _Budget:
-    """The bytes and seconds of audio that a request may still use."""
+class AudioBudget:
+    """The bytes and seconds of audio that a request may still use.
 
-    def __init__(self, audio_info):
+    Args:
+        audio_info (`Callable`): the function of `audio_decoding.py`.
+        max_bytes (`int`, *optional*), max_duration_s (`float`, *optional*): omitted, those of this file.
+    """
+
+    def __init__(self, audio_info: Callable, max_bytes: int | None = None, max_duration_s: float | None = None):
         self.audio_info = audio_info
+        self.max_bytes = MAX_AUDIO_BYTES if max_bytes is None else max_bytes
+        self.max_duration_s = MAX_DURATION_S if max_duration_s is None else max_duration_s
         self.num_bytes, self.duration_s = 0, 0.0
 
-    def read(self, audio) -> bytes:
+    def read(self, audio: Any) -> bytes:
         """Return the contents of an audio file, sent as they are or as base64.
 
         A string is never taken for a path or a URL: that would open the server's files and network to its clients.
@@ -266,17 +278,17 @@ class _Budget:
             self.duration_s += self.audio_info(contents).duration_s
         except ValueError:
             return contents  # the pipeline says what is wrong with it
-        if self.duration_s > MAX_DURATION_S:
+        if self.duration_s > self.max_duration_s:
             raise ValueError(
-                f"The audio lasts {self.duration_s:.1f} s, but at most {MAX_DURATION_S:g} s are served. Split it."
+                f"The audio lasts {self.duration_s:.1f} s, but at most {self.max_duration_s:g} s are served. Split it."
             )
         return contents
 
     def _spend_bytes(self, num_bytes: int):
         self.num_bytes += num_bytes
-        if self.num_bytes > MAX_AUDIO_BYTES:
+        if self.num_bytes > self.max_bytes:
             raise ValueError(
-                f"The audio takes more than {MAX_AUDIO_BYTES} bytes, which is the limit. Compress or split it."
+                f"The audio takes more than {self.max_bytes} bytes, which is the limit. Compress or split it."
             )
 
 

@@ -1,0 +1,349 @@
+"""The ears of serving: loading them, batches, the queue, the cache, and what is refused; and the check of an engine."""
+
+import asyncio
+import os
+import threading
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+if not os.environ.get("CI"):
+    pytest.importorskip("prometheus_client", reason="needs the extra `serving`")
+
+import httpx
+
+from modeling_blsp_kd import BlspKdForCausalLM
+from modeling_blsp_kd.encoder_families import steps_per_frame
+from processing.serving.clip_cache import ClipCache, HeardClip
+from processing.serving.ears import Ears
+from processing.serving.ears_model import load_ears
+from processing.serving.engine import Engine
+from processing.serving.engine_check import EngineFacts, MisfitError, check_engine
+from processing.serving.errors import BadRequest, Busy, EngineUnreachable, ServerError
+from processing.serving.metrics import Metrics
+from processing.serving.speech_parts import with_speech
+from processing.serving.subtitles import as_srt, as_vtt, segments_of
+from tests.helpers.engine_requests import TINY_WORLD, tiny_world
+from tests.helpers.fronts import ENGINE_URL, run
+from tests.helpers.models import base_llm, make_model, make_thin_model
+from tests.helpers.prompts import SAMPLING_RATE, clip
+from tests.helpers.stand_in_engine import stand_in_engine
+
+# -- the model --------------------------------------------------------------------------------------------------------
+
+
+def heard_by(model, processor, duration_s=1.3):
+    inputs = {
+        name: torch.from_numpy(values)
+        for name, values in processor.extract_features([(clip(duration_s), SAMPLING_RATE)]).items()
+    }
+    with torch.inference_mode():
+        return model.get_audio_features(**inputs, output_token_times=True)
+
+
+def assert_hears_the_same(folder, model, processor, **options):
+    ears, _ = load_ears(folder, **options)
+    of_ears, of_model = heard_by(ears, processor), heard_by(model, processor)
+    for name in ("pooler_output", "token_times", "num_speech_tokens"):
+        assert torch.equal(of_ears[name], of_model[name]), name
+    assert torch.equal(ears.get_input_embeddings().weight, model.get_input_embeddings().weight)
+    assert ears.generation_config.eos_token_id == model.generation_config.eos_token_id
+    names = [name for name, _ in ears.language_model.named_parameters()]
+    assert not any("layers" in name or "head" in name for name in names) and len(names) <= 3, names
+    return ears
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_neox"])
+def test_the_ears_of_a_checkpoint_hear_as_the_model_without_its_llm(family, processor, tmp_path):
+    model = make_model(family, plora=True)
+    model.save_pretrained(tmp_path)
+    assert_hears_the_same(tmp_path, model, processor)
+    assert load_ears(tmp_path)[1]
+
+
+@pytest.mark.parametrize("plora", [False, True])
+def test_the_ears_of_a_thin_checkpoint(plora, backbones, processor, tmp_path):
+    make_thin_model(backbones, plora=plora).save_pretrained(tmp_path)
+    model = BlspKdForCausalLM.from_pretrained(tmp_path)
+    assert_hears_the_same(tmp_path, model, processor)
+    assert load_ears(tmp_path)[1] is plora
+
+
+def test_a_dtype_of_choice(processor, tmp_path):
+    make_model().to(torch.bfloat16).save_pretrained(tmp_path)
+    model = BlspKdForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    ears = assert_hears_the_same(tmp_path, model, processor, dtype="float32")
+    assert {parameter.dtype for parameter in ears.parameters()} == {torch.float32}
+    assert load_ears(tmp_path)[0].dtype == torch.bfloat16
+
+
+# -- batches ----------------------------------------------------------------------------------------------------------
+
+
+class Held:
+    """Ears whose first batch waits until it is let go, and the number of frames of the clips in each batch."""
+
+    def __init__(self, processor, **options):
+        self.batches, self.let_go, self.has_begun = [], threading.Event(), threading.Event()
+        self.ears = Ears(make_model(), processor, Metrics(), **options)
+        self.processor, forward = processor, self.ears._forward
+
+        def held(features):
+            self.batches.append(
+                [each.shape[-1] // steps_per_frame(self.ears.model.config.speech_config) for each in features]
+            )
+            self.has_begun.set()
+            assert self.let_go.wait(30)
+            return forward(features)
+
+        self.ears._forward = held
+
+    def hear(self, seconds, seed=0) -> asyncio.Task:
+        contents = clip(seconds, seed)
+        features = self.processor.extract_features([(contents, SAMPLING_RATE)])["input_features"][0]
+        return asyncio.ensure_future(self.ears.hear(f"{seconds} {seed}", lambda: features))
+
+    async def waiting(self, count):
+        while len(self.ears._waiting) < count:
+            await asyncio.sleep(0.01)
+
+    async def begun(self):
+        await asyncio.to_thread(self.has_begun.wait, 30)
+
+
+@pytest.fixture
+def held(processor):
+    made = []
+
+    def make(**options):
+        made.append(Held(processor, **options))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.let_go.set()
+        each.ears.close()
+
+
+def test_clips_that_wait_are_encoded_together_by_length_up_to_a_budget(held):
+    """The first that waits decides, and a batch takes the nearest lengths; a clip beyond the budget goes alone."""
+    here = held(max_frames=150)
+
+    async def law():
+        first = here.hear(0.3)
+        await here.begun()
+        tasks = []
+        for count, seconds in enumerate([1.0, 4.0, 0.5, 0.9, 1.1, 0.55], 1):
+            tasks.append(here.hear(seconds))
+            await here.waiting(count)
+        here.let_go.set()
+        heard = await asyncio.gather(first, *tasks)
+        assert here.batches == [[15], [50, 45], [200], [25, 27], [55]]
+        for clip_of, seconds in zip(heard, [0.3, 1.0, 4.0, 0.5, 0.9, 1.1, 0.55]):
+            alone = heard_by(here.ears.model, here.processor, seconds)
+            torch.testing.assert_close(clip_of.speech_tokens, alone.pooler_output[0])
+            torch.testing.assert_close(clip_of.token_times, alone.token_times[0])
+
+    run(law())
+
+
+def test_a_clip_that_nobody_waits_for_is_not_encoded(held):
+    here = held()
+
+    async def law():
+        first = here.hear(0.3)
+        await here.begun()
+        left, kept = here.hear(0.5), here.hear(0.7)
+        await here.waiting(2)
+        left.cancel()
+        await asyncio.sleep(0)
+        here.let_go.set()
+        await asyncio.gather(first, kept)
+        assert here.batches == [[15], [35]]
+
+    run(law())
+
+
+def test_beyond_the_places_clips_are_refused(held):
+    here = held(max_waiting=3)
+
+    async def law():
+        with here.ears.reserve(["a", "b"]), pytest.raises(Busy, match="Try again later") as busy:
+            with here.ears.reserve(["c", "d"]):
+                pass
+        assert int(busy.value.response().headers["Retry-After"]) >= 1
+        with here.ears.reserve(["c", "d", "d", "e"]):
+            pass
+        with pytest.raises(BadRequest, match="may have 3 new clips, but this one has 4"), here.ears.reserve([*"abcd"]):
+            pass
+        here.let_go.set()
+        await here.hear(0.3)
+        with here.ears.reserve(["0.3 0", *"abc"]):  # the first is remembered
+            pass
+
+    run(law())
+
+
+def test_one_clip_that_fails_takes_no_other_with_it(held):
+    here = held()
+    forward = here.ears._forward
+
+    def failing(features):
+        if 70 in [each.shape[-1] for each in features]:
+            raise RuntimeError("out of memory")
+        return forward(features)
+
+    here.ears._forward = failing
+
+    async def law():
+        first = here.hear(0.3)
+        await here.begun()
+        tasks = [here.hear(seconds) for seconds in (0.5, 0.7, 0.9)]
+        await here.waiting(3)
+        here.let_go.set()
+        good, broken, also_good = await asyncio.gather(*tasks, return_exceptions=True)
+        await first
+        assert isinstance(good, HeardClip) and isinstance(also_good, HeardClip)
+        assert isinstance(broken, RuntimeError)
+
+    run(law())
+
+
+@pytest.mark.parametrize("dtype, vectors", [("float32", [[float("nan"), 1]]), ("float16", [[1e6, 1]]), ("float32", [])])
+def test_vectors_that_are_not_finite_do_not_reach_the_engine(dtype, vectors):
+    """The engine answers them with an empty text, and the next request that gets their memory, too."""
+    clips = {"a": HeardClip(torch.tensor(vectors).reshape(-1, 2), None)}
+    messages = [{"role": "user", "content": [{"type": "audio", "key": "a"}]}]
+    with pytest.raises(ServerError, match="not finite numbers"):
+        with_speech(messages, clips, getattr(torch, dtype))
+
+
+def test_closing_encodes_what_waits(held):
+    here = held()
+
+    async def law():
+        first = here.hear(0.3)
+        await here.begun()
+        second = here.hear(0.5)
+        await here.waiting(1)
+        here.let_go.set()
+        await asyncio.to_thread(here.ears.close)
+        assert all(isinstance(each, HeardClip) for each in await asyncio.gather(first, second))
+        assert not here.ears.is_open
+
+    run(law())
+
+
+def test_the_cache_forgets_what_was_not_used_for_longest():
+    def clip_of(num_rows):
+        return HeardClip(torch.zeros(num_rows, 25), None)
+
+    cache = ClipCache(max_bytes=1000)
+    for name in "abc":
+        cache.put(name, clip_of(4 if name == "c" else 3))
+    assert (len(cache), cache.num_bytes) == (3, 1000)
+    cache.get("a")
+    cache.put("d", clip_of(1))
+    assert [cache.get(name) is None for name in "abcd"] == [False, True, False, False]
+    cache.put("e", clip_of(11))
+    assert cache.get("e") is None and len(cache) == 3
+
+
+# -- subtitles --------------------------------------------------------------------------------------------------------
+
+
+def test_segments_end_at_sentences_at_pauses_and_before_they_are_too_long():
+    words = [
+        ("One", 0.0),
+        (" two.", 0.3),
+        (" Three", 0.6),
+        (" four", 2.0),
+        *((" five", 2.3 + 0.3 * n) for n in range(40)),
+    ]
+    segments = segments_of([{"text": text, "timestamp": (start, start + 0.3)} for text, start in words])
+    assert [segment.text for segment in segments[:2]] == ["One two.", "Three"]
+    assert " ".join(segment.text for segment in segments) == "".join(text for text, _ in words)
+    assert all(len(segment.text) <= 84 and segment.end - segment.start <= 7.0 for segment in segments)
+    assert len(segments) == 5
+
+
+def test_the_forms_of_subtitles():
+    segments = segments_of([{"text": "a < b", "timestamp": (3599.9996, 3661.5)}])
+    assert as_srt(segments) == "1\n01:00:00,000 --> 01:01:01,500\na < b\n"
+    assert as_vtt(segments) == "WEBVTT\n\n01:00:00.000 --> 01:01:01.500\na &lt; b\n"
+    assert (as_srt([]), as_vtt([])) == ("", "WEBVTT\n")
+
+
+# -- the check of an engine -------------------------------------------------------------------------------------------
+
+
+async def app_without_models(scope, receive, send):
+    await send({"type": "http.response.start", "status": 404, "headers": []})
+    await send({"type": "http.response.body", "body": b""})
+
+
+def check(model, processor, app, has_plora=False, **options):
+    async def law():
+        engine = Engine(ENGINE_URL, Metrics(), transport=httpx.ASGITransport(app))
+        try:
+            return await check_engine(engine, model, processor, has_plora, **options)
+        finally:
+            await engine.close()
+
+    return run(law())
+
+
+@pytest.fixture(scope="module")
+def world():
+    return tiny_world()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(TINY_WORLD / "llm")
+
+
+def test_an_engine_that_fits(world, tokenizer):
+    model, processor = world
+    app = stand_in_engine(model.language_model, tokenizer, processor.chat_template)
+    assert check(model, processor, app) == EngineFacts("llm", None, 512)
+    assert check(model, processor, app, base="llm") == EngineFacts("llm", None, 512)
+    with pytest.raises(MisfitError, match=r"must be chosen with --engine_model, among \['llm'\], got 'other'"):
+        check(model, processor, app, base="other")
+    with pytest.raises(MisfitError, match="has partial LoRA, but the engine offers no LoRA"):
+        check(model, processor, app, has_plora=True)
+
+
+def test_engines_that_do_not_fit(world, tokenizer, processor):
+    model, own = world
+    llm, template = model.language_model, own.chat_template
+    torch.manual_seed(0)
+    other_llm = type(llm)(llm.config).eval()
+    in_parts = "".join(
+        ["{% for message in messages %}<|{{ message.role }}|>\n", "{% for part in message.content %}{{ part.text }}"]
+    )
+    in_parts += "{% endfor %}<|end|>\n{% endfor %}<|assistant|>\n"
+    narrow = make_model()
+    for app, message in [
+        (stand_in_engine(llm, tokenizer, template, prompt_embeds=False), "You must set `--enable-prompt-embeds`"),
+        (stand_in_engine(llm, tokenizer, in_parts), "reads other tokens than the model: .* from position"),
+        (stand_in_engine(other_llm, tokenizer, template), "does not read vectors as it reads the text|Is it the LLM"),
+        (stand_in_engine(base_llm(narrow), processor.tokenizer, template), "does not match the model's hidden_size 32"),
+    ]:
+        with pytest.raises(MisfitError, match=message):
+            check(model, own, app)
+    with pytest.raises(EngineUnreachable, match="answers with status 404"):
+        check(model, own, app_without_models)
+
+
+def test_partial_lora_needs_the_plugin(tokenizer, tmp_path):
+    model, processor = tiny_world(plora=True)
+    model.plora.save_pretrained(tmp_path)
+    options = {"adapters": {"speech": tmp_path}}
+    llm = base_llm(model)
+    app = stand_in_engine(llm, tokenizer, processor.chat_template, **options)
+    assert check(model, processor, app, has_plora=True) == EngineFacts("llm", "speech", 512)
+    stock = stand_in_engine(llm, tokenizer, processor.chat_template, has_plugin=False, **options)
+    with pytest.raises(MisfitError, match="applies 'speech' to text, too, but partial LoRA is for speech alone"):
+        check(model, processor, stock, has_plora=True)
