@@ -88,13 +88,14 @@ def load(folder, is_cpu=True, is_second=False, max_loras=2, loaded=()):
     )
     platform = SimpleNamespace(is_cpu=lambda: is_cpu, device_name="cpu" if is_cpu else "cuda")
     request = SimpleNamespace(lora_path=folder, lora_name="speech", lora_int_id=1)
-    return _checking(lambda self, request: "loaded", platform)(manager, request)
+    return _checking(lambda self, request: "added", platform)(manager, request)
 
 
 def test_it_is_refused_where_it_was_not_tried(folders):
     partial, plain = folders
     assert is_partial(partial) and not is_partial(plain)
-    assert load(partial) == load(plain, is_cpu=False, is_second=True, max_loras=1) == "loaded"
+    assert load(partial) == load(plain, is_cpu=False, is_second=True, max_loras=1) == "added"
+    assert load(partial, loaded=(1, 2)) == "added"  # before
     with pytest.raises(NotImplementedError, match="'speech' is a partial LoRA.* not tried on cuda with model runner 1"):
         load(partial, is_cpu=False)
     with pytest.raises(NotImplementedError, match="not tried on cpu with model runner 2"):

