@@ -14,6 +14,7 @@ import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import numpy as np
 import pytest
 import soundfile
@@ -349,6 +350,11 @@ def test_a_file_is_transcribed(client, server, model, processor, format):
     expected = answer_of(model, processor, turn, max_new_tokens=LONGEST_OF_CLIP)
     file = (f"clip.{format}", file_of(clip(0.6), format))
     assert client.audio.transcriptions.create(model=REPO_ID, file=file).text == expected
+    # The server streams bare text, which the client does not read.
+    fields = {"model": REPO_ID, "stream": "true"}
+    streamed = httpx.post(f"{server.url}/v1/audio/transcriptions", data=fields, files={"file": file}, timeout=60).text
+    pieces = [line.removeprefix("data: ") for line in streamed.split("\n\n")[:-1]]
+    assert "".join(pieces) == expected and len(pieces) > 1
 
 
 @pytest.mark.long

@@ -254,7 +254,6 @@ def test_without_the_plugin_the_lora_acts_everywhere(files, models, tmp_path):
 
 def test_training_rows_are_those_of_transformers_also_after_a_kill(tmp_path):
     asr = write_asr(tmp_path / "asr")
-    vllm_options = json.dumps({"gpu_memory_utilization": LITTLE_MEMORY, "enforce_eager": True})
     common = ["--manifest", asr / "asr.jsonl", "--templates", "repeat", "continue", "--batch_size", "1"]
     common += ["--max_new_tokens", "16", "--dtype", "float32"]
 
@@ -262,21 +261,22 @@ def test_training_rows_are_those_of_transformers_also_after_a_kill(tmp_path):
         return [python, ROOT / "examples/make_training_data.py", *common, "--output", asr / output, *more]
 
     subprocess.run(command(sys.executable, "here.jsonl"), check=True, cwd=ROOT)
+    vllm_options = json.dumps({"gpu_memory_utilization": LITTLE_MEMORY, "enforce_eager": True})
+    there = command(PYTHON, "there.jsonl", "--engine", "vllm", "--vllm_options", vllm_options)
     environment = {**os.environ, **SETTINGS, "PYTHONPATH": str(OVERLAY)}
-    engine = ("--engine", "vllm", "--vllm_options", vllm_options)
-    subprocess.run(command(PYTHON, "vllm.jsonl", *engine), check=True, cwd=ROOT, env=environment)
-    killed = subprocess.Popen(command(PYTHON, "killed.jsonl", *engine), cwd=ROOT, env=environment)
-    part = asr / "killed.parts" / "part-00000.jsonl"
+    killed = subprocess.Popen(there, cwd=ROOT, env=environment)
+    part = asr / "there.parts" / "part-00000.jsonl"
     while not (part.exists() and part.stat().st_size):
         assert killed.poll() is None
         time.sleep(0.01)
     killed.kill()
     killed.wait()
-    assert not (asr / "killed.jsonl").exists()
-    subprocess.run(command(PYTHON, "killed.jsonl", *engine), check=True, cwd=ROOT, env=environment)
-    here, there = (
-        [json.loads(line) for line in (asr / name).read_text().splitlines()] for name in ("here.jsonl", "vllm.jsonl")
-    )
-    assert {row.pop("engine") for row in here} == {"transformers"} and {row.pop("engine") for row in there} == {"vllm"}
-    assert len(here) > 10 and here == there
-    assert (asr / "killed.jsonl").read_bytes() == (asr / "vllm.jsonl").read_bytes()
+    assert not (asr / "there.jsonl").exists()
+    subprocess.run(there, check=True, cwd=ROOT, env=environment)
+    rows = {
+        name: [json.loads(line) for line in (asr / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("here", "there")
+    }
+    assert {row.pop("engine") for row in rows["here"]} == {"transformers"}
+    assert {row.pop("engine") for row in rows["there"]} == {"vllm"}
+    assert len(rows["here"]) > 10 and rows["here"] == rows["there"]
