@@ -32,13 +32,15 @@ from modeling_blsp_kd import BlspKdForCausalLM
 from modeling_blsp_kd.devices import fast_dtype
 from processing import BlspKdProcessor
 from processing.chat_templates import read_options
+from processing.evaluation.cost import measure_cost
+from processing.evaluation.options import add_options
 from processing.evaluation.predictions import Predictions, predict_missing, settings_of
-from processing.evaluation.recognition import load_recognizer
+from processing.evaluation.recognition import load_recognizer, name_cascades
 from processing.evaluation.report import as_markdown, plot
 from processing.evaluation.rows import open_rows, voice_group
 from processing.evaluation.scoring import Scorer
 from processing.evaluation.served_answers import ServedAnswers
-from processing.evaluation.systems import SYSTEMS, TASKS, Systems, names_of
+from processing.evaluation.systems import SYSTEMS, Systems
 from processing.training_rows.kept_frames import KeptFrames
 
 ROOT = Path(__file__).parent.parent
@@ -49,15 +51,19 @@ def main():
     options = parse_options()
     data, total, rows = open_rows(options, tiny_world)
     output = Path(options.output)
+    asr_models = name_cascades(options.asr_model) if options.asr_model else {}
+    names = [name for name in options.systems if name != "cascade"]
+    names += (asr_models or ["cascade"]) if "cascade" in options.systems else []
     files = {
-        system: Predictions(output / "predictions", system, settings_of(system, options, data))
-        for system in options.systems
+        name: Predictions(output / "predictions", name, settings_of(name, options, data, asr_models.get(name)))
+        for name in names
     }
-    systems = load_systems(options)
+    systems = load_systems(options, asr_models)
     kept_frames = KeptFrames(systems.model.audio_tower, options.kept_frames) if options.kept_frames else None
-    ids = []
+    ids, timed = [], []
     with tqdm(total=total, unit="row", desc="predicting", mininterval=1) as progress:
         while batch := list(islice(rows, options.batch_size)):
+            timed += batch[: options.num_timed - len(timed)]
             predict_missing(systems, files, batch)
             ids += [row["id"] for row in batch]
             progress.update(len(batch))
@@ -66,7 +72,12 @@ def main():
     if kept_frames is not None:
         kept_frames.save()
 
-    scorer = Scorer(options.tasks, options.num_resamples, bleu_tokenizer=options.bleu_tokenizer)
+    scorer = Scorer(
+        options.tasks,
+        options.num_resamples,
+        bleu_tokenizer=options.bleu_tokenizer,
+        normalizer=options.normalizer,
+    )
     results = {
         "settings": {
             **vars(options),
@@ -76,6 +87,8 @@ def main():
         },
         "systems": scorer({system: [file.by_id[row_id] for row_id in ids] for system, file in files.items()}),
     }
+    if timed:
+        results["cost"] = scorer.cost(measure_cost(systems, names, timed))
     (output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     (output / "results.md").write_text(as_markdown(results))
     plot(results, output)
@@ -84,41 +97,16 @@ def main():
 
 def parse_options() -> Namespace:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder or Hub id of a BLSP-KD model")
-    parser.add_argument("--output", required=True, help="folder for results and predictions")
-    parser.add_argument("--systems", type=names_of(SYSTEMS), help="some of text,speech,blind,cascade (all but cascade)")
-    parser.add_argument("--asr_model", help="of the cascade: Hub id or folder; omitted, the model itself transcribes")
-    parser.add_argument("--engine_url", help="of a server of this model, up to /v1, which gives the answers instead")
-    parser.add_argument("--tasks", type=names_of(TASKS), default=TASKS, help=f"some of {','.join(TASKS)} (all)")
-    parser.add_argument("--manifest", help="JSONL manifest of the rows")
-    parser.add_argument("--train_manifest", help="with --manifest: voices in it count as seen")
-    parser.add_argument(
-        "--allow_outside_paths", action="store_true", help="let audio paths leave the manifest's folder"
-    )
-    parser.add_argument("--dataset", help="data set of the Hub, or folder of one")
-    parser.add_argument("--config", help="configuration of the data set")
-    parser.add_argument("--split", help="split of the data set, or of the tiny world (test)")
-    parser.add_argument("--streaming", action="store_true", help="read the data set as it downloads")
-    parser.add_argument("--num_utterances", type=int, default=480, help="tiny world: clips per kind of voice")
-    parser.add_argument("--cache_dir", default="outputs/tiny_world_speech", help="tiny world: where clips are kept")
-    parser.add_argument("--limit", type=int, help="use the first rows only")
-    parser.add_argument("--dtype", help="of the models; omitted, float32 on a CPU, elsewhere as they are stored")
-    parser.add_argument("--kept_frames", help="file for frames of a Whisper encoder, see train.py: encodes a clip once")
-    parser.add_argument("--batch_size", type=int, default=32, help="rows at once")
-    parser.add_argument("--max_new_tokens", type=int, default=64, help="longest answer")
-    parser.add_argument(
-        "--chat_template_kwargs", help="JSON options of the LLM's chat template (those that it was trained with)"
-    )
-    parser.add_argument("--translation_instruction", help="what to ask where rows have a translation")
-    parser.add_argument("--bleu_tokenizer", default="13a", help="sacrebleu's: 13a, intl, zh, ja-mecab, ko-mecab, char")
-    parser.add_argument("--num_resamples", type=int, default=1000, help="bootstrap samples of an interval")
+    add_options(parser)
     options = parser.parse_args()
     if options.systems is None:
         options.systems = SYSTEMS if options.asr_model else SYSTEMS[:3]
-    if options.kept_frames and options.engine_url:
-        parser.error("--kept_frames are of a model here, but with --engine_url the server listens.")
     if options.asr_model and "cascade" not in options.systems:
         parser.error("--asr_model is of the cascade, which is not among --systems.")
+    if options.kept_frames and options.engine_url:
+        parser.error("--kept_frames are of a model here, but with --engine_url the server listens.")
+    if options.engine_url and options.num_timed:
+        parser.error("--num_timed times this process, so leave out --engine_url.")
     if not (options.manifest or options.dataset or options.translation_instruction):
         options.translation_instruction = TINY_WORLD_TRANSLATION
     return options
@@ -136,20 +124,23 @@ def tiny_world(options: Namespace) -> tuple[str, list[dict]]:
     return f"tiny world, {split}, {options.num_utterances} per kind of voice", rows
 
 
-def load_systems(options: Namespace) -> Systems:
+def load_systems(options: Namespace, asr_models: dict[str, str]) -> Systems:
     dtype, model, answers = fast_dtype(options.dtype), None, None
     processor = BlspKdProcessor.from_pretrained(options.model, **read_options(options.chat_template_kwargs))
+    if options.transcription_instruction:
+        processor.transcription_instruction = options.transcription_instruction
     if options.engine_url:
         rate = processor.feature_extractor.sampling_rate
         answers = ServedAnswers(options.engine_url, rate, processor.chat_template_kwargs)
     is_aligned = "alignment" in options.tasks and "speech" in options.systems
     if answers is None or is_aligned or ("cascade" in options.systems and not options.asr_model):
         model = BlspKdForCausalLM.from_pretrained(options.model, device_map="auto", dtype=dtype).requires_grad_(False)
+    recognizers = {name: load_recognizer(folder, dtype, options.asr_language) for name, folder in asr_models.items()}
     return Systems(
         model,
         processor,
         tasks=options.tasks,
-        recognizer=load_recognizer(options.asr_model, dtype) if options.asr_model else None,
+        recognizer=recognizers or None,
         translation_instruction=options.translation_instruction,
         max_new_tokens=options.max_new_tokens,
         answers=answers,

@@ -189,6 +189,31 @@ def linear_kl(
     return total / max(student_hidden.shape[0], 1) if reduction == "mean" else total
 
 
+def same_likeliest_token(
+    student_hidden: torch.Tensor,
+    teacher_hidden: torch.Tensor,
+    lm_head_weight: torch.Tensor,
+    *,
+    lm_head_bias: torch.Tensor | None = None,
+    chunk_rows: int = MOST_CHUNK_ROWS,
+) -> torch.BoolTensor:
+    """Tell for each of N rows whether student and teacher predict the same next token, greedily: (N,) bool.
+
+    Scale and soft-capping of the logits change no ranking, so they are left out. Arguments are those of [`linear_kl`].
+    """
+    weight = lm_head_weight.detach()
+    bias = None if lm_head_bias is None else lm_head_bias.detach()
+    same = torch.zeros(len(student_hidden), dtype=torch.bool, device=student_hidden.device)
+    for start in range(0, len(same), chunk_rows):
+        rows = slice(start, start + chunk_rows)
+        student, teacher = (
+            nn.functional.linear(hidden[rows].detach().to(weight.dtype), weight, bias).argmax(-1)
+            for hidden in (student_hidden, teacher_hidden)
+        )
+        same[rows] = student == teacher
+    return same
+
+
 def linear_cross_entropy(
     hidden: torch.Tensor,
     targets: torch.Tensor,

@@ -15,7 +15,13 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from .ctc import ctc_loss
-from .distillation import linear_cross_entropy, linear_kl_of_rows, predicts_next, quantity_loss
+from .distillation import (
+    linear_cross_entropy,
+    linear_kl_of_rows,
+    predicts_next,
+    quantity_loss,
+    same_likeliest_token,
+)
 from .speech_windows import is_within
 
 
@@ -112,11 +118,12 @@ class OutputHead:
 def wanted_losses(weights: dict[str, float], is_training: bool, one_to_one: bool) -> set[str]:
     """Return the names of the losses to compute.
 
-    Training computes what the loss weighs. Evaluation also reports every KL that the adapter allows.
+    Training computes what the loss weighs. Evaluation also reports every KL that the adapter allows, and at how many
+    response tokens speech and text agree on the likeliest one.
     """
     wanted = {name for name in LOSS_PARTS if weights[name]}
     if not is_training:
-        wanted |= NEED_TEACHER if one_to_one else {"response_kl"}
+        wanted |= {"response_agreement"} | (NEED_TEACHER if one_to_one else {"response_kl"})
     return wanted
 
 
@@ -162,7 +169,7 @@ def distillation_loss(
             "content": (prompts.is_speech, prompts.teacher_is_content),
         }
         states = {
-            KL_OF[name]: (student_states[in_student], teacher_states[in_teacher])  # type: ignore[index]  # see `wanted`
+            name: (student_states[in_student], teacher_states[in_teacher])  # type: ignore[index]  # see `wanted`
             for name, (in_student, in_teacher) in compared.items()
             if KL_OF[name] in wanted
         }
@@ -205,6 +212,10 @@ def distillation_loss(
         name: torch.stack([part.detach().float(), getattr(counts, LOSS_PARTS[name]).float()])
         for name, part in parts.items()
     }
+    if "response_agreement" in wanted:
+        head = OutputHead.of(language_model)
+        same = same_likeliest_token(*states["response"], head.weight, lm_head_bias=head.bias)
+        loss_parts["response_agreement"] = torch.stack([same.sum().float(), counts.response_tokens.float()])
     if num_aligned is not None:
         loss_parts["ctc_aligned_share"] = torch.stack([num_aligned.float(), counts.clips.float()])
     if audio.alpha_sum is not None:
@@ -225,7 +236,7 @@ def _kl_sums(
     student_rows, teacher_rows = (torch.cat(rows) for rows in zip(*states.values()))
     kl = linear_kl_of_rows(student_rows, teacher_rows, head.weight, temperature, **head.options)
     num_rows = [len(rows) for rows, _ in states.values()]
-    return {name: rows.sum() for name, rows in zip(states, kl.split(num_rows))}
+    return {KL_OF[name]: rows.sum() for name, rows in zip(states, kl.split(num_rows))}
 
 
 def _check_same_tokens(name: str, in_student: torch.BoolTensor, in_teacher: torch.BoolTensor):

@@ -87,7 +87,8 @@ class BlspKdOutputWithPast(CausalLMOutputWithPast):
         logits (`torch.FloatTensor` of shape (B, L, V), *optional*): not computed in a distillation step.
         loss_parts (`dict[str, torch.FloatTensor]`, *optional*):
             of a distillation step: name -> (sum, count), detached. Their quotient is the mean that the loss weighs.
-            Beside the losses: `token_count_accuracy` and `token_count_error` (mean absolute).
+            Beside the losses: `token_count_accuracy`, `token_count_error` (mean absolute), and in evaluation
+            `response_agreement`, the share of response tokens at which speech and text have the same likeliest token.
     """
 
     loss_parts: dict[str, torch.FloatTensor] | None = None

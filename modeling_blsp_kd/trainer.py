@@ -45,7 +45,8 @@ class BlspKdTrainer(AtomicSaving, ExactOrder):
     Training and evaluation log the same parts under the same names (with the prefix `eval_` in evaluation):
     `response_kl`, `input_kl`, `quantity` and whatever else the loss weighs, each the mean over its tokens or clips
     since the last log, over all processes; `token_count_accuracy` and `token_count_error` compare predicted with true
-    token counts. Evaluation always reports the KLs: they measure how well speech and text are aligned.
+    token counts. Evaluation always reports the KLs and `response_agreement`: they measure how well speech and text are
+    aligned.
 
     Takes the arguments of `Trainer`; `processing_class` should be the processor, so that every checkpoint holds it and
     the code of the pipelines; there is a warning if it is none. docs/training_arguments.md lists the effect of each

@@ -12,6 +12,7 @@ from modeling_blsp_kd.distillation import (
     postprocess_logits,
     predicts_next,
     quantity_loss,
+    same_likeliest_token,
 )
 from modeling_blsp_kd.distillation_step import OutputHead
 from modeling_blsp_kd.training.output_head import check_output_head
@@ -144,6 +145,21 @@ def test_identical_states_give_zero_and_direction_matters(dtype):
     assert linear_kl(student, student, weight).abs() <= student.shape[1] * torch.finfo(dtype).eps * terms
     assert linear_kl(student, teacher, weight) > 0
     assert (linear_kl(student, teacher, weight) - linear_kl(teacher, student, weight)).abs() > 1e-3
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 3, 192])
+def test_the_likeliest_tokens_are_compared_row_by_row(chunk_rows):
+    student, teacher, weight = states()
+    bias = torch.linspace(-1, 1, 11)
+    teacher[:3] = student[:3] + 0.01
+    likeliest = [
+        [max(range(11), key=lambda token: float(row @ weight[token] + bias[token])) for row in rows]
+        for rows in (student, teacher)
+    ]
+    same = same_likeliest_token(student, teacher, weight, lm_head_bias=bias, chunk_rows=chunk_rows)
+    assert same.tolist() == [ours == theirs for ours, theirs in zip(*likeliest)]
+    assert same.any() and not same.all()
+    assert same_likeliest_token(student[:0], teacher[:0], weight).shape == (0,)
 
 
 def test_temperature_divides_the_logits_and_nothing_multiplies_the_loss():

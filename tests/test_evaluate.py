@@ -31,11 +31,12 @@ from modeling_blsp_kd.speech_encoder import TrueLengthWhisperEncoder
 from processing.audio_loading import load_audio
 from processing.evaluation.answering import answer_rows
 from processing.evaluation.predictions import Predictions
-from processing.evaluation.recognition import load_recognizer, transcribe
+from processing.evaluation.recognition import load_recognizer, name_cascades, transcribe
 from processing.evaluation.report import as_markdown, plot
 from processing.evaluation.rows import check_rows, hub_rows, manifest_rows, open_rows, schema_of
 from processing.evaluation.scoring import Scorer
 from processing.evaluation.systems import TASKS, Systems
+from processing.evaluation.word_times import errors_of
 from tests.helpers.audio_files import StandInDecoder
 from tests.helpers.models import VOCAB_SIZE, make_model, speech_config
 from tests.helpers.prompts import SAMPLING_RATE, clip
@@ -163,6 +164,18 @@ def test_options_of_other_data_are_refused(given):
         open_rows(options_of(**given))
 
 
+def test_rows_of_some_kinds_and_another_instruction(tmp_path):
+    rows = [{"audio": "a.wav", "text": text, "kind": kind, "answer": "x"} for text, kind in zip(TEXTS, "aba")]
+    manifest = write_manifest(tmp_path / "rows.jsonl", rows)
+    whole, _, _ = open_rows(options_of(manifest=manifest))
+    name, total, opened = open_rows(options_of(manifest=manifest, kinds=["a"], limit=5))
+    assert (total, [row["text"] for row in opened]) == (2, [TEXTS[0], TEXTS[2]]) and name != whole
+    name, _, opened = open_rows(options_of(manifest=manifest, instruction="Go on."))
+    assert name != whole and all(row["instruction"] == "Go on." and "answer" not in row for row in opened)
+    with pytest.raises(ValueError, match="No row is of the kind c. There are: a, b"):
+        open_rows(options_of(manifest=manifest, kinds=["a", "c"]))
+
+
 def test_without_data_there_is_what_the_caller_takes_then():
     rows = [{"audio": "a.wav", "text": text} for text in TEXTS]
     name, total, opened = open_rows(options_of(limit=2), lambda options: (f"own, {options.limit}", rows))
@@ -237,6 +250,18 @@ def test_a_cascade_that_hears_all_is_the_text_system(model, processor, spoken_ro
         assert of_cascade == of_text
 
 
+def test_several_cascades_are_systems_of_their_own(model, processor, spoken_rows):
+    assert name_cascades(["org/base"]) == {"cascade": "org/base"}
+    named = name_cascades(["org/base", "here/tiny.en"])
+    assert named == {"cascade_base": "org/base", "cascade_tiny.en": "here/tiny.en"}
+    with pytest.raises(ValueError, match="org/base, my/base need different last parts"):
+        name_cascades(["org/base", "my/base"])
+    heard = {name: lambda clips, word=name[-1]: [word] * len(clips) for name in named}
+    systems = make_systems(model, processor, recognizer=heard)
+    for name in named:
+        assert [line["predicted"]["transcripts"] for line in systems.predict(name, spoken_rows)] == [name[-1]] * 3
+
+
 def test_a_translation_needs_an_instruction(model, processor, spoken_rows):
     with pytest.raises(ValueError, match="Row a has a translation to compare with. Tell what to ask for"):
         Systems(model, processor).predict("text", spoken_rows)
@@ -247,7 +272,8 @@ def test_alignment_by_row_adds_up_to_that_of_the_batch(model, processor, collato
     lines = make_systems(model, processor, tasks=("alignment",)).predict("speech", rows)
     with torch.no_grad():
         whole = model(**collator(rows)).loss_parts
-    for name in ("response_kl", "input_kl", "token_count_error", "token_count_accuracy"):
+    names = ("response_kl", "response_agreement", "input_kl", "token_count_error", "token_count_accuracy")
+    for name in names:
         summed = np.sum([line["alignment"][name] for line in lines], axis=0)
         np.testing.assert_allclose(summed, whole[name].numpy(), rtol=1e-4)
 
@@ -323,8 +349,11 @@ def test_a_recogniser_of_transformers_hears_each_clip_alone(tmp_path):
 
 
 @pytest.mark.parametrize("has_pad_token", [True, False])
-def test_whisper_hears_short_clips_together_and_long_ones_whole(has_pad_token, tmp_path):
-    """transformers' pipeline refuses batches of a model whose tokenizer has no pad token, which stopped evaluate.py."""
+def test_whisper_hears_short_clips_together_and_long_ones_whole(has_pad_token, tmp_path, monkeypatch):
+    """transformers' pipeline refuses batches of a model whose tokenizer has no pad token, which stopped evaluate.py.
+
+    It also searched with five beams.
+    """
     letters = {letter: index for index, letter in enumerate(sorted(ByteLevel.alphabet()))}
     end = "<|endoftext|>"
     tokenizer = WhisperTokenizer(letters, [], unk_token=end, bos_token=end, eos_token=end, pad_token=end)
@@ -348,11 +377,19 @@ def test_whisper_hears_short_clips_together_and_long_ones_whole(has_pad_token, t
         setattr(whisper.generation_config, name, value)
     whisper.save_pretrained(tmp_path)
     recognise = load_recognizer(str(tmp_path))
+    asked, generate = [], WhisperForConditionalGeneration.generate
+    monkeypatch.setattr(
+        WhisperForConditionalGeneration,
+        "generate",
+        lambda self, *given, **options: (asked.append(options), generate(self, *given, **options))[1],
+    )
     clips = [{"array": clip(duration_s), "sampling_rate": SAMPLING_RATE} for duration_s in (0.5, 2.0)]
     together = recognise(clips)
     assert together == [recognise([each])[0] for each in clips] and all(together)
     long = {"array": clip(31.0), "sampling_rate": SAMPLING_RATE}
     assert len(recognise([clips[0], long])) == 2
+    beams = [options.get("num_beams") or options["generation_config"].num_beams for options in asked]
+    assert beams and set(beams) == {1}
 
 
 # -- scores -----------------------------------------------------------------------------------------------------------
@@ -392,6 +429,7 @@ def test_answers_are_scored_by_kind_by_voices_and_against_text(scorer):
     assert {kind: of["exact_match"]["value"] for kind, of in answers["by_kind"].items()} == {"animal": 0, "colour": 0.5}
     assert answers["by_voice_group"]["held out voices"]["contained"]["value"] == 1
     assert answers["share_of_text"]["value"] == pytest.approx(1 / 3)
+    assert answers["contained_share_of_text"]["value"] == pytest.approx(2 / 3)
     assert set(scores["speech"]) == {"answers"}, "no row takes part in the other tasks"
 
 
@@ -403,6 +441,26 @@ def test_word_times_are_absolute_errors_in_milliseconds(scorer):
     times = scorer({"speech": lines})["speech"]["alignment"]["word_times"]
     assert times["median_ms"]["value"] == pytest.approx(40)
     assert times["words_right"]["value"] == 0.5
+
+
+def test_case_and_punctuation_make_no_word_wrong():
+    """An LLM writes "The cat." where the transcript has "the cat", and none of these words had a time."""
+    said = [{"text": "the", "start": 0.1, "end": 0.2}, {"text": "cat", "start": 0.3, "end": 0.5}]
+    heard = [{"text": " The", "timestamp": (0.2, 0.2)}, {"text": " cat.", "timestamp": (0.3, 0.6)}]
+    np.testing.assert_allclose(errors_of({"words": said}, heard), [(0.1, 0.0), (0.0, 0.1)])
+
+
+def test_counts_within_one_and_costs_have_intervals(scorer):
+    lines = [
+        {"id": str(miss), "predicted": {}, "alignment": {"token_count_error": [miss, 1.0]}} for miss in (0, 1, 2, 5)
+    ]
+    alignment = scorer({"speech": lines})["speech"]["alignment"]
+    assert alignment["token_count_within_one"]["value"] == 0.5 and alignment["token_count_error"]["value"] == 2
+    cost = scorer.cost({"speech": {"num_parameters": 7_000_000, "first_token_ms": [10.0, 20.0, 90.0]}})
+    assert cost["speech"]["first_token_ms"]["value"] == 20 and cost["speech"]["num_parameters"] == 7_000_000
+    settings = {"model": "m", "data": "rows.jsonl", "num_rows": 4}
+    table = as_markdown({"settings": settings, "systems": scorer({"speech": lines, "text": []}), "cost": cost})
+    assert "first token, ms (3 rows)" in table and "| 7.0 " in table and "20 [10, 90]" in table
 
 
 def test_report_shows_what_there_is(scorer, tmp_path):

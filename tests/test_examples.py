@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -236,8 +237,25 @@ def parts_trained(model):
 
 
 def test_parts_of_a_model_that_is_trained_further_are_not_asked_for():
-    with pytest.raises(ValueError, match="brings its own adapter, plora. Leave out --adapter, --plora, or"):
-        ModelOptions(start_from="org/model", adapter="subsampler", plora=True)
+    with pytest.raises(ValueError, match="brings its own adapter, thin. Leave out --adapter, --thin, or"):
+        ModelOptions(start_from="org/model", adapter="subsampler", thin=True)
+
+
+def test_a_further_stage_may_add_partial_lora_and_keeps_one_that_is_there(tmp_path):
+    """A recognition warm-up runs no LLM, so partial LoRA belongs to the stage after it, but was refused there."""
+    first = ModelOptions(freeze_speech_encoder=True, transcription_instruction="Say it again, word for word.")
+    processor = build_processor(first)
+    build_model(first, processor).save_pretrained(tmp_path / "first")
+    processor.save_pretrained(tmp_path / "first")
+    further = ModelOptions(start_from=str(tmp_path / "first"), freeze_speech_encoder=True, plora=True)
+    second = build_model(further, None)
+    assert parts_trained(second) == {"adapter", "language_model"} and second.config.plora["r"] == 16
+    assert all(parameter.requires_grad for parameter in second.plora.parameters)
+    assert build_processor(further).transcription_instruction == "Say it again, word for word."
+    second.save_pretrained(tmp_path / "second")
+    third = build_model(replace(further, start_from=str(tmp_path / "second")), None)
+    for name, value in second.state_dict().items():
+        assert torch.equal(third.state_dict()[name], value), name
 
 
 def test_a_manifest_row_without_text_is_named(tmp_path):

@@ -48,6 +48,17 @@ def test_case_punctuation_and_space_are_no_errors(metrics):
     assert metrics["transcript_errors"].compute(**accents)["wer"] == 0.5, "letters with accents are other letters"
 
 
+def test_the_english_normaliser_takes_digits_and_contractions_for_words(metrics):
+    given = dict(predictions=["It's 20 dogs."], references=["it is twenty dogs"])
+    assert metrics["transcript_errors"].compute(**given)["wer"] == 0.5
+    assert metrics["transcript_errors"].compute(**given, normalizer="english") == {"wer": 0, "cer": 0}
+    five = dict(predictions=["The answer is five."], references=["5"])
+    assert metrics["answer_match"].compute(**five)["contained"] == 0
+    assert metrics["answer_match"].compute(**five, normalizer="english")["contained"] == 1
+    with pytest.raises(ValueError, match="no normaliser 'klingon'. Take one of basic, english"):
+        text_scores.match_answers(["a"], ["a"], normalizer="klingon")
+
+
 def edits(given, gold):
     """Levenshtein distance, from its definition."""
     if not given or not gold:

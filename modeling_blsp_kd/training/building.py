@@ -142,6 +142,8 @@ def calibration_batches(train_dataset: RowsInMemory | StreamedRows, collator: Bl
 def build_processor(options: ModelOptions) -> BlspKdProcessor:
     """Return the processor of the model that options describe."""
     given = read_options(options.chat_template_kwargs)
+    if options.transcription_instruction is not None:
+        given["transcription_instruction"] = options.transcription_instruction
     if options.start_from:
         return BlspKdProcessor.from_pretrained(options.start_from, **given)
     return BlspKdProcessor.from_backbones(options.speech_model, options.text_model, **given)
@@ -162,6 +164,8 @@ def build_model(
     }
     if options.start_from:
         config = model_class.config_class.from_pretrained(options.start_from, **training)
+        if options.plora and not config.plora:
+            config.plora = True
         if hasattr(config.speech_config, "apply_spec_augment"):
             config.speech_config.update(SPEC_AUGMENT if options.spec_augment else {"apply_spec_augment": False})
         # As stored, so that weights that are trained further are not rounded to the dtype of the rest.

@@ -20,7 +20,7 @@ TINY_WORLD = Path(__file__).parents[2] / "examples" / "tiny_world"
 TINY_TEXT_MODEL = str(TINY_WORLD / "llm")
 TINY_SPEECH_MODEL = str(TINY_WORLD / "speech_encoder")
 # Options that a model to train further already decides.
-OF_A_MODEL = ("text_model", "speech_model", "adapter", "adapter_options", "calibrate_adapter", "plora", "thin")
+OF_A_MODEL = ("text_model", "speech_model", "adapter", "adapter_options", "calibrate_adapter", "thin")
 DEFAULT_STEPS = 2400
 
 
@@ -43,6 +43,13 @@ class ModelOptions:
             "saved with the processor. If omitted: none, or those of --start_from."
         },
     )
+    transcription_instruction: str | None = field(
+        default=None,
+        metadata={
+            "help": "What asks the LLM for a transcript, saved with the processor. If omitted: 'Repeat the words.', or "
+            "that of --start_from."
+        },
+    )
     dtype: str | None = field(
         default=None,
         metadata={
@@ -63,7 +70,8 @@ class ModelOptions:
         default=None,
         metadata={
             "help": "Hub id or folder of a BLSP-KD model to train further. It keeps its backbones, adapter and partial "
-            "LoRA; this command decides all else, including what is frozen and the weights of the losses."
+            "LoRA (--plora true adds one where there is none); this command decides all else, including what is frozen "
+            "and the weights of the losses."
         },
     )
     distillation: str = field(

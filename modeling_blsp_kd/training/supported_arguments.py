@@ -15,7 +15,7 @@ from ..distillation_step import LOSS_PARTS
 logger = logging.get_logger(__name__)
 
 # For all other metrics of an evaluation, lower is better.
-GREATER_IS_BETTER = ("token_count_accuracy",)
+GREATER_IS_BETTER = ("token_count_accuracy", "response_agreement")
 
 
 def check_training_arguments(args: TrainingArguments):
@@ -111,7 +111,7 @@ def best_metric_is_greater(name: str, metrics: set[str], dataset_names: list[str
 def evaluation_metrics(model: PreTrainedModel) -> set[str]:
     """Return the names of the metrics that an evaluation of a model reports, without `eval_`."""
     weights = model.config.distillation
-    metrics = {"loss", "response_kl"} | {name for name in LOSS_PARTS if weights[name]}
+    metrics = {"loss", "response_kl", "response_agreement"} | {name for name in LOSS_PARTS if weights[name]}
     if model.adapter.one_to_one:
         metrics |= {"input_kl", "token_count_accuracy", "token_count_error"}
     return metrics

@@ -12,7 +12,7 @@ from processing.audio_loading import load_audio
 
 from .systems import Systems
 
-HEARING = ("speech", "cascade")
+READING = ("text", "blind")  # all other systems hear the clip
 
 
 class Predictions:
@@ -62,12 +62,13 @@ class Predictions:
         self.by_id.update((line["id"], line) for line in lines)
 
 
-def settings_of(system: str, options: Namespace, data: str) -> dict:
+def settings_of(system: str, options: Namespace, data: str, asr_model: str | None = None) -> dict:
     """Return what the predictions of a system depend on.
 
     Args:
         options: those of `examples/evaluate.py`.
         data: the name of the data, which changes when the data does.
+        asr_model: of a cascade; the model itself if omitted.
     """
     settings = {"model": identify(options.model, {})["revision"], "data": data, "tasks": list(options.tasks)}
     settings |= {name: getattr(options, name) for name in ("max_new_tokens", "translation_instruction")}
@@ -75,10 +76,14 @@ def settings_of(system: str, options: Namespace, data: str) -> dict:
         settings["answered_by"] = "a server"
     if options.chat_template_kwargs:
         settings["chat_template_kwargs"] = options.chat_template_kwargs
+    if options.transcription_instruction:
+        settings["transcription_instruction"] = options.transcription_instruction
     if options.train_manifest:
         settings["train_manifest"] = Path(options.train_manifest).name
-    if system == "cascade":
-        settings["asr_model"] = identify(options.asr_model or options.model, {})["revision"]
+    if system.startswith("cascade"):
+        settings["asr_model"] = identify(asr_model or options.model, {})["revision"]
+        if options.asr_language:
+            settings["asr_language"] = options.asr_language
     return settings
 
 
@@ -95,7 +100,7 @@ def predict_missing(systems: Systems, files: dict[str, Predictions], batch: list
     """
     missing = {system: [row for row in batch if row["id"] not in file.by_id] for system, file in files.items()}
     # Decoded once for all systems that read audio.
-    heard = {row["id"]: row for system in HEARING for row in missing.get(system, [])}
+    heard = {row["id"]: row for system in missing if system not in READING for row in missing[system]}
     rate = systems.processor.feature_extractor.sampling_rate
     for row in heard.values():
         try:

@@ -5,8 +5,12 @@ external language models.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 from transformers import PretrainedConfig, pipeline
 
 from modeling_blsp_kd import BlspKdConfig, BlspKdForCausalLM
@@ -19,28 +23,61 @@ from .answering import answer
 WHISPER_WINDOW_S = 30
 
 
-def load_recognizer(name: str, dtype: torch.dtype | str = "auto") -> Callable[[list], list[str]]:
-    """Return a function that transcribes a list of clips (each as in `load_audio`).
+@dataclass
+class Recognizer:
+    """A function that transcribes a list of clips (each as in `load_audio`), and the model behind it."""
+
+    transcribe: Callable[[list], list[str]]
+    model: nn.Module
+
+    def __call__(self, clips: list) -> list[str]:
+        return self.transcribe(clips)
+
+
+def name_cascades(asr_models: list[str]) -> dict[str, str]:
+    """Return the name of the system of each recogniser: `cascade`, or of several `cascade_NAME` by their last part.
+
+    Raises:
+        ValueError: two have the same name.
+    """
+    if len(asr_models) == 1:
+        return {"cascade": asr_models[0]}
+    names = [f"cascade_{Path(model).name}" for model in asr_models]
+    if len(set(names)) < len(names):
+        raise ValueError(f"The recognisers {', '.join(asr_models)} need different last parts, which name the systems.")
+    return dict(zip(names, asr_models))
+
+
+def load_recognizer(name: str, dtype: torch.dtype | str = "auto", language: str | None = None) -> Recognizer:
+    """Return a recogniser that decodes greedily.
 
     Args:
         name: folder or Hub id of a BLSP-KD model, or of a model for transformers' "automatic-speech-recognition".
         dtype: of its weights, as in `from_pretrained`.
+        language: what a multilingual Whisper is told to hear, such as "en"; omitted, it finds out clip by clip.
     """
     config, _ = PretrainedConfig.get_config_dict(name)
     if config.get("model_type") == BlspKdConfig.model_type:
         processor = BlspKdProcessor.from_pretrained(name)
         model = BlspKdForCausalLM.from_pretrained(name, device_map="auto", dtype=dtype).eval()
-        return lambda clips: transcribe(model, processor, clips)
+        return Recognizer(lambda clips: transcribe(model, processor, clips), model)
     recognize = pipeline("automatic-speech-recognition", model=name, device_map="auto", dtype=dtype)
     rate = recognize.feature_extractor.sampling_rate
+    generate_kwargs: dict[str, Any] = {}
     if recognize.type == "seq2seq_whisper" and recognize.tokenizer.pad_token is None:
         # A pipeline asks for one before it batches. What ends a transcript may fill it up.
         recognize.tokenizer.pad_token = recognize.tokenizer.eos_token
+        generate_kwargs["pad_token_id"] = recognize.tokenizer.pad_token_id
+
+    if recognize.type.startswith("seq2seq"):
+        generate_kwargs["num_beams"] = 1  # the pipeline's own default is 5
+        if language and getattr(recognize.model.generation_config, "is_multilingual", False):
+            generate_kwargs["language"] = language
 
     def run_pipeline(clips: list) -> list[str]:
         waveforms = [load_audio(clip, rate) for clip in clips]
         given = [{"raw": waveform, "sampling_rate": rate} for waveform in waveforms]
-        options: dict[str, int] = {}
+        options: dict[str, Any] = {"generate_kwargs": generate_kwargs} if generate_kwargs else {}
         if recognize.type == "seq2seq_whisper":
             if max(map(len, waveforms)) > WHISPER_WINDOW_S * rate:
                 options["return_timestamps"] = True  # without it Whisper stops at the end of its window
@@ -49,7 +86,7 @@ def load_recognizer(name: str, dtype: torch.dtype | str = "auto") -> Callable[[l
                 options["batch_size"] = len(given)
         return [made["text"].strip() for made in recognize(given, **options)]
 
-    return run_pipeline
+    return Recognizer(run_pipeline, recognize.model)
 
 
 @torch.inference_mode()

@@ -12,14 +12,17 @@ COLUMNS = (
     ("exact match", "answers", "exact_match", 1, 3),
     ("contained", "answers", "contained", 1, 3),
     ("share of text", "answers", "share_of_text", 1, 3),
+    ("contained, share of text", "answers", "contained_share_of_text", 1, 3),
     ("WER %", "transcripts", "wer", 100, 1),
     ("CER %", "transcripts", "cer", 100, 1),
     ("BLEU", "translation", "bleu", 1, 1),
     ("chrF", "translation", "chrf", 1, 1),
     ("response KL", "alignment", "response_kl", 1, 4),
+    ("response tokens agree", "alignment", "response_agreement", 1, 3),
     ("input KL", "alignment", "input_kl", 1, 4),
     ("token count error", "alignment", "token_count_error", 1, 3),
     ("token count right", "alignment", "token_count_accuracy", 1, 3),
+    ("token count within 1", "alignment", "token_count_within_one", 1, 3),
 )
 WORD_TIMES = (("word times, median ms", "median_ms", 1, 0), ("90 % within ms", "percentile_90_ms", 1, 0))
 
@@ -28,7 +31,8 @@ def as_markdown(results: dict) -> str:
     """Tables of all systems: scores with their 95 % intervals, and exact matches by kind and by group of voices."""
     systems, settings = results["systems"], results["settings"]
     lines = [f"{settings['model']} on {settings['data']}: {settings['num_rows']} rows, 95 % intervals over rows", ""]
-    lines += _table(["", *systems], _overall(systems, settings["num_rows"]))
+    body = _overall(systems, settings["num_rows"]) + _costs([results.get("cost", {}).get(name) for name in systems])
+    lines += table(["", *systems], body)
     for field, heading in (("by_voice_group", "exact match by voices"), ("by_kind", "exact match by kind")):
         groups = {name: scores["answers"].get(field, {}) for name, scores in systems.items() if "answers" in scores}
         names = dict.fromkeys(name for group in groups.values() for name in group)
@@ -37,7 +41,7 @@ def as_markdown(results: dict) -> str:
                 _line(name, [of_system[name]["exact_match"] for of_system in groups.values()], settings["num_rows"])
                 for name in names
             ]
-            lines += ["", *_table([heading, *groups], body)]
+            lines += ["", *table([heading, *groups], body)]
     return "\n".join(lines) + "\n"
 
 
@@ -50,6 +54,21 @@ def _overall(systems: dict, num_rows: int) -> list[list[str]]:
         scores = [of.get("alignment", {}).get("word_times", {}).get(name) for of in systems.values()]
         rows.append(_line(heading, scores, num_rows, factor, decimals))
     return [row for row in rows if any(row[1:])]
+
+
+def _costs(costs: list[dict | None]) -> list[list[str]]:
+    """Return the lines of the parameters that run and of the time to the first token, if they were measured."""
+    measured = [cost for cost in costs if cost]
+    if not measured:
+        return []
+    num_timed = measured[0]["first_token_ms"]["n"]
+    return [
+        ["parameters run, M", *(f"{cost['num_parameters'] / 1e6:.1f}" if cost else "" for cost in costs)],
+        [
+            f"first token, ms ({num_timed} rows)",
+            *(shown(cost["first_token_ms"], 1, 0) if cost else "" for cost in costs),
+        ],
+    ]
 
 
 def _line(heading: str, scores: list[dict | None], num_rows: int, factor: float = 1, decimals: int = 3) -> list[str]:
@@ -68,7 +87,8 @@ def shown(score: dict | None, factor: float, decimals: int) -> str:
     return f"{value} [{low}, {high}]"
 
 
-def _table(head: list[str], body: list[list[str]]) -> list[str]:
+def table(head: list[str], body: list[list[str]]) -> list[str]:
+    """Return the lines of a Markdown table."""
     widths = [max(len(row[column]) for row in [head, *body]) for column in range(len(head))]
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in [head, *body]]
     return [lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]

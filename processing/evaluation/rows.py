@@ -30,6 +30,7 @@ SCHEMAS = {
     "VoiceBench with references": {"text": "prompt", "answer": "reference"},
     "VoiceBench": {"text": "prompt"},
 }
+OF_AN_INSTRUCTION = ("answer", "response")
 FIELDS = ("instruction", "answer", "translation", "response", "words", "kind", "voice", "voice_group")
 
 
@@ -38,7 +39,7 @@ def open_rows(options: Any, default: Callable | None = None) -> tuple[str, int |
 
     Args:
         options: with `manifest`, `train_manifest`, `allow_outside_paths`, `dataset`, `config`, `split`, `streaming` and
-            `limit`, see `examples/evaluate.py`.
+            `limit`, and where wanted `kinds` and `instruction`, see `examples/evaluate.py`.
         default: what to take if they name neither a manifest nor a data set: given the options, it returns a name and
             a list of rows.
 
@@ -65,8 +66,38 @@ def open_rows(options: Any, default: Callable | None = None) -> tuple[str, int |
         name, rows = default(options)
     else:
         raise ValueError("There is no data to evaluate on. Give --manifest or --dataset.")
+    kinds, instruction = (getattr(options, wish, None) for wish in ("kinds", "instruction"))
+    if kinds:
+        rows, name = of_kinds(rows, kinds), f"{name}, of the kinds {', '.join(kinds)}"
+    if instruction is not None:
+        rows, name = asked(rows, instruction), f"{name}, asked {instruction!r}"
     total = min(len(rows), options.limit or len(rows)) if isinstance(rows, list) else options.limit
     return name, total, check_rows(islice(rows, options.limit))
+
+
+def of_kinds(rows: Iterable[dict], kinds: list[str]) -> Iterable[dict]:
+    """Return the rows of some kinds; a stream stays one.
+
+    Raises:
+        ValueError: a list has no row of one of the kinds.
+    """
+    if not isinstance(rows, list):
+        return (row for row in rows if row.get("kind") in kinds)
+    there = {row["kind"] for row in rows if row.get("kind")}
+    if lacking := sorted(set(kinds) - there):
+        raise ValueError(
+            f"No row is of the kind {', '.join(lacking)}. There are: {', '.join(sorted(there)) or 'none'}."
+        )
+    return [row for row in rows if row.get("kind") in kinds]
+
+
+def asked(rows: Iterable[dict], instruction: str) -> Iterable[dict]:
+    """Return rows with another instruction. What was right for their own one, `answer` and `response`, is left out."""
+    made = (
+        {name: value for name, value in {**row, "instruction": instruction}.items() if name not in OF_AN_INSTRUCTION}
+        for row in rows
+    )
+    return list(made) if isinstance(rows, list) else made
 
 
 def check_rows(rows: Iterable[dict]) -> Iterator[dict]:

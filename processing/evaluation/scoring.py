@@ -7,13 +7,14 @@ out: the spread over seeds of training, which one model cannot tell.
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import numpy as np
 
 from .text_scores import count_transcript_errors, match_answers, score_translations
 
 INTERVAL = (2.5, 97.5)
-ALIGNMENT = ("response_kl", "input_kl", "token_count_error", "token_count_accuracy")
+ALIGNMENT = ("response_kl", "response_agreement", "input_kl", "token_count_error", "token_count_accuracy")
 
 
 class Scorer:
@@ -24,10 +25,19 @@ class Scorer:
         num_resamples: bootstrap samples of an interval.
         seed: of the samples.
         bleu_tokenizer: sacrebleu's, which depends on the language of the translations.
+        normalizer: of answers and transcripts, see `text_scores.py`.
     """
 
-    def __init__(self, tasks: Iterable[str], num_resamples: int = 1000, seed: int = 0, bleu_tokenizer: str = "13a"):
-        self.tasks, self.num_resamples, self.seed, self.bleu_tokenizer = tasks, num_resamples, seed, bleu_tokenizer
+    def __init__(
+        self,
+        tasks: Iterable[str],
+        num_resamples: int = 1000,
+        seed: int = 0,
+        bleu_tokenizer: str = "13a",
+        normalizer: str = "basic",
+    ):
+        self.tasks, self.num_resamples, self.seed = tasks, num_resamples, seed
+        self.bleu_tokenizer, self.normalizer = bleu_tokenizer, normalizer
 
     def __call__(self, predictions: dict[str, list[dict]]) -> dict[str, dict]:
         """Score the lines of each system (`Systems.predict`), of the same rows in the same order.
@@ -63,11 +73,19 @@ class Scorer:
 
         return self.bootstrap(statistic, len(above))
 
+    def cost(self, measured: dict[str, dict]) -> dict[str, dict]:
+        """Return what `measure_cost` measured, with the median of the times and its interval in their place."""
+        costs = {}
+        for system, cost in measured.items():
+            median = partial(_median_of, np.array(cost["first_token_ms"]))
+            costs[system] = {**cost, "first_token_ms": self.bootstrap(median, len(cost["first_token_ms"]))}
+        return costs
+
     def _answers(self, lines) -> dict:
         lines = [line for line in lines if "answers" in line["predicted"]]
         if not lines:
             return {}
-        matches = match_answers(*_pairs(lines, "answers", "answer"), per_row=True)
+        matches = self._matches(lines)
 
         def score(rows) -> dict:
             return {
@@ -89,7 +107,8 @@ class Scorer:
         lines = [line for line in lines if "transcripts" in line["predicted"]]
         if not lines:
             return {}
-        counts = count_transcript_errors(*_pairs(lines, "transcripts", "text"), per_row=True)
+        pairs = _pairs(lines, "transcripts", "text")
+        counts = count_transcript_errors(*pairs, per_row=True, normalizer=self.normalizer)
         return {
             "wer": self.ratio(counts["word_errors"], counts["words"]),
             "cer": self.ratio(counts["char_errors"], counts["chars"]),
@@ -114,6 +133,9 @@ class Scorer:
             for name in ALIGNMENT
             if aligned and name in aligned[0]
         }
+        misses = [line["token_count_error"][0] for line in aligned if "token_count_error" in line]
+        if misses:
+            scores["token_count_within_one"] = self.ratio(np.less_equal(misses, 1), np.ones(len(misses)))
         timed = [line for line in lines if "word_errors_s" in line]
         if timed:
             scores["word_times"] = self._word_times(timed)
@@ -137,16 +159,26 @@ class Scorer:
             scores["percentile_90_ms"] = self.bootstrap(percentile(90), len(lines))
         return scores
 
+    def _matches(self, lines) -> dict:
+        """Return the matches of the lines that answer."""
+        lines = [line for line in lines if "answers" in line["predicted"]]
+        return match_answers(*_pairs(lines, "answers", "answer"), per_row=True, normalizer=self.normalizer)
+
     def _compare_with_text(self, predictions, scores):
-        """Add to each system's answers its exact matches over those of `text`, of the same samples of rows."""
-        if "answers" not in scores.get("text", {}) or not scores["text"]["answers"]["exact_match"]["value"]:
+        """Add to each system's answers its matches over those of `text`, of the same samples of rows."""
+        if "answers" not in scores.get("text", {}):
             return
-        matches = {}
-        for system, lines in predictions.items():
-            lines = [line for line in lines if "answers" in line["predicted"]]
-            matches[system] = match_answers(*_pairs(lines, "answers", "answer"), per_row=True)["exact_match_rows"]
-        for system in set(predictions) - {"text"}:
-            scores[system]["answers"]["share_of_text"] = self.ratio(matches[system], matches["text"])
+        matches = {system: self._matches(lines) for system, lines in predictions.items()}
+        for name, share in (("exact_match", "share_of_text"), ("contained", "contained_share_of_text")):
+            if not scores["text"]["answers"][name]["value"]:
+                continue
+            for system in set(predictions) - {"text"}:
+                rows = (matches[each][f"{name}_rows"] for each in (system, "text"))
+                scores[system]["answers"][share] = self.ratio(*rows)
+
+
+def _median_of(values: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    return np.median(values[rows])
 
 
 def _pairs(lines: list[dict], task: str, gold: str) -> tuple[list[str], list[str]]:

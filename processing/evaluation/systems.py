@@ -20,7 +20,7 @@ from processing import BlspKdDataCollator
 from processing.spoken_inputs import user_turn
 
 from .answering import answer, answer_rows
-from .recognition import transcribe
+from .recognition import Recognizer, transcribe
 from .word_times import errors_of
 
 SYSTEMS = ("text", "speech", "blind", "cascade")
@@ -48,7 +48,8 @@ class Systems:
         model, processor: a BLSP-KD model. With `answers` the model may be None, unless `alignment` is among the tasks
             or the model itself is the recogniser.
         tasks: of `TASKS`. A row takes part in those that it has the fields for.
-        recognizer: of the cascade, see `load_recognizer`; the model itself if omitted.
+        recognizer: of the cascade, see `load_recognizer`; the model itself if omitted. Several come as a dict by the
+            names of their systems, see `name_cascades`.
         translation_instruction: what to ask where a row has a translation.
         max_new_tokens: longest answer.
         answers: returns the answers to chats, given their greatest length; of the model if omitted.
@@ -62,13 +63,16 @@ class Systems:
     max_new_tokens: int = 64
     answers: Callable[[list[list[dict]], int], list[str]] | None = None
     collator: BlspKdDataCollator = field(init=False)
+    recognizers: dict[str, Any] = field(init=False)
 
     def __post_init__(self):
         if self.model is not None:
             self.model.eval()
         self.collator = BlspKdDataCollator(self.processor)
         if self.recognizer is None:
-            self.recognizer = lambda clips: transcribe(self.model, self.processor, clips)
+            self.recognizer = Recognizer(lambda clips: transcribe(self.model, self.processor, clips), self.model)
+        several = isinstance(self.recognizer, dict)
+        self.recognizers = self.recognizer if several else {"cascade": self.recognizer}
 
     def predict(self, system: str, rows: list[dict]) -> list[dict]:
         """Return what a system predicts: for each row its fields but the audio, and
@@ -77,14 +81,15 @@ class Systems:
         - `alignment` (speech): for each part of the distillation loss its sum and count in this row;
         - `word_errors_s` and `num_words` (speech, rows with `words`): how much too late words start and end.
         """
-        if system == "cascade":
-            transcripts = self.recognizer([row["audio"] for row in rows])
+        is_cascade = system in self.recognizers
+        if is_cascade:
+            transcripts = self.recognizers[system]([row["audio"] for row in rows])
             contents: list[dict | None] = [{"type": "text", "text": transcript} for transcript in transcripts]
         else:
             contents = [self._content(system, row) for row in rows]
         # A row whose question asks for the transcript or the translation is asked once.
         asked = [self._instructions(row) for row in rows]
-        if system == "cascade":
+        if is_cascade:
             for of_row in asked:
                 of_row.pop("transcripts", None)
         distinct = list(dict.fromkeys((index, text) for index, of_row in enumerate(asked) for text in of_row.values()))
@@ -102,7 +107,7 @@ class Systems:
         lines = []
         for index, (row, of_row) in enumerate(zip(rows, asked)):
             predicted = {task: answer_to[index, instruction] for task, instruction in of_row.items()}
-            if system == "cascade":
+            if is_cascade:
                 predicted["transcripts"] = transcripts[index]
             lines.append({**{name: row[name] for name in KEPT if name in row}, "predicted": predicted})
         if system == "speech" and "alignment" in self.tasks:

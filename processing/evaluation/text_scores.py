@@ -2,13 +2,14 @@
 
 Follows the exact match and the contained match of question answering benchmarks; jiwer, which counts the edits; and
 sacrebleu (https://aclanthology.org/W18-6319). The folder `metrics` has them as modules of the package `evaluate`.
-Leaves out: several references per row, normalisers of single languages, and judgement by another model.
+Leaves out: several references per row, normalisers of languages other than English, and judgement by another model.
 """
 
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import numpy as np
-from transformers.models.whisper.english_normalizer import BasicTextNormalizer
+from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
 
 try:
     import jiwer
@@ -20,23 +21,34 @@ except ImportError as error:
         "pip install -e '.[metrics]'."
     ) from error
 
+# Both are of transformers and lower the case, remove what stands in brackets, and turn punctuation to spaces. The
+# English one is Whisper's: it also writes numbers in digits, spells out contractions and titles, and drops fillers. Its
+# table of British spellings comes with Whisper's tokenizers and is not applied here.
+NORMALIZERS: dict[str, Callable[[], Callable[[str], str]]] = {
+    "basic": BasicTextNormalizer,
+    "english": lambda: EnglishTextNormalizer({}),
+}
 
-def match_answers(predictions: list[str], references: list[str], per_row: bool = False) -> dict:
+
+def match_answers(
+    predictions: list[str], references: list[str], per_row: bool = False, normalizer: str = "basic"
+) -> dict:
     """Return the share of answers that equal the gold answer (exact_match), and that hold it as whole words
-    (contained). Both sides are normalised by transformers' BasicTextNormalizer: lower case, what stands in brackets
-    removed, punctuation and symbols to spaces, white space collapsed.
+    (contained). Both sides are normalised.
 
     Args:
         per_row: also return the matches of each row, as lists of 0 and 1.
+        normalizer: of `NORMALIZERS`: basic (lower case, no brackets, no punctuation) or english (Whisper's, which also
+            writes numbers in digits).
 
     Returns:
         `exact_match` and `contained`: shares, 0 to 1; with `per_row` also `exact_match_rows` and `contained_rows`.
 
     Raises:
-        ValueError: a reference has no word left when it is normalised.
+        ValueError: an unknown normaliser, or a reference has no word left when it is normalised.
     """
     exact, contained = [], []
-    for given, gold in _normalized(predictions, references):
+    for given, gold in _normalized(predictions, references, normalizer):
         exact.append(int(given == gold))
         contained.append(int(f" {gold} " in f" {given} "))
     results = {"exact_match": sum(exact) / len(exact), "contained": sum(contained) / len(contained)}
@@ -44,23 +56,25 @@ def match_answers(predictions: list[str], references: list[str], per_row: bool =
     return {**results, **rows} if per_row else results
 
 
-def count_transcript_errors(predictions: list[str], references: list[str], per_row: bool = False) -> dict:
+def count_transcript_errors(
+    predictions: list[str], references: list[str], per_row: bool = False, normalizer: str = "basic"
+) -> dict:
     """Return word and character error rates: substitutions, deletions and insertions over the words (characters) of all
-    references. Both sides are normalised by transformers' BasicTextNormalizer: lower case, what stands in brackets
-    removed, punctuation and symbols to spaces, white space collapsed. Characters count the spaces between words.
+    references. Both sides are normalised. Characters count the spaces between words.
 
     Args:
         per_row: also return the edits and lengths of each row.
+        normalizer: of `NORMALIZERS`, as in [`match_answers`].
 
     Returns:
         `wer` and `cer`: rates, 0 is perfect, may pass 1; with `per_row` also `word_errors`, `words`, `char_errors` and
         `chars`.
 
     Raises:
-        ValueError: a reference has no word left when it is normalised.
+        ValueError: an unknown normaliser, or a reference has no word left when it is normalised.
     """
     rows: dict[str, list[int]] = {"word_errors": [], "words": [], "char_errors": [], "chars": []}
-    for given, gold in _normalized(predictions, references):
+    for given, gold in _normalized(predictions, references, normalizer):
         for unit, made in (
             ("word", jiwer.process_words(gold, given)),
             ("char", jiwer.process_characters(gold, given)),
@@ -74,8 +88,19 @@ def count_transcript_errors(predictions: list[str], references: list[str], per_r
     return {**results, **rows} if per_row else results
 
 
-def _normalized(predictions, references):
-    normalize = BasicTextNormalizer()
+def find_normalizer(name: str) -> Callable[[str], str]:
+    """Return the normaliser of a name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in NORMALIZERS:
+        raise ValueError(f"There is no normaliser {name!r}. Take one of {', '.join(NORMALIZERS)}.")
+    return NORMALIZERS[name]()
+
+
+def _normalized(predictions: list[str], references: list[str], normalizer: str) -> Iterator[tuple[str, str]]:
+    normalize = find_normalizer(normalizer)
     for number, (prediction, reference) in enumerate(zip(predictions, references)):
         given, gold = normalize(prediction).strip(), normalize(reference).strip()
         if not gold:
