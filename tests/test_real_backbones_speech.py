@@ -140,6 +140,8 @@ def test_questions_have_kinds_and_answers_and_none_is_in_both_sets():
         assert len({question.text for question in questions}) == len(questions)
     assert not {question.text for question in test} & {question.text for question in train}
     assert make_questions(True, 50, 0) == make_questions(True, 50, 0) != make_questions(True, 50, 1)
+    some = make_questions(True, 50, 0, only=["told who", "capital"])
+    assert {dict(question.labels)["kind"] for question in some} == {"told who", "capital"}
 
 
 def test_the_first_test_questions_are_of_all_kinds():
@@ -154,6 +156,9 @@ def test_the_first_test_questions_are_of_all_kinds():
      ("series", "What comes next? Monday, Tuesday, Wednesday.", "Thursday"),
      ("saying", "Finish this saying: better late than!", "never"),
      ("yes or no", "Is a dog an animal? answer yes or no.", "yes"),
+     ("told where", "The cat is under the table. where is the cat?", "table"),
+     ("told number", "There are seven birds on the table. how many birds are there?", "7"),
+     ("definition", "What is an elephant?", "elephant"),
      ("last word", "What is the last word of this sentence? the king lost the key.", "key")],
 )  # fmt: skip
 def test_answers_are_right(kind, question, answer):

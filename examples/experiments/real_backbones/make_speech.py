@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from .people import read_people, split_people, write_people
+from .question_kinds import KINDS
 from .questions import make_questions
 from .rows import deal, write_clips, write_manifest
 from .sentences import Sentence, in_turns, is_for_tests, read_sentences
@@ -41,7 +42,7 @@ def main(arguments: list[str] | None = None):
 
     held_out = [open_synthesizer(name, options.assets) for name in options.held_out]
     test = tested[: options.num_test_sentences]
-    questions = make_questions(True, options.num_test_questions, options.seed)
+    questions = make_questions(True, options.num_test_questions, options.seed, options.kinds)
     if held_out:
         plans = deal(held_out, [*test, *questions], "test", options.seed)
         write_clips(options, "test_synthesizer", plans, is_training=False)
@@ -50,7 +51,7 @@ def main(arguments: list[str] | None = None):
         plans = deal(espeak, tested, "times", options.seed)
         write_clips(options, "test_word_times", plans, False, most_rows=options.num_test_sentences, needs_words=True)
 
-    questions = make_questions(False, 10**6, options.seed)
+    questions = make_questions(False, 10**6, options.seed, options.kinds)
     rows: list[dict] = []
     refused: list[dict] = []
     # Each sentence belongs to one synthesizer: together they say as many different ones as they can.
@@ -77,6 +78,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     amount = parser.add_mutually_exclusive_group(required=True)
     amount.add_argument("--hours", type=float, help="of synthetic speech to train on")
     amount.add_argument("--rows", type=int, help="of synthetic speech to train on, instead of --hours")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, metavar="KIND", help="of questions; omitted, all")
     parser.add_argument("--question_share", type=float, default=0.2, help="of the training clips")
     parser.add_argument("--num_test_sentences", type=int, default=300)
     parser.add_argument("--num_test_questions", type=int, default=1000)
