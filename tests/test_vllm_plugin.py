@@ -5,8 +5,9 @@
 
 import ast
 import json
+import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from processing.serving.vllm_plugin import (
     _checking,
     _with_room_for_runs,
     is_partial,
+    register,
 )
 from tests.helpers.models import base_llm, make_model
 
@@ -104,6 +106,12 @@ def test_it_is_refused_where_it_was_not_tried(folders):
         load(partial, max_loras=1)
     with pytest.raises(ValueError, match=r"3 LoRA\(s\) need --max-loras 4, but it is 3"):
         load(partial, max_loras=3, loaded=(2, 3))
+
+
+def test_a_version_of_vllm_that_is_built_otherwise_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", ModuleType("vllm"))
+    with pytest.raises(ImportError, match="blsp_kd_vllm does not know this version of vLLM .* tried with 0.32.0"):
+        register()
 
 
 def test_the_kernels_have_room_for_a_run_per_position():

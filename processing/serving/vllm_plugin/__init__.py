@@ -17,12 +17,21 @@ MARK = "partial_lora.json"
 
 
 def register() -> None:
-    """Make vLLM apply marked adapters at embedded positions only, and refuse them where this was not tried."""
-    from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
-    from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
-    from vllm.platforms import current_platform
-    from vllm.v1.worker.gpu_input_batch import InputBatch
+    """Make vLLM apply marked adapters at embedded positions only, and refuse them where this was not tried.
 
+    Raises:
+        ImportError: this version of vLLM has its classes elsewhere.
+    """
+    try:
+        from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+        from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+        from vllm.platforms import current_platform
+        from vllm.v1.worker.gpu_input_batch import InputBatch
+    except ImportError as error:
+        raise ImportError(
+            f"The plugin blsp_kd_vllm does not know this version of vLLM ({error}). It was tried with 0.32.0. To do "
+            "without partial LoRA, uninstall blsp-kd from vLLM's environment."
+        ) from error
     if getattr(InputBatch, "has_partial_lora", False):
         return
     InputBatch.has_partial_lora = True
