@@ -173,11 +173,12 @@ class BlspKdConfig(PreTrainedConfig):
         adapter = read_adapter(given["adapter"], self.speech_config)
         plora = read_plora(given["plora"])
         distillation = DistillationOptions.read({} if given["distillation"] is None else given["distillation"])
+        llm = self.text_config.get_text_config()
         timestamps = TimestampOptions.read({} if given["timestamps"] is None else given["timestamps"])
         checked = {
             "adapter": {"type": adapter.type, **asdict(adapter)},
             "plora": None if plora is None else asdict(plora),
-            "distillation": asdict(distillation.for_adapter(adapter.one_to_one)),
+            "distillation": asdict(distillation.for_adapter(adapter.one_to_one).for_llm(llm.num_hidden_layers)),
             "timestamps": asdict(timestamps),
         }
         token_id, padding, freeze = given["audio_token_id"], given["speech_padding"], given["freeze_speech_encoder"]

@@ -1,7 +1,8 @@
-"""The losses of BLSP-KD as pure functions: forward KL from hidden states, cross-entropy, quantity loss.
+"""The losses of BLSP-KD as pure functions: KL from hidden states, cross-entropy, quantity loss.
 
 Follows arXiv 2405.19041 and its authors' public code, with the one-step shift that the code lacks: the distribution
-that predicts token j stands at position j - 1. Leaves out: which positions are compared, see `distillation_step.py`.
+that predicts token j stands at position j - 1. Leaves out: other divergences than the paper's (`divergences.py`), and
+which positions are compared (`distillation_step.py`).
 
 All sums run over rows (token positions), all softmaxes are float32. Callers divide by the token count of the whole
 optimiser step, which keeps the loss the same under gradient accumulation and several processes. N rows, D LLM width,
@@ -10,7 +11,10 @@ V vocabulary.
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
+
+from .divergences import check_divergence
+from .fused_kl import fused_kl
+from .kept_teacher import KeptTeacher, kl_to_kept
 
 # Logits that go through the softmax together on a CPU: 1 MB in float32, which memory allocators hand out again, while
 # larger blocks come as new pages each time. An accelerator takes large tiles better.
@@ -38,85 +42,34 @@ def postprocess_logits(logits: torch.Tensor, scale: float = 1.0, softcap: float 
     return logits
 
 
-class _LinearKL(torch.autograd.Function):
-    """KL(teacher || student) of each row from hidden states, with the gradient made in the forward pass.
-
-    Rows are taken in chunks. Their logits, student's and teacher's from one product, fill a buffer that serves all
-    chunks. Then tiles that fit into a cache become probabilities, and the gradient of the logits takes their place.
-    """
-
-    @staticmethod
-    def forward(ctx, student_hidden, teacher_hidden, weight, bias, temperature, scale, softcap, chunk_rows):
-        num_rows, vocab_size = student_hidden.shape[0], weight.shape[0]
-        needs_grad = ctx.needs_input_grad[0]
-        gradient = torch.empty_like(student_hidden) if needs_grad else None
-        kl = torch.empty(num_rows, dtype=torch.float32, device=weight.device)
-        buffer = student_hidden.new_empty(2 * min(chunk_rows, num_rows), vocab_size)
-        # Factors on all logits cost nothing inside the products.
-        factor = scale / temperature if softcap is None else scale / softcap
-        tile_rows = max(1, TILE_SIZE // vocab_size) if weight.device.type == "cpu" else chunk_rows
-        for start in range(0, num_rows, chunk_rows):
-            rows = slice(start, start + chunk_rows)
-            hidden = torch.cat([student_hidden[rows], teacher_hidden[rows]])
-            logits = buffer[: len(hidden)]
-            # With beta = 0 the old contents are not read.
-            added, beta = (logits, 0.0) if bias is None else (bias, factor)
-            torch.addmm(added, hidden, weight.t(), beta=beta, alpha=factor, out=logits)
-            student, teacher = logits.chunk(2)
-            for tile in zip(student.split(tile_rows), teacher.split(tile_rows), kl[rows].split(tile_rows)):
-                _compare_logits_(*tile, None if softcap is None else softcap / temperature, needs_grad)
-            if gradient is not None:
-                torch.addmm(gradient[rows], student, weight, beta=0.0, alpha=scale / temperature, out=gradient[rows])
-        ctx.save_for_backward(gradient)
-        return kl
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_kl):
-        (gradient,) = ctx.saved_tensors
-        return ((gradient * grad_kl[:, None]).to(gradient.dtype), *[None] * 7)
-
-
-def _compare_logits_(student, teacher, kl, softcap: float | None, needs_grad: bool):
-    """Write the KL of each row to `kl` (rows,), and the gradient over the student's logits (rows, V).
-
-    The logits have been divided by the temperature; with a softcap they are softcap * tanh of what is given.
-    """
-    gradient_of = student
-    student, teacher = student.float(), teacher.float()
-    if softcap is not None:
-        student, teacher = student.tanh(), teacher.tanh()
-        slope = 1 - student.square()
-        student, teacher = student.mul_(softcap), teacher.mul_(softcap)
-    student, teacher = torch.log_softmax(student, -1), torch.log_softmax(teacher, -1)
-    teacher_probs = teacher.exp()
-    kl.copy_(torch.linalg.vecdot(teacher_probs, teacher.sub_(student)))
-    if needs_grad:
-        gradient = student.exp_().sub_(teacher_probs)
-        gradient_of.copy_(gradient if softcap is None else gradient.mul_(slope))
-
-
 def linear_kl_of_rows(
     student_hidden: torch.Tensor,
-    teacher_hidden: torch.Tensor,
+    teacher_hidden: torch.Tensor | KeptTeacher,
     lm_head_weight: torch.Tensor,
     temperature: float = 2.0,
     *,
     lm_head_bias: torch.Tensor | None = None,
     scale: float = 1.0,
     softcap: float | None = None,
+    divergence: str = "forward",
+    jsd_beta: float = 0.5,
     chunk_rows: int | None = None,
 ) -> torch.Tensor:
     """[`linear_kl`] of each row by itself, so that rows of several losses go through the vocabulary in one pass.
 
+    Of the teacher there may also be the distributions that were kept, at the same temperature.
+
     Returns:
         `torch.FloatTensor` of shape (N,): float32, in nats.
     """
-    if student_hidden.shape != teacher_hidden.shape or student_hidden.shape[-1] != lm_head_weight.shape[-1]:
+    teacher, width = teacher_hidden, student_hidden.shape[1:]
+    teacher_shape = (len(teacher.ids), *width) if isinstance(teacher, KeptTeacher) else tuple(teacher.shape)
+    if student_hidden.shape != teacher_shape or student_hidden.shape[-1] != lm_head_weight.shape[-1]:
         raise ValueError(
             "Expected student and teacher hidden states of one shape (N, D) and a head of shape (V, D), but got "
-            f"{tuple(student_hidden.shape)}, {tuple(teacher_hidden.shape)} and {tuple(lm_head_weight.shape)}."
+            f"{tuple(student_hidden.shape)}, {teacher_shape} and {tuple(lm_head_weight.shape)}."
         )
+    check_divergence(divergence, jsd_beta)
     if temperature <= 0:
         raise ValueError(f"temperature must be above 0, got {temperature}.")
     if torch.is_grad_enabled() and lm_head_weight.requires_grad:
@@ -130,12 +83,16 @@ def linear_kl_of_rows(
     device, dtype = lm_head_weight.device.type, student_hidden.dtype
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-    student_hidden, teacher_hidden = student_hidden.to(dtype), teacher_hidden.detach().to(dtype)
+    student_hidden = student_hidden.to(dtype)
     weight = lm_head_weight.detach().to(dtype)
     bias = None if lm_head_bias is None else lm_head_bias.detach().to(dtype)
+    tile_rows = max(1, TILE_SIZE // len(weight)) if device == "cpu" else chunk_rows
+    options = (temperature, scale, softcap, divergence, jsd_beta)
     # Autocast would leave the products, which write into a buffer, as they are, and round the sums over the vocabulary.
     with torch.autocast(device, enabled=False):
-        return _LinearKL.apply(student_hidden, teacher_hidden, weight, bias, temperature, scale, softcap, chunk_rows)
+        if isinstance(teacher, KeptTeacher):
+            return kl_to_kept(student_hidden, teacher, weight, bias, *options, chunk_rows)
+        return fused_kl(student_hidden, teacher.detach().to(dtype), weight, bias, *options, chunk_rows, tile_rows)
 
 
 def linear_kl(
@@ -147,10 +104,12 @@ def linear_kl(
     lm_head_bias: torch.Tensor | None = None,
     scale: float = 1.0,
     softcap: float | None = None,
+    divergence: str = "forward",
+    jsd_beta: float = 0.5,
     reduction: str = "mean",
     chunk_rows: int | None = None,
 ) -> torch.Tensor:
-    """Return the forward KL(teacher || student) of the next-token distributions, straight from hidden states.
+    """Return the KL(teacher || student) of the next-token distributions, or another divergence, from hidden states.
 
     Both distributions are softmax(logits / temperature); there is no temperature^2 factor, as in the authors' public
     code. Identical rows give 0. No row gives a 0 that still has a graph. Differentiable once, with respect to
@@ -164,6 +123,9 @@ def linear_kl(
         lm_head_bias (`torch.FloatTensor` of shape (V,), *optional*).
         scale (`float`): factor on the logits (Cohere, Granite).
         softcap (`float`, *optional*): tanh soft-capping of the logits (Gemma-2).
+        divergence (`str`): `"forward"`: KL(teacher || student); `"reverse"`: KL(student || teacher); `"jsd"`: with
+            m = beta * teacher + (1 - beta) * student, beta * KL(teacher || m) + (1 - beta) * KL(student || m).
+        jsd_beta (`float`): beta, in (0, 1).
         reduction (`str`): `"mean"` or `"sum"` over the rows.
         chunk_rows (`int`, *optional*):
             rows whose logits exist at one time, student's and teacher's each. Omitted: 32 to 192.
@@ -184,6 +146,8 @@ def linear_kl(
         lm_head_bias=lm_head_bias,
         scale=scale,
         softcap=softcap,
+        divergence=divergence,
+        jsd_beta=jsd_beta,
         chunk_rows=chunk_rows,
     ).sum()
     return total / max(student_hidden.shape[0], 1) if reduction == "mean" else total
@@ -191,7 +155,7 @@ def linear_kl(
 
 def same_likeliest_token(
     student_hidden: torch.Tensor,
-    teacher_hidden: torch.Tensor,
+    teacher_hidden: torch.Tensor | KeptTeacher,
     lm_head_weight: torch.Tensor,
     *,
     lm_head_bias: torch.Tensor | None = None,
@@ -199,18 +163,21 @@ def same_likeliest_token(
 ) -> torch.BoolTensor:
     """Tell for each of N rows whether student and teacher predict the same next token, greedily: (N,) bool.
 
-    Scale and soft-capping of the logits change no ranking, so they are left out. Arguments are those of [`linear_kl`].
+    Scale and soft-capping of the logits change no ranking, so they are left out. Arguments are those of
+    [`linear_kl_of_rows`].
     """
     weight = lm_head_weight.detach()
     bias = None if lm_head_bias is None else lm_head_bias.detach()
+
+    def likeliest(hidden: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(hidden.detach().to(weight.dtype), weight, bias).argmax(-1)
+
+    is_kept = isinstance(teacher_hidden, KeptTeacher)
     same = torch.zeros(len(student_hidden), dtype=torch.bool, device=student_hidden.device)
     for start in range(0, len(same), chunk_rows):
         rows = slice(start, start + chunk_rows)
-        student, teacher = (
-            nn.functional.linear(hidden[rows].detach().to(weight.dtype), weight, bias).argmax(-1)
-            for hidden in (student_hidden, teacher_hidden)
-        )
-        same[rows] = student == teacher
+        of_teacher = teacher_hidden.ids[rows, 0] if is_kept else likeliest(teacher_hidden[rows])
+        same[rows] = likeliest(student_hidden[rows]) == of_teacher
     return same
 
 

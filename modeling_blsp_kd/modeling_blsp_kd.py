@@ -2,8 +2,9 @@
 
 Follows arXiv 2405.19041: speech tokens stand in the LLM's input where the transcript's tokens would stand, and the LLM
 on the text prompt teaches the LLM on the speech prompt. Leaves out: the parts (`speech_encoder.py`, `adapters.py`,
-`plora.py`, `speech_prompt.py`), the distillation loss (`distillation_step.py`), `generate` (`generation_blsp_kd.py`),
-loading and saving (`pretrained_blsp_kd.py`), and training itself (`trainer.py`).
+`plora.py`, `speech_prompt.py`), what is returned (`outputs_blsp_kd.py`), the distillation loss
+(`distillation_step.py`), `generate` (`generation_blsp_kd.py`), loading and saving (`pretrained_blsp_kd.py`), and
+training itself (`trainer.py`).
 
 From a clip to the loss: `get_audio_features` turns `input_features` into speech tokens, `SpeechPrompt.expand` gives
 them their positions, `forward` has the LLM read the prompts, and `distillation_loss` compares.
@@ -16,23 +17,25 @@ prompts, `inputs_embeds` (B, L, D) with the text around them. Only the output of
 """
 
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, Cache, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .adapters import CFormer
 from .configuration_blsp_kd import BlspKdConfig
 from .conversation_cache import mask_after_cache
-from .distillation_step import NEED_STUDENT, NEED_TEACHER, ComparedPrompts, distillation_loss, wanted_losses
+from .distillation_step import ComparedPrompts, distillation_loss, wanted_losses
 from .encoder_families import frame_duration_s, frame_starts_s, steps_per_frame, window_of
 from .frozen import frozen
 from .generation_blsp_kd import BlspKdGenerationMixin
+from .kept_teacher import KeptTeacher
+from .llm_outputs import LlmStates
 from .model_files import CHECK_CONFIG, explained
+from .outputs_blsp_kd import BlspKdAudioOutput, BlspKdOutputWithPast
 from .plora import PartialLora, leave_out_of_peft_model
 from .pretrained_blsp_kd import BlspKdPreTrainedModel
 from .speech_encoder import TrueLengthWhisperEncoder, build_speech_encoder, encode_speech
@@ -44,54 +47,6 @@ from .token_times import find_silence, loudness, token_times
 from .versions import CACHE_NAME, one_cache
 
 ADAPTER_CLASSES = {"cformer": CFormer, "subsampler": Subsampler}
-
-
-@dataclass
-class BlspKdAudioOutput(BaseModelOutputWithPooling):
-    """The output of encoder and adapter for N clips.
-
-    Args:
-        last_hidden_state (`torch.FloatTensor` of shape (N, T, H)): encoder frames.
-        pooler_output (`torch.FloatTensor` of shape (N, U, D)): speech tokens for the LLM.
-        num_speech_tokens (`torch.LongTensor` of shape (N,)): how many of them each clip has.
-        frame_mask (`torch.BoolTensor` of shape (N, T)): True at frames of the clip.
-        alphas (`torch.FloatTensor` of shape (N, T), *optional*): unscaled CIF weights (CFormer only).
-        alpha_sum (`torch.FloatTensor` of shape (N,), *optional*): predicted token counts (CFormer only).
-        firing_places (`torch.FloatTensor` of shape (N, U), *optional*):
-            encoder frames (from the start) at which each token is complete, see [`CifOutput`]; -1 past a clip's count
-            (CFormer only).
-        token_times (`torch.FloatTensor` of shape (N, U, 2), *optional*):
-            if requested: seconds from the start of the clip where each token begins and ends, corrected
-            as `config.timestamps` says; NaN past a clip's count (CFormer only). Uncorrected, tokens end at firing
-            places times `frame_duration_s`.
-        ctc_logits (`torch.FloatTensor` of shape (N, T', 257), *optional*), num_ctc_frames (`torch.LongTensor` of
-            shape (N,), *optional*): while the distillation option `ctc` is on, see `ctc.py`.
-    """
-
-    num_speech_tokens: torch.LongTensor | None = None
-    frame_mask: torch.BoolTensor | None = None
-    alphas: torch.FloatTensor | None = None
-    alpha_sum: torch.FloatTensor | None = None
-    firing_places: torch.FloatTensor | None = None
-    token_times: torch.FloatTensor | None = None
-    ctc_logits: torch.FloatTensor | None = None
-    num_ctc_frames: torch.LongTensor | None = None
-
-
-@dataclass
-class BlspKdOutputWithPast(CausalLMOutputWithPast):
-    """The output of `forward`.
-
-    Args:
-        loss (`torch.FloatTensor`, *optional*): weighted sum of the loss parts, or cross-entropy of `labels`.
-        logits (`torch.FloatTensor` of shape (B, L, V), *optional*): not computed in a distillation step.
-        loss_parts (`dict[str, torch.FloatTensor]`, *optional*):
-            of a distillation step: name -> (sum, count), detached. Their quotient is the mean that the loss weighs.
-            Beside the losses: `token_count_accuracy`, `token_count_error` (mean absolute), and in evaluation
-            `response_agreement`, the share of response tokens at which speech and text have the same likeliest token.
-    """
-
-    loss_parts: dict[str, torch.FloatTensor] | None = None
 
 
 class BlspKdForCausalLM(BlspKdPreTrainedModel, BlspKdGenerationMixin):
@@ -346,17 +301,19 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, BlspKdGenerationMixin):
         """
         weights = asdict(self.config.distillation_options)
         wanted = wanted_losses(weights, self.training, self.adapter.one_to_one)
+        layers = weights["alignment_layers"] if "layer_alignment" in wanted else []
         student_states = teacher_states = None
-        options = {"use_cache": False, "return_dict": True}
         # `base_model` is the LLM without its head: vocabulary products are taken at the compared positions only.
-        if wanted & NEED_TEACHER:
+        llm = self.language_model.base_model
+        reads_text, reads_speech = prompts.passes(wanted)
+        if reads_text:
             teacher = {"input_ids": prompts.teacher_input_ids, "attention_mask": teacher_attention_mask}
             with frozen(self.language_model), self._partial_lora_at(None):
-                teacher_states = self.language_model.base_model(**teacher, **options).last_hidden_state
-        if wanted & NEED_STUDENT:
+                teacher_states = LlmStates.after(llm, layers, **teacher)
+        if reads_speech:
             student = {name: read[name] for name in ("inputs_embeds", "attention_mask", "position_ids")}
             with self._partial_lora_at(prompts.is_speech):
-                student_states = self.language_model.base_model(**student, **options).last_hidden_state
+                student_states = LlmStates.after(llm, layers, **student)
         loss, loss_parts = distillation_loss(
             prompts,
             audio,
@@ -389,6 +346,8 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, BlspKdGenerationMixin):
         teacher_attention_mask: torch.Tensor | None = None,
         teacher_is_content: torch.BoolTensor | None = None,
         teacher_is_response: torch.BoolTensor | None = None,
+        teacher_top_ids: torch.LongTensor | None = None,
+        teacher_top_log_probs: torch.FloatTensor | None = None,
         transcript_bytes: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
@@ -423,9 +382,11 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, BlspKdGenerationMixin):
                 the same dialogues with the transcript in place of the placeholder. Given: a distillation step.
             teacher_is_content, teacher_is_response (`torch.BoolTensor` of shape (B, L')):
                 True at transcript tokens and at response tokens.
+            teacher_top_ids (B, L', K), teacher_top_log_probs (B, L', K + 1), *optional*:
+                [`KeptTeacher`] at the compared positions. With them, the LLM need not read the text prompts.
             transcript_bytes (`torch.LongTensor` of shape (N, S), *optional*):
                 UTF-8 bytes of the lower-cased transcripts, -1 at padding: for the distillation option `ctc`.
-            num_items_in_batch (`torch.Tensor` of shape (3,), *optional*):
+            num_items_in_batch (`torch.Tensor` of shape (3,) or (4,), *optional*):
                 [`ItemCounts`] of the whole optimiser step, over all processes. Omitted: those of this batch. Without
                 a teacher: the number of labels, as in any causal LM.
 
@@ -458,7 +419,10 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, BlspKdGenerationMixin):
             if audio is None or labels is None:
                 raise ValueError("A distillation step needs input_features and labels beside the teacher's inputs.")
             of_teacher = (teacher_input_ids, teacher_is_content, teacher_is_response)
-            prompts = ComparedPrompts(read["labels"], is_speech, *of_teacher, transcript_bytes)
+            kept = None if teacher_top_ids is None else KeptTeacher(teacher_top_ids, teacher_top_log_probs)
+            prompts = ComparedPrompts(
+                read["labels"], is_speech, *of_teacher, transcript_bytes, self.generation_config.eos_token_id, kept
+            )
             return self._distill(read, prompts, teacher_attention_mask, audio, num_items_in_batch)
         if num_items_in_batch is not None:
             # A single number, as from a plain Trainer, is the count of labels.

@@ -6,8 +6,7 @@ Leaves out: data (`processing/data_collator.py`) and scoring of generated answer
 
 import math
 import signal
-from collections.abc import Callable, Iterator
-from itertools import islice
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,11 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
-from .training.batch_counts import count_items, without_repeats
+from .training.batch_counts import CountedBatches
 from .training.batch_order import ExactOrder
 from .training.loss_sums import LossSums, Parts, add_to, means_of
 from .training.non_finite_steps import stop_or_skip
+from .training.on_policy import OnPolicyOptions
 from .training.output_head import check_output_head
 from .training.parameter_groups import check_groups, optimizer_with_groups
 from .training.saving import AtomicSaving
@@ -39,7 +39,7 @@ from .training.supported_arguments import (
 logger = logging.get_logger(__name__)
 
 
-class BlspKdTrainer(AtomicSaving, ExactOrder):
+class BlspKdTrainer(AtomicSaving, CountedBatches, ExactOrder):
     """Trains a [`BlspKdForCausalLM`] on batches of [`BlspKdDataCollator`].
 
     Training and evaluation log the same parts under the same names (with the prefix `eval_` in evaluation):
@@ -66,6 +66,7 @@ class BlspKdTrainer(AtomicSaving, ExactOrder):
             by overflowing, steps are skipped in any case.
         make_card (callable, *optional*): returns the card that `push_to_hub` uploads; omitted, `training/card.py` does.
         encoder_learning_rate (`float`, *optional*): of the speech encoder; omitted, that of `args`.
+        on_policy ([`OnPolicyOptions`], *optional*): let the student answer a share of the training rows itself.
 
     Raises:
         ValueError: an argument cannot do what it says; the message has the reason.
@@ -81,6 +82,7 @@ class BlspKdTrainer(AtomicSaving, ExactOrder):
         non_finite_loss: str = "stop",
         make_card: Callable[[], ModelCard] | None = None,
         encoder_learning_rate: float | None = None,
+        on_policy: OnPolicyOptions | None = None,
         **kwargs,
     ):
         if args is not None:
@@ -100,7 +102,7 @@ class BlspKdTrainer(AtomicSaving, ExactOrder):
         # forward divides each part by its own count over the whole optimiser step.
         self.model_accepts_loss_kwargs = True
         self.non_finite_loss, self.make_card = non_finite_loss, make_card
-        self.encoder_learning_rate = encoder_learning_rate
+        self.encoder_learning_rate, self.on_policy = encoder_learning_rate, on_policy
         if self.args.metric_for_best_model is not None and self.args.eval_strategy != "no":
             correct_direction(self.args, model, self.eval_dataset)
         self.sums = LossSums(self.args.device)
@@ -156,23 +158,6 @@ class BlspKdTrainer(AtomicSaving, ExactOrder):
         finally:
             self.args.dataloader_persistent_workers = persistent_workers
         return self.sigterm.protect_workers(loader)
-
-    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
-        self.sums.begin_step()
-        batches = [self._without_repeats(batch, self.num_last_rows) for batch in islice(epoch_iterator, num_batches)]
-        if not batches:
-            return batches, None
-        counts = count_items(batches, device)
-        # All processes must end at the same step, so SIGTERM is exchanged together with the counts, at no cost.
-        totals = torch.cat([counts, counts.new_tensor([self.sigterm.received])])
-        if self.args.world_size > 1:
-            totals = self.accelerator.reduce(totals, reduction="sum")
-        self.sigterm.num_received = totals[-1]
-        return batches, totals[:-1] if self.args.average_tokens_across_devices else counts
-
-    def _without_repeats(self, batch, num_last_rows=None):
-        state, token_id = self.accelerator.gradient_state, self.model.config.audio_token_id
-        return without_repeats(batch, state, self.args.process_index, token_id, num_last_rows)
 
     def compute_loss(self, model: PreTrainedModel, inputs: dict, return_outputs: bool = False, **kwargs) -> Any:
         if not model.training:

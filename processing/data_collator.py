@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import ProcessorMixin
 
 from .spoken_inputs import user_turn
+from .teacher_distributions import lay_out
 
 # A stand-in for the answer, to find out what a template writes around it. No template treats this character specially.
 ANSWER = "\ue000"
@@ -30,7 +31,9 @@ class BlspKdDataCollator:
       and only `response_ce` learns from the row. Its response tokens still count in the means;
     - `text`: the transcript;
     - `response`: the LLM's answer to instruction and text;
-    - `instruction` (optional): what to do with the content.
+    - `instruction` (optional): what to do with the content;
+    - `kept_teacher` (optional, in all rows of a batch or in none): what the teacher predicts, see
+      `teacher_distributions.py`.
 
     The student's prompt is tokenised as at inference, with the placeholder in it. The teacher's prompt has the tokens
     of the transcript instead (CIF learns to fire that number of tokens), and is otherwise the same. The transcript and
@@ -51,7 +54,8 @@ class BlspKdDataCollator:
             `dict` of `input_ids`, `attention_mask`, `labels` (B, L); `teacher_input_ids`, `teacher_attention_mask`,
             `teacher_is_content`, `teacher_is_response` (B, L'); `input_features`, `input_features_mask`;
             `num_speech_tokens` (N,), the transcripts' token counts of the N rows with audio; on demand
-            `transcript_bytes` (N, S), the UTF-8 bytes of these transcripts in lower case, -1 at padding. The features
+            `transcript_bytes` (N, S), the UTF-8 bytes of these transcripts in lower case, -1 at padding; of rows with
+            `kept_teacher` also `teacher_top_ids` (B, L', K) and `teacher_top_log_probs` (B, L', K + 1). The features
             of a batch without any have the shape (0, ...).
 
         Raises:
@@ -65,27 +69,38 @@ class BlspKdDataCollator:
                     f"Row {index} of the batch has no 'audio' (its fields: {sorted(row)}). A row of text only says so "
                     "with audio=None."
                 )
-        is_spoken = [row.get("audio") is not None or row.get("input_features") is not None for row in rows]
+        is_spoken = [is_spoken_row(row) for row in rows]
         student = [
             (prefix, [audio_token_id] if spoken else content, suffix, response)
             for (prefix, content, suffix, response), spoken in zip(pieces, is_spoken)
         ]
         input_ids, attention_mask, _, is_response = self._join(student)
-        teacher_input_ids, teacher_attention_mask, teacher_is_content, teacher_is_response = self._join(pieces)
         spoken_rows = [row for row, spoken in zip(rows, is_spoken) if spoken]
+        of_teacher = self._text_prompts(pieces, is_spoken)
         return {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "labels": input_ids.masked_fill(~is_response, -100),
-            "teacher_input_ids": teacher_input_ids,
-            "teacher_attention_mask": teacher_attention_mask,
-            "teacher_is_content": teacher_is_content & torch.tensor(is_spoken)[:, None],
-            "teacher_is_response": teacher_is_response,
+            **of_teacher,
+            **lay_out([row.get("kept_teacher") for row in rows], of_teacher),
             "num_speech_tokens": torch.tensor(
                 [len(content) for (_, content, _, _), spoken in zip(pieces, is_spoken) if spoken], dtype=torch.long
             ),
             **(transcript_bytes(spoken_rows) if self.transcript_bytes else {}),
             **self._features(spoken_rows),
+        }
+
+    def text_prompts(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        """Return the teacher's inputs alone, which need no audio: those of the batch that begin with `teacher_`."""
+        return self._text_prompts(self._tokenize(rows), [is_spoken_row(row) for row in rows])
+
+    def _text_prompts(self, pieces, is_spoken: list[bool]) -> dict[str, torch.Tensor]:
+        input_ids, attention_mask, is_content, is_response = self._join(pieces)
+        return {
+            "teacher_input_ids": input_ids,
+            "teacher_attention_mask": attention_mask,
+            "teacher_is_content": is_content & torch.tensor(is_spoken)[:, None],
+            "teacher_is_response": is_response,
         }
 
     def _tokenize(self, rows: list[dict]) -> list[tuple[list[int], list[int], list[int], list[int]]]:
@@ -154,6 +169,11 @@ def transcript_bytes(rows: list[dict]) -> dict[str, torch.Tensor]:
     # No row gives the shape (0, 0).
     padded = pad_sequence(texts, batch_first=True, padding_value=-1) if texts else torch.empty(0, 0, dtype=torch.long)
     return {"transcript_bytes": padded}
+
+
+def is_spoken_row(row: dict) -> bool:
+    """Return whether a row has audio, or the features of audio."""
+    return row.get("audio") is not None or row.get("input_features") is not None
 
 
 def split_prompt(processor: ProcessorMixin, instruction: str | None, response: str) -> tuple[str, str, str]:

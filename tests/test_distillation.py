@@ -15,19 +15,16 @@ from modeling_blsp_kd.distillation import (
     same_likeliest_token,
 )
 from modeling_blsp_kd.distillation_step import OutputHead
+from modeling_blsp_kd.kept_teacher import KeptTeacher
 from modeling_blsp_kd.training.output_head import check_output_head
+from modeling_blsp_kd.training.step_cost import FAKE, FakeNumbers, LiveBytes
+from tests.helpers.literal_losses import DIVERGENCES, literal_divergence, states
 from tests.helpers.models import FAMILIES, make_model
 
 pytestmark = pytest.mark.numerical
 
 
-def states(num_rows=7, width=6, vocabulary=11, seed=0, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(seed)
-    student, teacher = (torch.randn(num_rows, width, generator=generator).to(dtype) for _ in range(2))
-    return student, teacher, torch.randn(vocabulary, width, generator=generator).to(dtype)
-
-
-def literal_kl(student, teacher, weight, temperature, bias=None, scale=1.0, softcap=None):
+def literal_kl(student, teacher, weight, temperature, bias=None, scale=1.0, softcap=None, **divergence):
     """Sum over rows and vocabulary of p_teacher * log(p_teacher / p_student), entry by entry in float64."""
     total = torch.zeros((), dtype=torch.float64)
     for student_row, teacher_row in zip(student.double(), teacher.double()):
@@ -37,10 +34,8 @@ def literal_kl(student, teacher, weight, temperature, bias=None, scale=1.0, soft
             logits = logits * scale
             if softcap is not None:
                 logits = softcap * torch.tanh(logits / softcap)
-            exponentials = torch.exp(logits / temperature)
-            rows.append(exponentials / exponentials.sum())
-        for p_student, p_teacher in zip(*rows):
-            total = total + p_teacher * torch.log(p_teacher / p_student)
+            rows.append(logits)
+        total = total + literal_divergence(*rows, temperature, **divergence)
     return total
 
 
@@ -60,6 +55,47 @@ def test_linear_kl_equals_the_formula_in_value_and_gradient(options, chunk_rows)
     (3 * loss).backward()
     (3 * expected).backward()
     torch.testing.assert_close(student.grad.double(), exact.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"scale": 3.0, "softcap": 1.5, "bias": True}])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_other_divergences_equal_their_formulas_in_value_and_gradient(divergence, options):
+    student, teacher, weight = states()
+    options = {**options, **divergence}
+    bias = torch.linspace(-1, 1, 11) if options.pop("bias", False) else None
+    student.requires_grad_()
+    exact = student.detach().double().requires_grad_()
+    loss = linear_kl(student, teacher, weight, 1.7, lm_head_bias=bias, chunk_rows=3, **options)
+    expected = literal_kl(exact, teacher, weight, 1.7, bias, **options) / 7
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-6)
+    (3 * loss).backward()
+    (3 * expected).backward()
+    torch.testing.assert_close(student.grad.double(), exact.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_jensen_shannon_lies_between_its_limits():
+    """Its slope at beta = 0 is the forward KL, at beta = 1 the reverse one; beta = 1/2 is symmetric."""
+    student, teacher, weight = states()
+
+    def jsd(beta, one=student, other=teacher):
+        return linear_kl(one, other, weight, divergence="jsd", jsd_beta=beta)
+
+    torch.testing.assert_close(jsd(1e-3) / 1e-3, linear_kl(student, teacher, weight), rtol=0.02, atol=0)
+    reverse = linear_kl(student, teacher, weight, divergence="reverse")
+    torch.testing.assert_close(jsd(0.999) / 0.001, reverse, rtol=0.02, atol=0)
+    torch.testing.assert_close(reverse, linear_kl(teacher, student, weight))
+    torch.testing.assert_close(jsd(0.3), jsd(0.7, teacher, student))
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.5])
+def test_jensen_shannon_of_what_has_nothing_in_common_is_the_entropy_of_beta(beta):
+    """Probabilities of float32 underflow there, whose logarithm is infinite, and 0 times infinity is NaN."""
+    student = torch.tensor([[200.0, 0.0]], requires_grad=True)
+    teacher, weight = torch.tensor([[0.0, 200.0]]), torch.eye(4, 2)
+    loss = linear_kl(student, teacher, weight, 1.0, divergence="jsd", jsd_beta=beta)
+    torch.testing.assert_close(loss, -(beta * torch.tensor(beta).log() + (1 - beta) * torch.tensor(1 - beta).log()))
+    loss.backward()
+    assert student.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("tile_size", [1, 25])
@@ -100,13 +136,31 @@ class LargestTensor(TorchDispatchMode):
         return made
 
 
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_logits_of_one_chunk_are_all_that_is_made(dtype):
+def test_the_logits_of_one_chunk_are_all_that_is_made(dtype, divergence):
     """And no copy of the head, or of its transpose, though they are larger."""
     student, teacher, weight = states(num_rows=64, width=40, vocabulary=1000, dtype=dtype)
     with LargestTensor(weight) as largest:
-        linear_kl(student.requires_grad_(), teacher, weight, chunk_rows=8).backward()
+        linear_kl(student.requires_grad_(), teacher, weight, chunk_rows=8, divergence=divergence).backward()
     assert largest.numel == 2 * 8 * 1000
+
+
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd", "kept"])
+def test_memory_is_a_quarter_of_one_logits_tensor(divergence, monkeypatch):
+    """All that is alive at one time, at 2,048 tokens; full logits of both sides and their gradient take seven."""
+    num_rows, width, vocab_size = 2048, 32, 2**16
+    monkeypatch.setattr(distillation, "TILE_SIZE", 2**19)  # few tiles, as operations without contents take time, too
+    with FAKE:
+        student = torch.empty(num_rows, width, requires_grad=True)
+        teacher, weight = torch.empty(num_rows, width), torch.empty(vocab_size, width)
+        kept = KeptTeacher(torch.zeros(num_rows, 8, dtype=torch.long), torch.empty(num_rows, 9))
+    with FakeNumbers(), LiveBytes(on_gpu=False) as live:
+        if divergence == "kept":
+            linear_kl_of_rows(student, kept, weight).sum().backward()
+        else:
+            linear_kl(student, teacher, weight, divergence=divergence).backward()
+    assert live.peak <= 0.25 * 4 * num_rows * vocab_size
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -143,6 +197,9 @@ def test_identical_states_give_zero_and_direction_matters(dtype):
     # A logit's error is at most its width times the rounding of its terms, and that of a KL a mean of such errors.
     terms = (student.abs() @ weight.abs().T).max()
     assert linear_kl(student, student, weight).abs() <= student.shape[1] * torch.finfo(dtype).eps * terms
+    for divergence in DIVERGENCES:  # float32 inside, whatever the dtype
+        zero = linear_kl(student, student, weight, **divergence)
+        assert zero.abs() <= student.shape[1] * torch.finfo(torch.float32).eps * terms
     assert linear_kl(student, teacher, weight) > 0
     assert (linear_kl(student, teacher, weight) - linear_kl(teacher, student, weight)).abs() > 1e-3
 
@@ -216,6 +273,10 @@ def test_wrong_arguments_are_named():
         linear_kl(student, teacher, weight, temperature=0)
     with pytest.raises(ValueError, match="'mean' or 'sum', got 'none'"):
         linear_kl(student, teacher, weight, reduction="none")
+    with pytest.raises(ValueError, match=r"divergence must be one of \('forward', 'reverse', 'jsd'\), got 'js'"):
+        linear_kl(student, teacher, weight, divergence="js")
+    with pytest.raises(ValueError, match="jsd_beta must lie between 0 and 1, got 1"):
+        linear_kl(student, teacher, weight, divergence="jsd", jsd_beta=1)
     with pytest.raises(ValueError, match="freeze it"):
         linear_kl(student, teacher, weight.requires_grad_())
 

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMultimodalLM
 
 from modeling_blsp_kd import BlspKdConfig, BlspKdForCausalLM
-from tests.helpers.generation import partial_lora_at
+from tests.helpers.literal_losses import literal_divergence, literal_rows
 from tests.helpers.models import FAMILIES, SMALL_CFORMER, base_llm, make_config, make_model
 from tests.helpers.prompts import spoken_prompts
 
@@ -24,47 +24,24 @@ VARIANTS = [
 def literal_parts(model, batch):
     """Each loss part row by row and token by token, from full logits of the LLM's own forward, without any padding."""
     weights = model.config.distillation
-    temperature = weights["temperature"]
     sums = dict.fromkeys(("response_kl", "input_kl", "quantity", "response_ce", "transcript_ce"), 0.0)
-    for row in range(len(batch["input_ids"])):
-        length = int(batch["attention_mask"][row].sum())
-        ids = batch["input_ids"][row, :length].tolist()
-        labels = batch["labels"][row, :length].tolist()
-        teacher_length = int(batch["teacher_attention_mask"][row].sum())
-        teacher_ids = batch["teacher_input_ids"][row, :teacher_length]
-        content = batch["teacher_is_content"][row].nonzero().flatten().tolist()
-        num_mel = int(batch["input_features_mask"][row].sum())
-        targets = batch["num_speech_tokens"][row : row + 1] if model.adapter.one_to_one else None
-        audio = model.get_audio_features(batch["input_features"][row : row + 1, :, :num_mel], None, targets)
-        vectors = audio.pooler_output[0]
+    for row in literal_rows(model, batch):
 
-        place = ids.index(model.config.audio_token_id)
-        embed = model.get_input_embeddings()
-        before, after = torch.tensor(ids[:place], dtype=torch.long), torch.tensor(ids[place + 1 :])
-        embeds = torch.cat([embed(before), vectors, embed(after)])[None]
-        is_speech = torch.zeros(1, embeds.shape[1], dtype=torch.bool)
-        is_speech[0, place : place + len(vectors)] = True
-        with torch.no_grad():
-            teacher_logits = model.language_model(input_ids=teacher_ids[None]).logits[0].double()
-        with partial_lora_at(model, is_speech):
-            student_logits = model.language_model(inputs_embeds=embeds).logits[0].double()
+        def kl(student_position, teacher_position, row=row):
+            student, teacher = row.student.logits[student_position], row.teacher.logits[teacher_position]
+            return literal_divergence(student, teacher, weights["temperature"])
 
-        def kl(student_position, teacher_position, student=student_logits, teacher=teacher_logits):
-            p = torch.softmax(teacher[teacher_position] / temperature, -1)
-            q = torch.softmax(student[student_position] / temperature, -1)
-            return (p * (p.log() - q.log())).sum()
-
-        responses = [position for position, label in enumerate(labels) if label != -100]
-        for back, position in enumerate(reversed(responses), start=1):
+        for back, position in enumerate(reversed(row.responses), start=1):
             # Counted from the end, response tokens stand at the same places in both prompts.
             sums["response_kl"] += kl(-back - 1, -back - 1)
-            sums["response_ce"] -= torch.log_softmax(student_logits[-back - 1], -1)[labels[position]]
+            sums["response_ce"] -= torch.log_softmax(row.student.logits[-back - 1], -1)[row.labels[position]]
         if model.adapter.one_to_one:
-            for offset, position in enumerate(content):
-                sums["input_kl"] += kl(place + offset, position)
-                scores = vectors[offset].double() @ embed.weight.double().T
-                sums["transcript_ce"] -= torch.log_softmax(scores, -1)[teacher_ids[position]]
-            sums["quantity"] += (audio.alpha_sum[0] - len(content)).abs() / len(content)
+            embeddings = model.get_input_embeddings().weight.double()
+            for offset, position in enumerate(row.content):
+                sums["input_kl"] += kl(row.place + offset, position)
+                scores = row.vectors[offset].double() @ embeddings.T
+                sums["transcript_ce"] -= torch.log_softmax(scores, -1)[row.teacher_ids[position]]
+            sums["quantity"] += (row.audio.alpha_sum[0] - len(row.content)).abs() / len(row.content)
     return sums
 
 

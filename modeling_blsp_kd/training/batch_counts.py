@@ -1,24 +1,95 @@
-"""Count the items of a batch that each part of the loss is divided by, without rows that other batches repeat."""
+"""Count the items of a batch that each part of the loss is divided by, without rows that other batches repeat.
+
+`BlspKdTrainer` takes its batches from [`CountedBatches`]. Leaves out: which rows are in a batch (`batch_order.py`).
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any
 
 import torch
 from accelerate.state import GradientState
+from transformers import PreTrainedModel
 
 from ..distillation_step import ItemCounts
+from ..row_weights import end_of_turn_ids
+from .loss_sums import LossSums, add_to
+from .on_policy import OnPolicyOptions, with_own_answers
+from .sigterm import SigtermCallback
 
 Batch = dict[str, torch.Tensor]
 
 
-def count_items(batches: list[Batch], device: torch.device) -> torch.Tensor:
-    """Return the [`ItemCounts`] of the batches of one optimiser step as a tensor of shape (3,)."""
+class CountedBatches:
+    """The part of `BlspKdTrainer` that fetches the batches of an optimiser step.
+
+    Its rows count once, the student answers those that are on-policy, and the step's items are counted.
+    """
+
+    sums: LossSums
+    sigterm: SigtermCallback
+    on_policy: OnPolicyOptions | None
+    # Of the Trainer, whose types are not known here.
+    accelerator: Any
+    args: Any
+    model: Any
+    num_last_rows: Any
+    state: Any
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, torch.Tensor | None]:
+        self.sums.begin_step()
+        batches = [self._without_repeats(batch, self.num_last_rows) for batch in islice(epoch_iterator, num_batches)]
+        if not batches:
+            return batches, None
+        model = self.accelerator.unwrap_model(self.model)
+        if self.on_policy is not None:
+            batches = [self._on_policy(model, number, batch) for number, batch in enumerate(batches)]
+        counts = count_items(batches, device, ends_that_count(model))
+        # All processes must end at the same step, so SIGTERM is exchanged together with the counts, at no cost.
+        totals = torch.cat([counts, counts.new_tensor([self.sigterm.received])])
+        if self.args.world_size > 1:
+            totals = self.accelerator.reduce(totals, reduction="sum")
+        self.sigterm.num_received = totals[-1]
+        return batches, totals[:-1] if self.args.average_tokens_across_devices else counts
+
+    def _on_policy(self, model, number: int, batch: Batch) -> Batch:
+        args = self.args
+        place = number * args.world_size + args.process_index
+        seed, step, in_step = args.seed, self.state.global_step, args.world_size > 1
+        batch, answered = with_own_answers(model, batch, self.on_policy, seed, step, place, in_step)  # type: ignore[arg-type]
+        add_to(self.sums.step_parts, {"on_policy_answer_tokens": answered.to(args.device)})
+        return batch
+
+    def _without_repeats(self, batch: Batch, num_last_rows: int | None = None) -> Batch:
+        state, token_id = self.accelerator.gradient_state, self.model.config.audio_token_id
+        return without_repeats(batch, state, self.args.process_index, token_id, num_last_rows)
+
+
+def count_items(batches: list[Batch], device: torch.device, ends: Sequence[int] = ()) -> torch.Tensor:
+    """Return the [`ItemCounts`] of the batches of one optimiser step as a tensor of shape (4,).
+
+    Args:
+        ends: ids of the tokens that end an answer, if a loss asks for them.
+    """
     counts = torch.zeros(len(ItemCounts._fields), dtype=torch.long, device=device)
     for batch in batches:
+        labels = batch["labels"][:, 1:]
         of_batch = ItemCounts(
-            response_tokens=(batch["labels"][:, 1:] != -100).sum(),
+            response_tokens=(labels != -100).sum(),
             content_tokens=batch["teacher_is_content"].sum(),
             clips=torch.tensor(len(batch["input_features"])),
+            ends_of_turn=torch.isin(labels, torch.tensor(ends, dtype=torch.long, device=labels.device)).sum(),
         )
-        counts += torch.stack([count.to(device) for count in of_batch])
+        counts += torch.stack([count.to(device) for count in of_batch])  # type: ignore[union-attr]  # all are given
     return counts
+
+
+def ends_that_count(model: PreTrainedModel) -> list[int]:
+    """Return the ids of the tokens that end an answer, or none if no loss of the model asks for them."""
+    is_asked = model.config.distillation["end_of_turn_kl"]
+    return end_of_turn_ids(model.generation_config.eos_token_id) if is_asked else []
 
 
 def without_repeats(

@@ -30,6 +30,7 @@ from ..modeling_blsp_kd import BlspKdForCausalLM
 from ..trainer import BlspKdTrainer
 from .batch_order import data_seed
 from .calibration import calibrate_adapter
+from .on_policy import OnPolicyOptions
 from .options import TINY_SPEECH_MODEL, Arguments, ModelOptions, encoder_learning_rate
 
 logger = logging.getLogger(__name__)
@@ -58,6 +59,12 @@ def check_options(model_options: ModelOptions, data_options: DataOptions, args: 
         raise ValueError(
             "--calibrate_adapter starts a cformer at its token count, but a subsampler predicts none. Leave out "
             "--calibrate_adapter, or take --adapter cformer."
+        )
+    on_policy_options(data_options, args)
+    if args.on_policy_share and data_options.kept_teacher:
+        raise ValueError(
+            "--on_policy_share trains on answers of the student, but --kept_teacher has predictions for given ones "
+            "only. Leave out the one or the other."
         )
     started_from = model_options.start_from and Path(model_options.start_from).resolve()
     if started_from and started_from.is_dir() and started_from.is_relative_to(Path(args.output_dir).resolve()):
@@ -99,11 +106,18 @@ def make_trainer(
     add_responses(eval_rows, model, processor, data_options.max_response_tokens)
     if reads_responses(model):
         add_responses(train_rows, model, processor, data_options.max_response_tokens)
+    elif args.on_policy_share:
+        raise ValueError(
+            "--on_policy_share has the student answer, but no loss reads its answers. Give response_kl, "
+            "end_of_turn_kl or response_ce a weight, or leave out --on_policy_share."
+        )
     else:
         for row in train_rows:
             row["response"] = row.get("response") or row["text"]  # the collator needs one, the loss does not
     with args.main_process_first(desc="looking at the clips"):
         train_dataset = training_data(train_rows, data_options, args, processor)
+    if isinstance(train_dataset, RowsInMemory) and train_dataset.teacher is not None:
+        train_dataset.teacher.check(model, train_dataset.rows)
     collator = BlspKdDataCollator(processor, transcript_bytes=model.config.distillation_options.ctc > 0)
     if model_options.calibrate_adapter and not args.resume_from_checkpoint:
         calibration = calibrate_adapter(model, calibration_batches(train_dataset, collator))
@@ -118,6 +132,7 @@ def make_trainer(
         max_batch_length=args.max_batch_length,
         encoder_learning_rate=encoder_learning_rate(model_options, args),
         non_finite_loss=args.non_finite_loss,
+        on_policy=on_policy_options(data_options, args),
     )
     return trainer, train_rows, eval_rows
 
@@ -126,6 +141,13 @@ def reads_responses(model: BlspKdForCausalLM) -> bool:
     """Return whether a loss of training reads the LLM's states, and so the responses; else there is no need for any."""
     wanted = wanted_losses(model.config.distillation, is_training=True, one_to_one=model.adapter.one_to_one)
     return bool(wanted & NEED_STUDENT)
+
+
+def on_policy_options(data_options: DataOptions, args: Arguments) -> OnPolicyOptions | None:
+    """Return how the student answers rows itself, or None if it does not."""
+    if not args.on_policy_share:
+        return None
+    return OnPolicyOptions(args.on_policy_share, args.on_policy_temperature, data_options.max_response_tokens)
 
 
 def calibration_batches(train_dataset: RowsInMemory | StreamedRows, collator: BlspKdDataCollator) -> Iterator[dict]:
@@ -196,10 +218,19 @@ def build_model(
 
 
 def warn_of_endless_answers(model: PreTrainedModel, processor: BlspKdProcessor):
-    """Warn if answers are trained to end with a token that generation does not stop at."""
+    """Warn if answers are trained to end with a token that generation does not stop at.
+
+    Raises:
+        ValueError: a loss counts only tokens at which it stops.
+    """
     [ids] = processor.tokenize([split_prompt(processor, None, "yes")[2]], add_special_tokens=False)["input_ids"]
     ends = model.generation_config.eos_token_id
     if ids[-1] not in (ends if isinstance(ends, list) else [ends]):
+        if model.config.distillation["end_of_turn_kl"]:
+            raise ValueError(
+                f"end_of_turn_kl counts the tokens at which generation stops, {ends}, but answers end with {ids[-1]}. "
+                "Add it to eos_token_id of the LLM's generation_config.json, or set end_of_turn_kl to 0."
+            )
         logger.warning(
             "Answers are trained to end with %r (token %s), but generation of this LLM stops at %s: add it to "
             "eos_token_id of the LLM's generation_config.json, or its answers may go on.",

@@ -6,9 +6,13 @@ answers, samples and licences, which `examples/publish.py` adds.
 
 import os
 import textwrap
+from dataclasses import asdict
 
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import Trainer
+
+from ..distillation_options import DistillationOptions
+from ..distillation_step import LOSS_PARTS
 
 TASK = "audio-text-to-text"
 TAGS = ["custom_code", "speech", "knowledge-distillation", "blsp-kd", "arxiv:2405.19041"]
@@ -54,7 +58,7 @@ def card_of_training(trainer: Trainer) -> ModelCard:
         steps=state.global_step,
         batch_size=batch_size,
         learning_rate=args.learning_rate,
-        losses=", ".join(f"{name} {weight:g}" for name, weight in config.distillation.items() if weight),
+        losses=name_losses(config.distillation),
         evaluation="\n".join(measured) or "Not measured.",
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
@@ -87,3 +91,15 @@ def _base_models(config) -> list[str]:
         for part, part_config in (("audio_tower", config.speech_config), ("language_model", config.text_config))
     ]
     return [name for name in names if name and "/" in name and not os.path.exists(name) and not os.path.isabs(name)]
+
+
+def name_losses(options: dict) -> str:
+    """Name the losses that have a weight, the temperature, and whatever else differs from its default."""
+    defaults = asdict(DistillationOptions())
+    shown = {
+        name: value
+        for name, value in options.items()
+        if value and (name in LOSS_PARTS or name == "temperature" or value != defaults.get(name))
+    }
+    numbers = {name: f"{value:g}" for name, value in shown.items() if isinstance(value, float)}
+    return ", ".join(f"{name} {numbers.get(name, value)}" for name, value in shown.items())

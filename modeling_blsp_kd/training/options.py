@@ -143,6 +143,16 @@ class Arguments(TrainingArguments):
             "--seconds_per_token adds the text."
         },
     )
+    on_policy_share: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the training rows with audio that the student answers itself in each step (at most "
+            "--max_response_tokens); the teacher scores its tokens. The others keep their responses."
+        },
+    )
+    on_policy_temperature: float = field(
+        default=1.0, metadata={"help": "Of sampling the student's own answers; 0: the most likely tokens."}
+    )
     non_finite_loss: str = field(
         default="stop", metadata={"help": "stop or skip: what becomes of a step whose loss or gradient is NaN or inf."}
     )

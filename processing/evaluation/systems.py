@@ -10,12 +10,15 @@ out: scores, see `scoring.py`.
 """
 
 from argparse import ArgumentTypeError
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
 
+from modeling_blsp_kd.distillation_step import LOSS_PARTS
 from processing import BlspKdDataCollator
 from processing.spoken_inputs import user_turn
 
@@ -38,6 +41,18 @@ def names_of(known: tuple[str, ...]) -> Callable[[str], tuple[str, ...]]:
         return tuple(name for name in known if name in given)
 
     return read
+
+
+@contextmanager
+def paper_losses(config: PreTrainedConfig) -> Iterator[None]:
+    """Measure the paper's KL(teacher || student), the mean over all tokens, whatever a model was trained with."""
+    given = config.distillation
+    weights = {name: value for name, value in given.items() if name in LOSS_PARTS or name == "temperature"}
+    try:
+        config.distillation = {**weights, "layer_alignment": 0.0, "ctc": 0.0}
+        yield
+    finally:
+        config.distillation = given
 
 
 @dataclass
@@ -152,7 +167,7 @@ class Systems:
                 continue  # the LLM has nothing to say to this text, so there is nothing to compare
             # One row at a time, since the loss sums over its batch and intervals need each row's share.
             batch = self.collator([{**row, "response": response}])
-            with torch.inference_mode():
+            with torch.inference_mode(), paper_losses(self.model.config):
                 parts = self.model(**{name: values.to(self.model.device) for name, values in batch.items()}).loss_parts
             line["alignment"] = {name: part.tolist() for name, part in parts.items()}
 

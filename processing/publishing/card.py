@@ -10,6 +10,8 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard
 
+from modeling_blsp_kd.training.card import name_losses
+
 from .metadata import VOICES, is_hub_id, metadata_of
 
 # Its front matter gives the order of the metadata.
@@ -85,7 +87,7 @@ def _training(facts: dict) -> str:
         return "Data and settings: not recorded."
     settings = {
         **_settings(training),
-        "losses and temperature": ", ".join(f"{name} {value:g}" for name, value in facts["losses"].items() if value),
+        "losses and temperature": name_losses(facts["losses"]),
         "seed": training["seed"],
         "time": f"{results['train_seconds']:.0f} s on {training['device']}",
         "versions": ", ".join(f"{name} {version}" for name, version in training["versions"].items()),
@@ -123,7 +125,10 @@ def _data(data: dict) -> str:
 def _settings(training: dict) -> dict[str, str]:
     encoder_rate = training["encoder_learning_rate"]
     encoder = "encoder frozen" if encoder_rate is None else f"{encoder_rate:g} for the encoder"
+    share, kept = training.get("on_policy_share"), training.get("kept_teacher")
     return {
+        **({"own answers": f"{share:.0%} of the rows with audio in each step"} if share else {}),
+        **({"teacher on disk": f"{kept['name'] or 'not named'}, {kept['k']} tokens each"} if kept else {}),
         "steps": f"{training['steps']:,} of {training['batch_size']} utterances",
         "learning rate": f"{training['learning_rate']:g}, {encoder}; {training['schedule']} after "
         f"{training['warmup_steps']} steps of warmup",

@@ -37,7 +37,8 @@ def describe_training(
             "voices": len(voices - {None, ""}) or None,
         }
 
-    data, eval_voices = trainer.train_dataset, {row.get("voice") for row in eval_rows}
+    data, kept = trainer.train_dataset, trainer.train_dataset.teacher and trainer.train_dataset.teacher.index
+    eval_voices = {row.get("voice") for row in eval_rows}
     made_from = {part: public_name(getattr(model_options, part)) for part in ("text_model", "speech_model")}
     if model_options.start_from is not None:
         made_from = {part: stages_before[-1][part] if stages_before else None for part in made_from}
@@ -53,6 +54,8 @@ def describe_training(
         "encoder_learning_rate": None if is_frozen else encoder_learning_rate(model_options, args),
         "schedule": args.lr_scheduler_type.value,
         "warmup_steps": args.get_warmup_steps(trainer.state.max_steps),
+        "on_policy_share": args.on_policy_share or None,
+        "kept_teacher": kept and {"name": public_name(kept["teacher"]), "k": kept["k"]},
         "seed": args.seed,
         "device": args.device.type,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},

@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from .clips import BadClipError, ClipFeatures, lengths
+from .kept_teacher import TeacherOnDisk
 
 
 class RowsInMemory(Dataset):
@@ -19,10 +20,17 @@ class RowsInMemory(Dataset):
         rows (`list[dict]`).
         lengths (`list[float]`): what batches are grouped by, one per row.
         clip_features ([`ClipFeatures`]).
+        teacher ([`TeacherOnDisk`], *optional*): what the teacher predicts, which each row then brings.
     """
 
-    def __init__(self, rows: list[dict], lengths: list[float], clip_features: ClipFeatures):
-        self.rows, self.lengths, self.clip_features = rows, lengths, clip_features
+    def __init__(
+        self,
+        rows: list[dict],
+        lengths: list[float],
+        clip_features: ClipFeatures,
+        teacher: TeacherOnDisk | None = None,
+    ):
+        self.rows, self.lengths, self.clip_features, self.teacher = rows, lengths, clip_features, teacher
         self.epoch = torch.zeros((), dtype=torch.long).share_memory_()  # workers that live on see it change
 
     def set_epoch(self, epoch: int):
@@ -42,7 +50,8 @@ class RowsInMemory(Dataset):
 
     def __getitems__(self, indices: list[int]) -> list[dict]:
         epoch = int(self.epoch)
-        return self.clip_features([{**self.rows[index], "epoch": epoch} for index in indices])
+        rows = self.clip_features([{**self.rows[index], "epoch": epoch} for index in indices])
+        return rows if self.teacher is None else [{**row, "kept_teacher": self.teacher(row)} for row in rows]
 
 
 class StreamedRows(Dataset):
@@ -59,6 +68,8 @@ class StreamedRows(Dataset):
         length_buffer (`int`): batches that are sorted by length together.
         seconds_per_token (`float`): see [`lengths`].
     """
+
+    teacher = None  # rows of a stream are not known before, so none is kept
 
     def __init__(
         self, stream: Any, clip_features: ClipFeatures, seed: int, length_buffer: int, seconds_per_token: float

@@ -16,6 +16,7 @@ from processing.processing_blsp_kd import BlspKdProcessor
 from .augmentation import Augmentation
 from .clips import BadClipError, ClipFeatures, SkippedClips, audio_name, duration_s, lengths
 from .data_sets import RowsInMemory, StreamedRows
+from .kept_teacher import TeacherOnDisk
 from .mixtures import Source, read_mixture, read_sources, stream_sources
 from .options import DataOptions
 
@@ -86,7 +87,8 @@ def training_data(
         raise ValueError(f"Of {len(rows)} training rows none has audio that can be used.")
     if num_text_only := sum(audio_name(row) is None for row in kept):
         logger.info("%d of %d training rows have no audio: they train on text alone.", num_text_only, len(kept))
-    return RowsInMemory(kept, kept_lengths, clip_features)
+    teacher = TeacherOnDisk(options.kept_teacher) if options.kept_teacher else None
+    return RowsInMemory(kept, kept_lengths, clip_features, teacher)
 
 
 def evaluation_data(rows: list[dict], length_column: str = "length") -> Dataset:

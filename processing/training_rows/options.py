@@ -45,6 +45,13 @@ class DataOptions:
             "loader worker, as long as it lives (--dataloader_persistent_workers)."
         },
     )
+    kept_teacher: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of keep_teacher.py: read what the teacher predicts for the training rows instead of "
+            "letting it read them. Evaluations run the LLM of the model itself."
+        },
+    )
     speeds: list[float] = field(
         default_factory=list, metadata={"help": "Play each training clip at one of these speeds, e.g. 0.9 1.0 1.1."}
     )
@@ -72,6 +79,10 @@ class DataOptions:
             raise ValueError("Give --train_manifest or --train_mixture, not both: a mixture names its manifests.")
         if self.streaming and not (self.train_manifest or self.train_mixture):
             raise ValueError("--streaming is for a --train_manifest or --train_mixture; the tiny world fits in memory.")
+        if self.streaming and self.kept_teacher:
+            raise ValueError(
+                "--kept_teacher is for rows in memory, not for --streaming. Leave out the one or the other."
+            )
         if min(self.shuffle_buffer, self.length_buffer) < 1:
             raise ValueError(
                 "--shuffle_buffer and --length_buffer must be at least 1 (rows and batches), got "

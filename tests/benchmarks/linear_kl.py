@@ -1,14 +1,17 @@
 """The distillation loss from hidden states, forward and backward, beside peers and the three products in it.
 
-N tokens, D LLM width, V vocabulary. All compute KL(teacher || student) at temperature 2 and the gradient with respect
-to the student's hidden states; peers also make one for the head where they know no frozen head. Leaves out: how right
-it is (`tests/test_distillation.py`).
+N tokens, D LLM width, V vocabulary. All compute KL(teacher || student) at temperature 2, or what their name says, and
+the gradient with respect to the student's hidden states; peers also make one for the head where they know no frozen
+head. Leaves out: how right it is (`tests/test_distillation.py`).
 """
+
+from functools import partial
 
 import torch
 from torch.nn.functional import kl_div, linear, log_softmax
 
-from modeling_blsp_kd.distillation import linear_kl
+from modeling_blsp_kd.distillation import linear_kl, linear_kl_of_rows
+from modeling_blsp_kd.kept_teacher import keep_top
 
 from .measure import OURS, Case, peer
 
@@ -42,6 +45,13 @@ def _case(size, peers, device, dtype, sweep=None) -> Case:
         return kl_div(student_log_probs, teacher_log_probs, log_target=True, reduction="sum")
 
     candidates = {OURS: gradient_of(lambda: linear_kl(student, teacher, weight, reduction="sum"))}
+    if peers:
+        for name, divergence in (("reverse KL", "reverse"), ("Jensen-Shannon", "jsd")):
+            candidates[name] = gradient_of(
+                partial(linear_kl, student, teacher, weight, reduction="sum", divergence=divergence)
+            )
+        kept = keep_top(teacher, weight, 2.0, 32)
+        candidates["teacher's top 32"] = gradient_of(lambda: linear_kl_of_rows(student, kept, weight).sum())
     missing = {}
     if "full logits" in peers:
         candidates["full logits"] = gradient_of(naive)

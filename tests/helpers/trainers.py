@@ -24,7 +24,7 @@ def many_rows():
     ]
 
 
-def make_trainer(folder, processor, collator, model=None, max_batch_length=None, **overrides):
+def make_trainer(folder, processor, collator, model=None, max_batch_length=None, on_policy=None, **overrides):
     options = {
         "output_dir": str(folder),
         "per_device_train_batch_size": NUM_ROWS,
@@ -51,4 +51,5 @@ def make_trainer(folder, processor, collator, model=None, max_batch_length=None,
         data_collator=collator,
         processing_class=processor,
         max_batch_length=max_batch_length,
+        on_policy=on_policy,
     )
