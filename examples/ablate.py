@@ -3,6 +3,7 @@
     python examples/ablate.py --time_budget_minutes 110
     python examples/ablate.py --short
     python examples/ablate.py --only cformer_both,encoder --seeds 1,2,3
+    python examples/ablate.py --matrix beyond
 
 This script runs the module `examples.experiments.ablation` from any working directory. `--help` has all options.
 """

@@ -18,12 +18,14 @@ from transformers import AutoConfig, HfArgumentParser
 from transformers.utils import ModelOutput
 
 from examples.experiments.ablation import __main__ as ablate
-from examples.experiments.ablation import analysis, report, runs
+from examples.experiments.ablation import analysis, beyond, report, runs, train_stages
 from examples.experiments.ablation.matrix import BY_NAME, CLAIMS, CONFIGURATIONS, RECOGNIZER, TRAIN
 from examples.experiments.ablation.plan import Plan, read_rows
+from examples.experiments.ablation.speeds import equal_steps
 from examples.experiments.ablation.train_global_lora import GlobalLoraForCausalLM, merge_lora
 from examples.experiments.ablation.train_recognizer import CtcRecognizer, RecognizerOptions
 from modeling_blsp_kd import BlspKdConfig
+from modeling_blsp_kd.distillation_step import NEED_STUDENT, wanted_losses
 from modeling_blsp_kd.training.options import TINY_SPEECH_MODEL, Arguments, ModelOptions
 from processing.evaluation.recognition import read_off
 from processing.training_rows.options import DataOptions
@@ -49,12 +51,55 @@ def plan(tmp_path):
 # -- the matrix -------------------------------------------------------------------------------------------------------
 
 
-def test_names_and_titles_are_unique_and_claims_name_what_is_there():
-    assert len(BY_NAME) == len({configuration.title for configuration in CONFIGURATIONS}) == len(CONFIGURATIONS)
-    for claim in CLAIMS:
-        for name, system in (claim.better, claim.worse):
-            assert system in BY_NAME[name].systems
-    assert len({claim.text for claim in CLAIMS}) == len(CLAIMS)
+@pytest.mark.parametrize("name", ablate.MATRICES)
+def test_names_and_titles_are_unique_and_claims_name_what_is_there(name):
+    configurations, claims = ablate.MATRICES[name].CONFIGURATIONS, ablate.MATRICES[name].CLAIMS
+    known = ablate.by_name(name)
+    assert len(known) == len({configuration.title for configuration in configurations}) == len(configurations)
+    for claim in claims:
+        for configuration, system in (claim.better, claim.worse):
+            assert system in known[configuration].systems
+    assert len({claim.text for claim in claims}) == len(claims)
+
+
+@pytest.mark.parametrize("configuration", beyond.OPTIONS, ids=lambda configuration: configuration.name)
+def test_scripts_take_the_options_beyond_the_paper(configuration, plan, tmp_path):
+    """And the stages share the steps, and begin where the one before ended."""
+    _, *arguments = runs.train_command(configuration, 1, replace(plan, steps=10), tmp_path / "model")
+    commands = [arguments]
+    if configuration.script == beyond.STAGES:
+        stages = json.loads(arguments.pop(arguments.index("--stages") + 1))
+        shared = [word for word in arguments[1:] if word != "--stages"]
+        staged = train_stages.stage_commands(stages, 10, tmp_path / "model", shared)
+        assert [folder.name for _, folder in staged] == ["model-stage1", "model"]
+        commands = [command[1:] for command, _ in staged]
+    num_steps, before = 0, None
+    for words in commands:
+        parser = HfArgumentParser((ModelOptions, DataOptions, Arguments))
+        model_options, _, args = parser.parse_args_into_dataclasses(words)
+        num_steps += args.max_steps
+        assert model_options.start_from == before
+        before = args.output_dir
+        config = make_config(text={"num_hidden_layers": 4}, distillation=json.loads(model_options.distillation))
+        assert not args.on_policy_share or wanted_losses(config.distillation, True, True) & NEED_STUDENT
+    assert num_steps == 10 and before == str(tmp_path / "model")
+
+
+def test_equal_time_is_measured_once_and_gives_slower_configurations_fewer_steps(plan):
+    plan, asked = replace(plan, steps=100, baseline=beyond.BASELINE), []
+    seconds_per_step = {beyond.BASELINE.name: 0.5, "on_policy": 1.0, "hardest": 0.4}
+
+    def train(configuration, plan, folder):
+        asked.append((configuration.name, plan.steps))
+        return 20.0 + plan.steps * seconds_per_step[configuration.name]
+
+    for _ in range(2):
+        by_name = ablate.by_name("beyond")
+        steps = {name: equal_steps(by_name[name], plan, train) for name in seconds_per_step}
+        assert steps == {beyond.BASELINE.name: 100, "on_policy": 50, "hardest": 125}
+    assert len(asked) == 6
+    assert equal_steps(by_name["untrained"], plan, None) == 100
+    assert plan.fingerprint(beyond.BASELINE) != replace(plan, baseline=None).fingerprint(beyond.BASELINE)
 
 
 @pytest.mark.parametrize("name", BY_NAME)

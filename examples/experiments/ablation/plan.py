@@ -27,6 +27,7 @@ class Plan:
         cache_dir: the tiny world's clips.
         train_options: further options of `train.py`, the same for all.
         threads: of one run.
+        baseline: each configuration trains as long as this one takes for `steps`; omitted, each takes `steps`.
     """
 
     steps: int
@@ -37,6 +38,7 @@ class Plan:
     cache_dir: Path
     train_options: list[str] = field(default_factory=list)
     threads: int = 1
+    baseline: Configuration | None = None
 
     def settings(self, configuration: Configuration) -> dict:
         """Return all that a result depends on except the seed."""
@@ -49,6 +51,7 @@ class Plan:
             "num_utterances": self.num_utterances,
             "train_options": [_portable(option) for option in self.train_options],
             "rows": _fingerprint_of_rows(self.rows_manifest),
+            **({} if self.baseline is None else {"time_of": self.baseline.name}),
         }
 
     def fingerprint(self, configuration: Configuration) -> str:

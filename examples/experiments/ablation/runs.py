@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from processing.evaluation.text_scores import match_answers
 
 from .matrix import TRAIN, Configuration
 from .plan import Plan, read_rows
+from .speeds import equal_steps
 
 EXAMPLES = Path(__file__).parents[2]
 EXPERIMENTS = "examples.experiments"
@@ -37,7 +39,8 @@ def run(configuration: Configuration, seed: int, plan: Plan) -> dict:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     model, log, start = folder / "model", folder / "log.txt", time.time()
-    _call(train_command(configuration, seed, plan, model), log, plan.threads)
+    steps = equal_steps(configuration, plan, _seconds_of_training)
+    _call(train_command(configuration, seed, replace(plan, steps=steps), model), log, plan.threads)
     own = json.loads((model / "results.json").read_text())
 
     is_cascade = configuration.systems == ("cascade",)
@@ -69,6 +72,7 @@ def run(configuration: Configuration, seed: int, plan: Plan) -> dict:
         "seed": seed,
         "settings": plan.settings(configuration),
         "machine": machine(plan.threads),
+        "steps": steps,
         "seconds": {"training": own["train_seconds"], "all": round(time.time() - start, 1)},
         "systems": systems,
         "alignment": {name: _value(alignment[name]) for name in ALIGNMENT if alignment.get(name) is not None},
@@ -81,6 +85,11 @@ def run(configuration: Configuration, seed: int, plan: Plan) -> dict:
     unfinished.write_text(json.dumps(result, indent=1) + "\n")
     os.replace(unfinished, path)
     return result
+
+
+def _seconds_of_training(configuration: Configuration, plan: Plan, folder: Path) -> float:
+    _call(train_command(configuration, 1, plan, folder / "model"), folder / "log.txt", plan.threads)
+    return json.loads((folder / "model" / "results.json").read_text())["train_seconds"]
 
 
 def _groups(answers: dict) -> dict[str, dict[str, float]]:
