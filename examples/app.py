@@ -11,6 +11,7 @@ import argparse
 import os
 from pathlib import Path
 
+from modeling_blsp_kd.training.command_line import add_backbone_options, read_backbone_options
 from processing.chat_templates import read_options
 from processing.demo.page import serve
 
@@ -25,8 +26,10 @@ def main():
     parser.add_argument(
         "--chat_template_kwargs", help="JSON options of the LLM's chat template (those that it was trained with)"
     )
+    add_backbone_options(parser)
     options = parser.parse_args()
-    serve(options.model, options.clips, **read_options(options.chat_template_kwargs))
+    processor_options = read_options(options.chat_template_kwargs)
+    serve(options.model, options.clips, model_options=read_backbone_options(options), **processor_options)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from modeling_blsp_kd import BlspKdForCausalLM
 from modeling_blsp_kd.devices import fast_dtype
+from modeling_blsp_kd.training.command_line import read_backbone_options
 from processing import BlspKdProcessor
 from processing.chat_templates import read_options
 from processing.evaluation.cost import measure_cost
@@ -134,7 +135,8 @@ def load_systems(options: Namespace, asr_models: dict[str, str]) -> Systems:
         answers = ServedAnswers(options.engine_url, rate, processor.chat_template_kwargs)
     is_aligned = "alignment" in options.tasks and "speech" in options.systems
     if answers is None or is_aligned or ("cascade" in options.systems and not options.asr_model):
-        model = BlspKdForCausalLM.from_pretrained(options.model, device_map="auto", dtype=dtype).requires_grad_(False)
+        given = {"device_map": "auto", "dtype": dtype, **read_backbone_options(options)}
+        model = BlspKdForCausalLM.from_pretrained(options.model, **given).requires_grad_(False)
     recognizers = {name: load_recognizer(folder, dtype, options.asr_language) for name, folder in asr_models.items()}
     return Systems(
         model,

@@ -13,6 +13,7 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import AutoModelForCausalLM, AutoProcessor, TextStreamer
 
 from modeling_blsp_kd.devices import fast_dtype
+from modeling_blsp_kd.training.command_line import add_backbone_options, read_backbone_options
 from processing.chat_templates import read_options
 from processing.spoken_inputs import user_turn
 
@@ -26,6 +27,7 @@ def main():
         "--chat_template_kwargs", help="JSON options of the LLM's chat template (those that it was trained with)"
     )
     parser.add_argument("--max_new_tokens", type=int, default=64, help="longest answer")
+    add_backbone_options(parser)
     parser.add_argument("--dtype", help="of the weights; omitted, float32 on a CPU, elsewhere as they are stored")
     options = parser.parse_args()
     if not Path(options.audio).is_file():
@@ -39,7 +41,11 @@ def main():
     given = read_options(options.chat_template_kwargs)
     processor = AutoProcessor.from_pretrained(options.model, trust_remote_code=True, **given)
     model = AutoModelForCausalLM.from_pretrained(
-        options.model, trust_remote_code=True, device_map="auto", dtype=fast_dtype(options.dtype)
+        options.model,
+        trust_remote_code=True,
+        device_map="auto",
+        dtype=fast_dtype(options.dtype),
+        **read_backbone_options(options),
     )
     inputs = processor.apply_chat_template(
         user_turn(options.instruction, {"type": "audio", "path": options.audio}),

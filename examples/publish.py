@@ -16,8 +16,10 @@ from pathlib import Path
 from huggingface_hub.utils import validate_repo_id
 
 from modeling_blsp_kd import BlspKdForCausalLM
+from modeling_blsp_kd.training.command_line import add_backbone_options, read_backbone_options
 from processing import BlspKdPipeline, BlspKdProcessor
 from processing.manifests import read_manifest
+from processing.publishing.base_models import local_folders, other_revisions, public_backbones
 from processing.publishing.card import make_card
 from processing.publishing.contents import write_model, write_samples
 from processing.publishing.facts import describe_checkpoint
@@ -34,7 +36,7 @@ def main():
     checkpoint, name = Path(options.checkpoint), options.push or Path(options.folder).absolute().name
     repo_id = options.push or "someone/model"  # as which it is tried out
     validate_repo_id(repo_id)
-    check_backbones(checkpoint, options.full)
+    given, backbones = given_base_models(options), backbones_to_publish(checkpoint, options)
     results_file = checkpoint / "results.json"
     results = json.loads(results_file.read_text()) if results_file.exists() else {}
     kept = [{**row, "audio": checkpoint / row["audio"]} for row in results.pop("samples", [])]
@@ -43,34 +45,37 @@ def main():
         raise SystemExit("--verify needs a clip, and this checkpoint kept none. Give some with --samples.")
 
     with complete_or_nothing(options.folder) as (folder, record):
-        model = BlspKdForCausalLM.from_pretrained(checkpoint)
+        dtype = options.dtype or "auto"
+        model = BlspKdForCausalLM.from_pretrained(checkpoint, dtype=dtype, **read_backbone_options(options))
         processor = BlspKdProcessor.from_pretrained(checkpoint)
-        is_thin = model.config.backbones is not None and not options.full
+        found, local = model.config.backbones or {}, {}
+        if backbones is not None:
+            model.config.backbones, local = backbones, local_folders(backbones, found)
         pipeline = BlspKdPipeline(model=model, processor=processor)
         write_model(pipeline, folder, options.full)
         samples = write_samples(pipeline, rows, folder)
-        backbones = model.config.backbones if is_thin else None
         record["facts"] = {
             "name": name,
-            "thin": is_thin,
+            "thin": backbones is not None,
+            "other_revisions": other_revisions(found),
             "losses": model.config.distillation,
             "results": results,
             "samples": samples,
             **describe_checkpoint(
                 model,
                 results.get("training"),
-                given_base_models(options),
+                given,
                 licence=options.licence,
                 languages=options.language,
                 datasets=options.dataset,
             ),
-            "memory": measure_memory(folder, repo_id, backbones, samples[0]) if samples else None,
+            "memory": measure_memory(folder, repo_id, samples[0], local) if samples else None,
         }
         make_card(record["facts"]).save(folder / "README.md")
     print(f"{options.folder} is complete: {name}")
 
     if options.verify:
-        report(verify(options.folder, repo_id, model, processor, rows[0]["audio"]))
+        report(verify(options.folder, repo_id, model, processor, rows[0]["audio"], local))
     if options.space:
         write_space(options.space, repo_id, CLIPS)
     if options.push:
@@ -91,8 +96,10 @@ def parse_options() -> argparse.Namespace:
         help="JSONL rows (audio, text, instruction, answer) to show; those that train.py kept if omitted",
     )
     parser.add_argument("--allow_outside_paths", action="store_true", help="let audio of --samples leave its folder")
+    parser.add_argument("--dtype", help="of all weights, such as bfloat16; omitted, as the checkpoint has them")
     for part in ("text_model", "speech_model"):
         parser.add_argument(f"--{part}", metavar="ID[=LICENCE]", help="Hub id and licence of this base model")
+    add_backbone_options(parser)
     parser.add_argument("--licence", metavar="ID", help="Hub's id of the licence that you give the weights")
     parser.add_argument("--language", action="append", default=[], help="code such as en; may be repeated")
     parser.add_argument("--dataset", action="append", default=[], help="Hub id of training data; may be repeated")
@@ -103,17 +110,17 @@ def parse_options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def check_backbones(checkpoint: Path, full: bool):
-    """Refuse to publish a checkpoint that needs folders of this machine."""
+def backbones_to_publish(checkpoint: Path, options: argparse.Namespace) -> dict | None:
+    """Return the base models that a thin publication names, or None for a full one."""
     if not (checkpoint / "config.json").is_file():
         raise SystemExit(f"{checkpoint} is no checkpoint: it has no config.json. Give the folder that train.py left.")
-    backbones = json.loads((checkpoint / "config.json").read_text()).get("backbones") or {}
-    local = [part for part, backbone in backbones.items() if backbone["revision"].startswith("sha256:")]
-    if local and not full:
-        raise SystemExit(
-            f"This checkpoint is thin, and its {' and '.join(local)} came from a folder of this machine, which others "
-            "do not have. Publish it with --full, or train it from base models of the Hub."
-        )
+    stored = json.loads((checkpoint / "config.json").read_text()).get("backbones")
+    if stored is None or options.full:
+        return None
+    try:
+        return public_backbones(stored, given_base_models(options))
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
 
 
 def given_base_models(options: argparse.Namespace) -> dict[str, tuple[str, str | None]]:

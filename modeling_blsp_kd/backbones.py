@@ -1,28 +1,25 @@
-"""The pretrained backbones, speech encoder and LLM: load them from where they are published, and find them again.
+"""The pretrained backbones, speech encoder and LLM: load them from where they are published, or where a user has them.
 
-Leaves out: joining them (`modeling_blsp_kd.py`), and checkpoints without them (`thin_checkpoints.py`).
+Leaves out: joining them (`modeling_blsp_kd.py`), which ones a thin checkpoint needs (`backbone_names.py`), and such
+checkpoints themselves (`thin_checkpoints.py`).
 """
 
 import copy
-import hashlib
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers import AutoQuantizationConfig
-from transformers.utils.hub import cached_file, extract_commit_hash
 
+from .backbone_names import CHECKSUM, HUB_OPTIONS, as_found, check_architecture, checksum
 from .configuration_blsp_kd import SPEECH_ENCODERS
 from .encoder_families import ENCODER_FAMILIES
 from .model_files import check_folder
 from .plora import ADAPTER_NAME
 from .speech_encoder import encoder_class_of
 
-HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-WEIGHT_SUFFIXES = (".safetensors", ".bin")
 # Names of the weights that whole speech models have besides their encoder: decoders, heads, and those of pretraining.
 OTHER_PARTS = (
     r"^(model\.)?decoder\.",
@@ -94,10 +91,18 @@ def load_language_model(
     """Load a causal LLM; `kwargs` are for `from_pretrained`.
 
     Raises:
-        ValueError: a file is broken.
+        ValueError: a file is broken, or weights are missing.
     """
     check_folder(name_or_path, kwargs.get("subfolder", ""))
-    return AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, **kwargs)
+    language_model, loading = AutoModelForCausalLM.from_pretrained(
+        name_or_path, dtype=dtype, output_loading_info=True, **kwargs
+    )
+    if missing := sorted(loading["missing_keys"]):
+        raise ValueError(
+            f"{name_or_path} is no LLM that fits its own config: the weights {missing[:5]} are missing, and would be "
+            "random."
+        )
+    return language_model
 
 
 def for_language_model_only(quantization_config: Any) -> Any:
@@ -121,71 +126,61 @@ def for_language_model_only(quantization_config: Any) -> Any:
     )
 
 
-def identify(name_or_path: str | os.PathLike, loading_options: dict) -> dict[str, str]:
-    """Name a backbone so that the same weights can be fetched again.
-
-    Args:
-        name_or_path (`str` or `os.PathLike`): Hub id or folder.
-        loading_options (`dict`): what it will be loaded with, such as `revision`.
-
-    Returns:
-        `dict` of `name_or_path`, and `revision`: the commit on the Hub, or the checksum of a folder's weight files.
-    """
-    if os.path.isdir(name_or_path):
-        return {"name_or_path": os.path.abspath(name_or_path), "revision": _checksum(Path(name_or_path))}
-    hub = {name: loading_options[name] for name in HUB_OPTIONS if name in loading_options}
-    commit = extract_commit_hash(cached_file(name_or_path, "config.json", **hub), None)
-    if commit is None:
-        raise ValueError(
-            f"The commit of {name_or_path} is unknown, so a thin checkpoint could not name it. Load it from the Hub or "
-            "from a folder, or build the model with thin=False."
-        )
-    return {"name_or_path": str(name_or_path), "revision": commit}
-
-
-def fetch(part: str, backbone: dict[str, str], load: Callable, **kwargs) -> PreTrainedModel:
-    """Load a backbone that a thin checkpoint names.
+def fetch(
+    part: str,
+    backbone: dict[str, str],
+    load: Callable,
+    config: PreTrainedConfig,
+    on_other_revision: str = "warn",
+    **kwargs,
+) -> tuple[PreTrainedModel, dict[str, str]]:
+    """Load a backbone that a thin checkpoint, or its user, names.
 
     Args:
         part (`str`): "audio_tower" or "language_model", for messages.
-        backbone (`dict`): of [`identify`].
-        load (`Callable`): [`load_audio_tower`] or [`load_language_model`], called with the name and `kwargs`.
+        backbone (`dict`): its entry in the config, see `backbone_names.py`.
+        load (`Callable`): [`load_audio_tower`] or [`load_language_model`], called with the name, `config` and `kwargs`.
+        config (`PreTrainedConfig`): of the backbone in training.
+        on_other_revision (`str`): "warn" or "error".
+
+    Returns:
+        `tuple`: the backbone, and the entry that names what was found.
 
     Raises:
         OSError: it is missing.
-        ValueError: it is not the one that the checkpoint was trained on.
+        ValueError: it is not the one that the entry asks for, or of another architecture than in training.
     """
-    name, revision = backbone["name_or_path"], backbone["revision"]
-    if revision.startswith("sha256:"):
+    name, revision = backbone["name_or_path"], backbone.get("revision", "")
+    if revision.startswith(CHECKSUM):
         if not os.path.isdir(name):
-            raise OSError(_missing(part, name, revision, "there is no such folder"))
-        found = _checksum(Path(name))
+            raise OSError(_missing(part, backbone, "there is no such folder"))
+        found = checksum(name)
         if found != revision:
             raise ValueError(
                 f"The {part} of this thin checkpoint has changed: it was trained on {name} with weights {revision}, "
                 f"but the weights there now are {found}. Put the original back, or use a full checkpoint "
-                "(save_pretrained(folder, full=True) where the original still is)."
+                "(save_pretrained(folder, full=True) where the original still is). To try what is there all the same, "
+                f'name it: from_pretrained(..., backbones={{"{part}": {name!r}}}).'
             )
-    else:
+    elif revision:
         kwargs["revision"] = revision
     try:
-        return load(name, **kwargs)
+        if "trained_revision" in backbone:
+            hub = {option: kwargs[option] for option in HUB_OPTIONS if option in kwargs}
+            check_architecture(part, name, AutoConfig.from_pretrained(name, **hub), config)
+        model = load(name, config=config, **kwargs)
     except OSError as error:
-        raise OSError(_missing(part, name, revision, error)) from error
+        raise OSError(_missing(part, backbone, error)) from error
+    if "trained_revision" in backbone:
+        backbone = as_found(part, backbone, kwargs, on_other_revision)
+    return model, backbone
 
 
-def _missing(part: str, name: str, revision: str, reason) -> str:
+def _missing(part: str, backbone: dict[str, str], reason) -> str:
+    name, revision = backbone["name_or_path"], backbone.get("revision", "the newest")
     return (
         f"The {part} of this thin checkpoint cannot be loaded: {name} (revision {revision}): {reason}. A thin "
-        "checkpoint holds only what was trained; make its backbones available, or use a full checkpoint "
+        "checkpoint holds only what was trained. Make its backbones available, name another place of them, a folder or "
+        f'a Hub id (from_pretrained(..., backbones={{"{part}": "/its/folder"}})), or use a full checkpoint '
         "(save_pretrained(folder, full=True))."
     )
-
-
-def _checksum(folder: Path) -> str:
-    """Return the SHA-256 over the names and contents of a folder's weight files."""
-    digest = hashlib.sha256()
-    for file in sorted(path for path in folder.iterdir() if path.suffix in WEIGHT_SUFFIXES):
-        with file.open("rb") as stream:
-            digest.update(f"{file.name}\0{hashlib.file_digest(stream, 'sha256').hexdigest()}\0".encode())
-    return f"sha256:{digest.hexdigest()}"

@@ -159,27 +159,6 @@ class TimestampOptions(Options):
         self.check(is_share, "must lie in [0, 1)", "silence")
 
 
-def check_backbones(given: Any):
-    """Check what a thin checkpoint's config says about its backbones.
-
-    Raises:
-        ValueError: it is neither None nor a name and a revision of each.
-    """
-    require(
-        given is None
-        or isinstance(given, dict)
-        and set(given) == set(BACKBONES)
-        and all(
-            isinstance(backbone, dict)
-            and set(backbone) == {"name_or_path", "revision"}
-            and all(map(is_text, backbone.values()))
-            for backbone in given.values()
-        ),
-        f"backbones must be None, or give name_or_path and revision (text) of each of {BACKBONES}",
-        given,
-    )
-
-
 def check_part_dtypes(given: Any):
     """Check what a full checkpoint's config tells of the dtypes of its parts.
 

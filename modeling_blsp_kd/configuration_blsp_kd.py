@@ -17,10 +17,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPI
 from transformers.utils import logging
 
 from .adapter_options import CFormerOptions, SubsamplerOptions, read_adapter
+from .backbone_names import check_backbones, with_other_names
 from .config_options import (
     PartialLoraOptions,
     TimestampOptions,
-    check_backbones,
     check_part_dtypes,
     is_count,
     look_alikes,
@@ -228,6 +228,8 @@ class BlspKdConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict, **kwargs) -> "BlspKdConfig":
         # transformers sets options given at loading after the config is made, past the checks.
         given = {name: kwargs.pop(name) for name in CHECKED_OPTIONS if name in kwargs}
+        if (others := given.pop("backbones", None)) is not None:
+            given["backbones"] = with_other_names(config_dict.get("backbones"), others)
         return super().from_dict({**config_dict, **given}, **kwargs)
 
     def to_dict(self) -> dict:

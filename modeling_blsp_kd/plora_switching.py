@@ -11,7 +11,7 @@ import os
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from .backbones import HUB_OPTIONS
+from .backbone_names import HUB_OPTIONS
 from .plora import ADAPTER_NAME, PartialLora
 
 logger = logging.get_logger(__name__)

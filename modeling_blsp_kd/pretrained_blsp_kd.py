@@ -13,7 +13,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig, PreTrainedModel
 
-from .backbones import for_language_model_only, identify, load_audio_tower, load_language_model, without_folder
+from .backbone_names import identify
+from .backbones import for_language_model_only, load_audio_tower, load_language_model, without_folder
 from .configuration_blsp_kd import BlspKdConfig
 from .ctc import CTC_HEAD
 from .model_files import check_folder, lacks, misfits
@@ -108,7 +109,9 @@ class BlspKdPreTrainedModel(PreTrainedModel):
         return model.eval()
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args, **kwargs) -> Any:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, *args, on_other_revision: str = "warn", **kwargs
+    ) -> Any:
         """Load a checkpoint, full or thin; see `PreTrainedModel.from_pretrained` for all arguments.
 
         Each part comes in the dtype that it was saved in, so that trained float32 weights beside a half-precision LLM
@@ -116,11 +119,18 @@ class BlspKdPreTrainedModel(PreTrainedModel):
         partial LoRA keep their precision.
 
         Of the config's fields that may be given here, `plora` also puts partial LoRA on a model without it (it changes
-        nothing until it is trained), or takes it off (`False`), leaving the LLM as it was.
+        nothing until it is trained), or takes it off (`False`), leaving the LLM as it was. `backbones`, for a thin
+        checkpoint, says where they are: a dict of "audio_tower" and "language_model", one or both, each a Hub id, a
+        folder, or a dict of `name_or_path` and `revision`.
+
+        Args:
+            on_other_revision (`str`): "warn" or "error": what becomes of a backbone that is named here, or that the
+                checkpoint names without requiring its revision, if it is another one than in training.
 
         Raises:
             OSError: a file is missing or cannot be read.
-            ValueError: a file is broken, or weights do not fit the config, or lack what it asks for.
+            ValueError: a file is broken, or weights do not fit the config, or lack what it asks for, or a backbone does
+                not fit.
         """
         files = {name: kwargs[name] for name in ("subfolder", "variant") if name in kwargs}
         check_folder(pretrained_model_name_or_path, **files)
@@ -132,7 +142,7 @@ class BlspKdPreTrainedModel(PreTrainedModel):
                 kwargs["quantization_config"] = for_language_model_only(kwargs["quantization_config"])
             result = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         else:
-            result = load_thin(cls, pretrained_model_name_or_path, *args, **kwargs)
+            result = load_thin(cls, pretrained_model_name_or_path, *args, on_other_revision=on_other_revision, **kwargs)
         model = result[0] if isinstance(result, tuple) else result
         if is_switched:
             names = switch(model, plora, pretrained_model_name_or_path)
@@ -193,6 +203,9 @@ class BlspKdPreTrainedModel(PreTrainedModel):
             if self.config.backbones is None:
                 saved = kwargs.get("state_dict")
                 self.config.part_dtypes = dtypes_of_parts(self.state_dict() if saved is None else saved)
+            else:  # what loading makes of the backbones; the weights here have their own dtypes
+                self.config.speech_config.dtype = self.audio_tower.dtype
+                self.config.text_config.dtype = self.language_model.dtype
             super().save_pretrained(save_directory, *args, **kwargs)
         finally:
             self.config.backbones, self.config.part_dtypes = backbones, None

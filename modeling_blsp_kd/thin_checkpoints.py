@@ -15,7 +15,9 @@ from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
-from .backbones import HUB_OPTIONS, fetch, load_audio_tower, load_language_model, without_folder
+from .backbone_names import HUB_OPTIONS, ON_OTHER_REVISION, with_other_names
+from .backbones import fetch, load_audio_tower, load_language_model, without_folder
+from .config_options import require
 from .ctc import CTC_HEAD
 from .model_files import misfits
 
@@ -64,18 +66,25 @@ def load_thin(
     quantization_config: Any = None,
     attn_implementation: str | dict | None = None,
     output_loading_info: bool = False,
+    on_other_revision: str = "warn",
     **kwargs,
 ) -> Any:
     """Load a thin checkpoint: fetch its backbones, join them, and put in what was trained.
 
     Takes the arguments of `from_pretrained`. `dtype` "auto" keeps the dtypes of training. `quantization_config` is for
     the LLM. A `device_map` that names no parts, such as "auto", places the LLM, and the rest beside its embeddings.
+    `config.backbones` of the model names the backbones that were found.
 
     Raises:
         OSError: a backbone is missing.
-        ValueError: a backbone has changed, or the weights do not fit the config.
+        ValueError: a backbone has changed or does not fit, or the weights do not fit the config.
         TypeError: unknown arguments.
     """
+    require(
+        on_other_revision in ON_OTHER_REVISION,
+        f"on_other_revision must be one of {ON_OTHER_REVISION}",
+        on_other_revision,
+    )
     hub = {name: kwargs.pop(name) for name in HUB_OPTIONS if name in kwargs}
     placing = {name: kwargs.pop(name) for name in PLACING_OPTIONS if name in kwargs}
     dtype = kwargs.pop("torch_dtype", dtype)
@@ -83,6 +92,8 @@ def load_thin(
     kwargs = {name: value for name, value in kwargs.items() if name not in AUTO_OPTIONS and name[0] != "_"}
     if isinstance(config, PreTrainedConfig):
         config = copy.deepcopy(config)
+        if (others := kwargs.pop("backbones", None)) is not None:
+            config.backbones = with_other_names(config.backbones, others)
     else:
         config, kwargs = model_class.config_class.from_pretrained(
             config or name_or_path, return_unused_kwargs=True, **hub, **kwargs
@@ -93,11 +104,12 @@ def load_thin(
         config._attn_implementation = attn_implementation
 
     hub_of_backbones = {name: value for name, value in hub.items() if name not in ("revision", "subfolder")}
-    language_model = fetch(
+    language_model, found_llm = fetch(
         "language_model",
         config.backbones["language_model"],
         _load_quantised,
         config=config.text_config,
+        on_other_revision=on_other_revision,
         quantization_config=quantization_config,
         dtype=dtype,
         device_map=_part_of(device_map, "language_model"),
@@ -108,15 +120,17 @@ def load_thin(
     if isinstance(device_map, str):
         embeddings = language_model.get_input_embeddings().weight
         device_map = {"": "cpu" if embeddings.is_meta else embeddings.device}
-    audio_tower = fetch(
+    audio_tower, found_encoder = fetch(
         "audio_tower",
         config.backbones["audio_tower"],
         load_audio_tower,
         config=config.speech_config,
+        on_other_revision=on_other_revision,
         dtype=dtype,
         device_map=_part_of(device_map, "audio_tower"),
         **hub_of_backbones,
     )
+    config.backbones = {"audio_tower": found_encoder, "language_model": found_llm}
     model = model_class(config, audio_tower=audio_tower, language_model=language_model)
     for name, device in (_part_of(device_map, "adapter") or {"": "cpu"}).items():
         model.adapter.get_submodule(name).to(device)

@@ -8,6 +8,7 @@ import hashlib
 import importlib.util
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -16,8 +17,10 @@ import pytest
 import soundfile
 import torch
 from huggingface_hub import HfApi, ModelCard
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
-from modeling_blsp_kd import BlspKdForCausalLM
+from modeling_blsp_kd import BlspKdConfig, BlspKdForCausalLM
 from modeling_blsp_kd.thin_checkpoints import trained_names
 from processing import BlspKdPipeline, BlspKdProcessor, BlspKdSpeechRecognitionPipeline
 from processing.publishing.card import TEMPLATE, make_card
@@ -26,7 +29,7 @@ from processing.publishing.publication import complete_or_nothing
 from processing.publishing.upload import UploadError, upload
 from processing.publishing.verify import compare, run_script
 from processing.spoken_inputs import user_turn
-from tests.helpers.models import make_model, make_thin_model
+from tests.helpers.models import make_model, make_thin_model, text_config
 from tests.helpers.prompts import SAMPLING_RATE, clip
 from tests.helpers.shipping import PACKAGE_FOLDERS, assert_tells_no_path
 from tests.helpers.stand_in_hub import REPO_ID, StandInHub
@@ -38,6 +41,11 @@ publish.__spec__.loader.exec_module(publish)
 
 CODE_ROOTS = ("configuration_blsp_kd", "modeling_blsp_kd", "processing_blsp_kd", "pipeline_blsp_kd")
 MEMORY = {"dtype": "float32", "peak_mb": 500.0, "before_mb": 450.0, "clip_s": 0.6}
+PARTS = ("audio_tower", "language_model")
+SAMPLES = [
+    {"audio": f"samples/{number}.wav", "text": "the red | cat", "instruction": "repeat the words", "answer": "red"}
+    for number in (1, 2)
+]
 RESULTS = {
     "train_seconds": 12.3,
     "training": {
@@ -60,10 +68,7 @@ RESULTS = {
     "input_kl": 0.25,
     "text_accuracy": {"seen_voices": 0.9, "held_out_voices": 0.8, "by_kind": {"colour": 0.7, "sum": 1.0}},
     "speech_accuracy": {"seen_voices": 0.6, "held_out_voices": 0.5, "by_kind": {"colour": 0.4, "sum": 0.65}},
-    "samples": [
-        {"audio": f"samples/{number}.wav", "text": "the red | cat", "instruction": "repeat the words", "answer": "red"}
-        for number in (1, 2)
-    ],
+    "samples": SAMPLES,
 }
 
 
@@ -205,6 +210,67 @@ def test_a_thin_checkpoint_of_the_hub_is_published_thin_and_answers_elsewhere(
     assert memory["peak_mb"] > memory["before_mb"] > 100 and memory["dtype"] == "float32"
     assert "org/llm" in (tmp_path / "made" / "config.json").read_text()
     assert_tells_no_path(tmp_path / "made", tmp_path)
+
+
+def test_a_thin_checkpoint_of_local_folders_is_published_under_hub_ids(
+    backbones, hub_backbones, processor, tmp_path, monkeypatch
+):
+    folders = {part: shutil.copytree(folder, tmp_path / part) for part, folder in zip(PARTS, backbones)}
+    thin = save_checkpoint(tmp_path / "thin", make_thin_model(folders.values()), processor, {"samples": SAMPLES})
+    trained = BlspKdConfig.from_pretrained(thin).backbones
+    named = ("--speech_model", "org/ears=mit", "--text_model", "org/llm=apache-2.0")
+    with pytest.raises(SystemExit, match=r"its audio_tower came from a folder .* that it is \(--speech_model ID\), or"):
+        run_publish(monkeypatch, thin, tmp_path / "made", *named[2:])
+    run_publish(monkeypatch, thin, tmp_path / "made", *named, "--dtype", "bfloat16")
+    stored = BlspKdConfig.from_pretrained(tmp_path / "made").backbones
+    assert stored == {
+        "audio_tower": {"name_or_path": "org/ears", "trained_revision": trained["audio_tower"]["revision"]},
+        "language_model": {"name_or_path": "org/llm", "trained_revision": trained["language_model"]["revision"]},
+    }
+    assert_tells_no_path(tmp_path / "made", tmp_path, backbones[0].parent)
+    weights = load_file(tmp_path / "made" / "model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+    assert not any(name.startswith("audio_tower.") for name in weights)
+    for source in (folders, None):  # with None: from the Hub, where org/ears is another revision
+        loaded = BlspKdForCausalLM.from_pretrained(tmp_path / "made", backbones=source)
+        assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
+    card = ModelCard.load(tmp_path / "made" / "README.md")
+    assert card.data.base_model == ["org/ears", "org/llm"]
+    for part, name in zip(PARTS, hub_backbones):
+        row = f"| [{name}](https://huggingface.co/{name}) | weights with the checksum {trained[part]['revision']} |"
+        assert row in card.text
+    assert "answered with another" not in card.text
+    # What was published is published again by who has the base models in folders, even if one was changed.
+    AutoModelForCausalLM.from_config(text_config()).save_pretrained(folders["language_model"])
+    elsewhere = ("--backbones", json.dumps({part: str(folder) for part, folder in folders.items()}))
+    again = ("--samples", samples_of(thin, tmp_path), *elsewhere)
+    with pytest.raises(ValueError, match="The language_model is another revision than in training"):
+        run_publish(monkeypatch, tmp_path / "made", tmp_path / "again", *again, "--on_other_revision", "error")
+    run_publish(monkeypatch, tmp_path / "made", tmp_path / "again", *again)
+    assert BlspKdConfig.from_pretrained(tmp_path / "again").backbones == stored
+    card = ModelCard.load(tmp_path / "again" / "README.md")
+    assert "The examples here were answered with another language_model than in training, weights with" in card.text
+    with pytest.raises(SystemExit, match="--text_model says org/other, but the checkpoint was made from org/llm"):
+        run_publish(monkeypatch, tmp_path / "made", tmp_path / "no", *again, "--text_model", "org/other")
+
+
+def samples_of(checkpoint, folder):
+    shutil.copytree(checkpoint / "samples", folder / "samples")
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, SAMPLES)))
+    return folder / "rows.jsonl"
+
+
+@pytest.mark.long
+def test_a_thin_publication_is_verified_with_local_base_models(backbones, processor, tmp_path, monkeypatch, capsys):
+    """Where there is no network, they are put into the emulated cache under their Hub ids."""
+    thin = save_checkpoint(tmp_path / "thin", make_thin_model(backbones), processor, {"samples": SAMPLES})
+    named = ("--speech_model", "org/ears", "--text_model", "org/llm", "--dtype", "bfloat16", "--verify")
+    monkeypatch.setattr(sys, "argv", ["publish.py", str(thin), str(tmp_path / "made"), *named])
+    publish.main()
+    checks = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("ok", "FAILED"))]
+    assert len(checks) == 14 and all(check.startswith("ok") for check in checks)
+    facts = json.loads((tmp_path / "made" / "publication.json").read_text())["facts"]
+    assert facts["memory"]["dtype"] == "bfloat16"
 
 
 # -- facts and card ---------------------------------------------------------------------------------------------------

@@ -184,6 +184,15 @@ def test_an_explicit_dtype_is_that_of_all(dtype, own_backbones, inputs, tmp_path
     assert loaded.generate(**inputs, max_new_tokens=2).shape[0] == 2
 
 
+def test_a_conversion_survives_saving(backbones, thin, inputs, tmp_path):
+    """The encoder, or after `to` both backbones, came back in the dtype that they were trained in."""
+    for number, loaded in enumerate(
+        [BlspKdForCausalLM.from_pretrained(thin, dtype=torch.bfloat16), make_thin_model(backbones).to(torch.bfloat16)]
+    ):
+        loaded.save_pretrained(tmp_path / str(number))
+        assert_same_state(BlspKdForCausalLM.from_pretrained(tmp_path / str(number)), loaded)
+
+
 def test_the_old_name_of_dtype_is_not_ignored(thin):
     """`torch_dtype` was taken, and did nothing."""
     loaded = BlspKdForCausalLM.from_pretrained(thin, torch_dtype=torch.bfloat16)

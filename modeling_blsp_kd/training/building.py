@@ -30,6 +30,7 @@ from ..modeling_blsp_kd import BlspKdForCausalLM
 from ..trainer import BlspKdTrainer
 from .batch_order import data_seed
 from .calibration import calibrate_adapter
+from .command_line import read_backbone_options
 from .on_policy import OnPolicyOptions
 from .options import TINY_SPEECH_MODEL, Arguments, ModelOptions, encoder_learning_rate
 
@@ -185,13 +186,16 @@ def build_model(
         "distillation": json.loads(options.distillation),
     }
     if options.start_from:
-        config = model_class.config_class.from_pretrained(options.start_from, **training)
+        given = read_backbone_options(options)
+        backbones = given.pop("backbones", None)
+        config = model_class.config_class.from_pretrained(options.start_from, **training, backbones=backbones)
         if options.plora and not config.plora:
             config.plora = True
         if hasattr(config.speech_config, "apply_spec_augment"):
             config.speech_config.update(SPEC_AUGMENT if options.spec_augment else {"apply_spec_augment": False})
         # As stored, so that weights that are trained further are not rounded to the dtype of the rest.
-        model = model_class.from_pretrained(options.start_from, config=config).upcast_trained().cast_frozen(dtype)
+        model = model_class.from_pretrained(options.start_from, config=config, **given)
+        model.upcast_trained().cast_frozen(dtype)
         if options.freeze_speech_encoder and any(each.requires_grad for each in model.audio_tower.parameters()):
             raise ValueError(
                 f"The encoder of {options.start_from}, a thin checkpoint, was trained; frozen, it would be missing in "

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from transformers import TrainingArguments
 
+from .command_line import BACKBONES_HELP, ON_OTHER_REVISION_HELP
 from .parameter_groups import OPTIMIZERS_WITH_OWN_GROUPS
 from .supported_arguments import check_training_arguments
 
@@ -74,6 +75,10 @@ class ModelOptions:
             "and the weights of the losses."
         },
     )
+    backbones: str | None = field(default=None, metadata={"help": f"With --start_from. {BACKBONES_HELP}"})
+    on_other_revision: str | None = field(
+        default=None, metadata={"help": f"With --start_from. {ON_OTHER_REVISION_HELP}"}
+    )
     distillation: str = field(
         default="{}", metadata={"help": "JSON loss weights and temperature, for example '{\"input_kl\": 0.5}'."}
     )
@@ -104,6 +109,11 @@ class ModelOptions:
             raise ValueError(
                 f"--start_from {self.start_from} brings its own {', '.join(given)}. Leave out "
                 f"{', '.join(f'--{name}' for name in given)}, or --start_from to build a new model."
+            )
+        if not self.start_from and (self.backbones or self.on_other_revision):
+            raise ValueError(
+                "--backbones and --on_other_revision are for the thin checkpoint of --start_from. A new model takes "
+                "--text_model and --speech_model."
             )
 
 

@@ -9,10 +9,31 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 from huggingface_hub import ModelCard
 from transformers import Trainer
-from transformers.trainer_utils import HubStrategy
+from transformers.trainer_utils import HubStrategy, TrainOutput
 
+from ..backbone_names import CHECKSUM, as_trained
+from ..configuration_blsp_kd import BlspKdConfig
 from .atomic_checkpoints import ASIDE, choose_checkpoint, move_into_place, remove_old
 from .card import card_of_training
+
+
+def check_backbones_of(checkpoint: str, config: BlspKdConfig):
+    """Check that a thin checkpoint to resume from was trained on the backbones of the model that goes on.
+
+    Raises:
+        ValueError: it was not.
+    """
+    if config.backbones is None or not Path(checkpoint, "config.json").is_file():
+        return
+    before = BlspKdConfig.from_pretrained(checkpoint).backbones or {}
+    for part, entry in before.items():
+        then, now = entry["revision"], config.backbones[part]["revision"]
+        # A commit and a checksum cannot be compared.
+        if then != now and then.startswith(CHECKSUM) == now.startswith(CHECKSUM):
+            raise ValueError(
+                f"{checkpoint} was trained on another {part}: {entry['name_or_path']} ({then}), but the model that is "
+                f"to go on has {config.backbones[part]['name_or_path']} ({now}). Give it the one of the checkpoint."
+            )
 
 
 class AtomicSaving(Trainer):
@@ -26,6 +47,11 @@ class AtomicSaving(Trainer):
         self.make_card: Callable[[], ModelCard] | None = None
         self._is_writing_aside = False
 
+    def train(self, *args, **kwargs) -> TrainOutput:
+        config = self.accelerator.unwrap_model(self.model).config
+        config.backbones = as_trained(config.backbones)
+        return super().train(*args, **kwargs)
+
     def save_own_state(self, checkpoint: Path):
         """Write what a subclass adds to a checkpoint; called in all processes."""
 
@@ -35,6 +61,7 @@ class AtomicSaving(Trainer):
         if self.is_world_process_zero():
             try:
                 chosen[0] = choose_checkpoint(resume_from, self.args.output_dir)
+                check_backbones_of(chosen[0], self.accelerator.unwrap_model(self.model).config)
             except ValueError as error:
                 chosen[1] = str(error)
         broadcast_object_list(chosen)

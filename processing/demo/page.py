@@ -31,17 +31,18 @@ STYLE = f"""<style>
 </style>"""
 
 
-def serve(model_id: str, clips: str | Path, **processor_options):
+def serve(model_id: str, clips: str | Path, model_options: dict | None = None, **processor_options):
     """Load a model and serve its page until the process ends.
 
     Args:
         model_id (`str`): folder or Hub id of a BLSP-KD model.
         clips (`str` or `os.PathLike`): folder of example clips with a `metadata.jsonl`; see [`read_clips`].
+        model_options (`dict`, *optional*): passed to `from_pretrained` of the model, for example `backbones`.
         **processor_options: passed to [`BlspKdProcessor.from_pretrained`], for example `chat_template_kwargs`.
     """
     processor = AutoProcessor.from_pretrained(model_id, trust_remote_code=True, **processor_options)
     model = AutoModelForCausalLM.from_pretrained(
-        model_id, trust_remote_code=True, device_map="auto", dtype=fast_dtype()
+        model_id, trust_remote_code=True, device_map="auto", dtype=fast_dtype(), **(model_options or {})
     )
     launch(build_page(Listener(model, processor), read_clips(clips)), clips)
 

@@ -5,6 +5,8 @@ Leaves out: what the data is if none is named, which the script decides.
 
 from argparse import ArgumentParser
 
+from modeling_blsp_kd.training.command_line import add_backbone_options
+
 from .systems import SYSTEMS, TASKS, names_of
 from .text_scores import NORMALIZERS
 
@@ -37,6 +39,7 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("--instruction", help="ask this of every row, instead of its own instruction")
     parser.add_argument("--limit", type=int, help="use the first rows only")
     parser.add_argument("--dtype", help="of the models; omitted, float32 on a CPU, elsewhere as they are stored")
+    add_backbone_options(parser)
     parser.add_argument("--kept_frames", help="file for frames of a Whisper encoder, see train.py: encodes a clip once")
     parser.add_argument("--batch_size", type=int, default=32, help="rows at once")
     parser.add_argument("--max_new_tokens", type=int, default=64, help="longest answer")

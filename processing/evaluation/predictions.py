@@ -7,7 +7,9 @@ import json
 from argparse import Namespace
 from pathlib import Path
 
-from modeling_blsp_kd.backbones import identify
+from modeling_blsp_kd import BlspKdConfig
+from modeling_blsp_kd.backbone_names import identify
+from modeling_blsp_kd.training.command_line import read_backbone_options
 from processing.audio_loading import load_audio
 
 from .systems import Systems
@@ -78,6 +80,9 @@ def settings_of(system: str, options: Namespace, data: str, asr_model: str | Non
         settings["chat_template_kwargs"] = options.chat_template_kwargs
     if options.transcription_instruction:
         settings["transcription_instruction"] = options.transcription_instruction
+    if options.backbones:
+        backbones = BlspKdConfig.from_pretrained(options.model, **read_backbone_options(options)).backbones
+        settings["backbones"] = [identify(each["name_or_path"], each)["revision"] for each in backbones.values()]
     if options.train_manifest:
         settings["train_manifest"] = Path(options.train_manifest).name
     if system.startswith("cascade"):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard
 
+from modeling_blsp_kd.backbone_names import described
 from modeling_blsp_kd.training.card import name_losses
 
 from .metadata import VOICES, is_hub_id, metadata_of
@@ -29,7 +30,7 @@ def make_card(facts: dict, template: str | None = None) -> ModelCard:
             `dtype`, `peak_mb`, `before_mb` and `clip_s`, or None), `results` (dict as in `results.json`; what was
             not measured is absent), `losses` (name -> weight, from the config), `samples` (list of dict with `audio`,
             `instruction`, `text`, `answer` and `output`, what the model says), `licence`, `languages` and `datasets`
-            (None or empty if not stated).
+            (None or empty if not stated); of a thin model `other_revisions`, see [`other_revisions`].
         template: Markdown with blocks `<!-- name --> ... <!-- /name -->`. Omitted: `card_template.md`.
 
     Raises:
@@ -75,9 +76,28 @@ def _model(facts: dict) -> str:
             f"{_megabytes(memory['before_mb'])} of these are Python and its packages, before anything is loaded."
         )
     lines += ["", _paragraph(f"The weights of all parts take {sizes}. {in_use}")]
-    if facts["thin"]:
-        lines += ["", "The weights here are what was trained; loading fetches the base models from their repositories."]
-    return "\n".join(lines)
+    return "\n".join([*lines, *_thin(facts)] if facts["thin"] else lines)
+
+
+def _thin(facts: dict) -> list[str]:
+    """Return paragraphs on the base models that a thin checkpoint fetches."""
+    lines = [
+        "",
+        _paragraph(
+            "The weights here are what was trained; loading fetches the base models from their repositories. If you "
+            'have them in folders, pass `backbones={"audio_tower": FOLDER, "language_model": FOLDER}` to '
+            "`from_pretrained`, or in `model_kwargs` to `pipeline`. If they are another revision than in training, a "
+            "warning names both."
+        ),
+        *("", "| base model | revision in training |", "|---|---|"),
+    ]
+    for part in facts["parts"]:
+        if revision := part.get("trained_revision"):
+            lines.append(f"| {_link(part['base_model']) or part['name']} | {described(revision)} |")
+    for part, revision in (facts.get("other_revisions") or {}).items():
+        text = f"The examples here were answered with another {part} than in training, {described(revision)}."
+        lines += ["", _paragraph(text)]
+    return lines
 
 
 def _training(facts: dict) -> str:

@@ -9,6 +9,7 @@ import os
 import torch
 
 from modeling_blsp_kd import BlspKdForCausalLM
+from modeling_blsp_kd.backbone_names import trained_revision
 
 from .card import TINY_WORLD
 
@@ -59,7 +60,8 @@ def describe_parts(model: BlspKdForCausalLM, training: dict | None, given: dict[
 
     Returns:
         list of dict with `name`, `what` (its kind and size), `base_model` (Hub id, or folder of the code repository),
-        `licence`, `parameters` and `trained` (counts of numbers).
+        `licence`, `parameters` and `trained` (counts of numbers). The backbones of a thin checkpoint also have
+        `trained_revision`, the commit or checksum that training saw.
 
     Raises:
         ValueError: the user names another base model than the checkpoint does.
@@ -106,8 +108,9 @@ def count_parameters(model: BlspKdForCausalLM) -> dict[str, dict[str, int]]:
 
 def _origin(model, part: str, part_config, option: str, training: dict | None, given: dict) -> dict:
     """Return base model and licence of a backbone, from the checkpoint and from the user's options."""
+    entry = (model.config.backbones or {}).get(part)
     candidates = [
-        (model.config.backbones or {}).get(part, {}).get("name_or_path"),
+        entry and entry["name_or_path"],
         part_config.name_or_path,
         (training or {}).get(option),
     ]
@@ -120,4 +123,5 @@ def _origin(model, part: str, part_config, option: str, training: dict | None, g
         )
     if name and name.startswith(OWN_BACKBONES):
         licence = licence or OWN_LICENCE
-    return {"base_model": name, "licence": licence}
+    revision = {} if entry is None else {"trained_revision": trained_revision(entry)}
+    return {"base_model": name, "licence": licence, **revision}

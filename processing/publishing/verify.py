@@ -35,13 +35,13 @@ SERVER_TIMEOUT_S = 300
 LOOPBACK = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
-def as_hub_cache(folder: Path, hf_home: Path, repo_id: str):
+def as_hub_cache(folder: Path, hf_home: Path, repo_id: str, commit: str = COMMIT):
     """Lay a folder out as the Hub client would after a download: blobs, and a snapshot of links to them."""
     repository = Path(hf_home) / "hub" / repo_folder_name(repo_id=repo_id, repo_type="model")
-    snapshot = repository / "snapshots" / COMMIT
+    snapshot = repository / "snapshots" / commit
     for made in (repository / "refs", repository / "blobs", snapshot):
         made.mkdir(parents=True)
-    (repository / "refs" / "main").write_text(COMMIT)
+    (repository / "refs" / "main").write_text(commit)
     for index, path in enumerate(sorted(path for path in Path(folder).rglob("*") if path.is_file())):
         blob, link = repository / "blobs" / f"{index:040x}", snapshot / path.relative_to(folder)
         blob.symlink_to(path.absolute())  # a model may be large
@@ -81,16 +81,24 @@ def _process_options(folder, environment) -> dict:
 
 
 @contextmanager
-def elsewhere(folder: Path, repo_id: str, backbones: dict | None) -> Iterator[dict]:
+def elsewhere(folder: Path, repo_id: str, local: dict[str, str] | None = None) -> Iterator[dict]:
     """Emulate a Hub cache with the model in it, and yield the options of [`run_script`] for it.
 
+    The cache also has the base models of a thin checkpoint, linked from `local` or from this machine's Hub cache.
+
     Args:
-        backbones: `config.backbones`; the base models of a thin checkpoint are linked from this machine's Hub cache.
+        local: see [`local_folders`].
     """
     with tempfile.TemporaryDirectory() as made:
         hf_home = Path(made, "hf_home")
         as_hub_cache(folder, hf_home, repo_id)
-        for name in {backbone["name_or_path"] for backbone in (backbones or {}).values()}:
+        backbones = json.loads(Path(folder, "config.json").read_text()).get("backbones") or {}
+        for name, revision in {
+            each["name_or_path"]: each.get("revision", COMMIT) for each in backbones.values()
+        }.items():
+            if name in (local or {}):
+                as_hub_cache(Path(local[name]), hf_home, name, commit=revision)
+                continue
             repository = repo_folder_name(repo_id=name, repo_type="model")
             (hf_home / "hub" / repository).symlink_to(Path(constants.HF_HUB_CACHE, repository).absolute())
         yield {
@@ -101,27 +109,33 @@ def elsewhere(folder: Path, repo_id: str, backbones: dict | None) -> Iterator[di
         }
 
 
-def measure_memory(folder: Path, repo_id: str, backbones: dict | None, sample: dict) -> dict | None:
+def measure_memory(folder: Path, repo_id: str, sample: dict, local: dict[str, str] | None = None) -> dict | None:
     """Return the peak memory of answering a sample of the card elsewhere, and its seconds; see [`make_card`].
 
     Args:
-        backbones: see [`elsewhere`].
         sample: `audio` (relative to `folder`) and `instruction`.
+        local: see [`elsewhere`].
     """
     clip = Path(folder, sample["audio"])
-    with elsewhere(folder, repo_id, backbones) as options:
+    with elsewhere(folder, repo_id, local) as options:
         memory = json.loads(run_script(ELSEWHERE, "memory", repo_id, clip, sample["instruction"], **options))
     return memory and {**memory, "clip_s": audio_info(clip).duration_s}
 
 
 def verify(
-    folder: Path, repo_id: str, model: BlspKdForCausalLM, processor: BlspKdProcessor, clip: str | Path
+    folder: Path,
+    repo_id: str,
+    model: BlspKdForCausalLM,
+    processor: BlspKdProcessor,
+    clip: str | Path,
+    local: dict[str, str] | None = None,
 ) -> list[tuple[str, bool, str]]:
     """Compare a published folder with the model in this process, on one clip.
 
     Args:
         model, processor: the checkpoint that was published.
         clip (`str` or `os.PathLike`): an audio file, to be transcribed.
+        local: see [`elsewhere`].
 
     Returns:
         (what was checked, whether it is right, what came) of each check.
@@ -132,7 +146,7 @@ def verify(
         logits = model(**inputs).logits
     expected = generate(model, processor, inputs).strip()
 
-    with elsewhere(folder, repo_id, _backbones(folder)) as options:
+    with elsewhere(folder, repo_id, local) as options:
         run_script(ELSEWHERE, "answer", repo_id, clip, instruction, Path(options["folder"], "results.pt"), **options)
         results = torch.load(Path(options["folder"], "results.pt"))
         if importlib.util.find_spec("uvicorn") and importlib.util.find_spec("fastapi"):
@@ -200,10 +214,6 @@ def _wait_for(server, url: str):
         except (urllib.error.URLError, ConnectionError):
             time.sleep(0.2)
     raise RuntimeError("the server did not start")
-
-
-def _backbones(folder) -> dict | None:
-    return json.loads(Path(folder, "config.json").read_text()).get("backbones")
 
 
 def _equal(values: torch.Tensor, expected: torch.Tensor) -> tuple[bool, str]:

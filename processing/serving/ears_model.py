@@ -67,8 +67,8 @@ def _without_layers(config: BlspKdConfig) -> BlspKdConfig:
 def _load_thin(name_or_path, bare: BlspKdConfig, dtype) -> BlspKdForCausalLM:
     backbones = bare.backbones or {}
     text_config, speech_config = bare.text_config, bare.speech_config
-    llm = fetch("language_model", backbones["language_model"], load_language_model, config=text_config, dtype=dtype)
-    tower = fetch("audio_tower", backbones["audio_tower"], load_audio_tower, config=speech_config, dtype=dtype)
+    llm, _ = fetch("language_model", backbones["language_model"], load_language_model, config=text_config, dtype=dtype)
+    tower, _ = fetch("audio_tower", backbones["audio_tower"], load_audio_tower, config=speech_config, dtype=dtype)
     model = BlspKdForCausalLM(bare, audio_tower=tower, language_model=llm)
     weights = {name: value for name, value in own_weights(name_or_path).items() if name.startswith(PARTS_THAT_HEAR)}
     if missing := sorted(name for name in model.state_dict() if name.startswith("adapter.") and name not in weights):

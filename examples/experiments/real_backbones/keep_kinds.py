@@ -14,7 +14,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from modeling_blsp_kd import BlspKdForCausalLM
-from modeling_blsp_kd.backbones import identify
+from modeling_blsp_kd.backbone_names import identify
 from modeling_blsp_kd.devices import fast_dtype
 from processing import BlspKdProcessor
 from processing.evaluation.predictions import Predictions, predict_missing
