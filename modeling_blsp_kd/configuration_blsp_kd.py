@@ -89,7 +89,8 @@ class BlspKdConfig(PreTrainedConfig):
             outside the LLM's vocabulary, since it is never embedded. Omitted: the model takes text only.
         backbones (`dict`, *optional*): makes checkpoints thin: they hold only what was trained, and the rest is
             fetched from here. For each of `audio_tower` and `language_model`: `name_or_path` (Hub id or folder) and
-            `revision` (commit, or checksum of a folder's weights). Set by `from_backbones(thin=True)`.
+            `revision` (commit, or checksum of a folder's weights), see `backbone_names.py`. Set by
+            `from_backbones(thin=True)`; `from_pretrained(..., backbones=...)` names other places.
         part_dtypes (`dict`, *optional*): of a full checkpoint whose parts differ in dtype: the name of the dtype of
             `audio_tower`, `adapter`, `language_model` and `plora`. Set by `save_pretrained`.
         custom_pipelines (`dict`, *optional*): further tasks than `CUSTOM_PIPELINES`, in the same form.

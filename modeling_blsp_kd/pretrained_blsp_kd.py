@@ -21,7 +21,7 @@ from .model_files import check_folder, lacks, misfits
 from .plora import ADAPTER_NAME, PartialLora
 from .plora_switching import load_as_stored, switch
 from .speech_encoder import TrueLengthWhisperEncoder
-from .stored_dtypes import dtypes_of_parts, without_part_dtypes_if_told
+from .stored_dtypes import convert_frozen, dtypes_of_parts, match_statistics, without_part_dtypes_if_told
 from .thin_checkpoints import is_thin, load_thin, trained_names
 from .versions import CACHE_NAMES
 
@@ -119,18 +119,17 @@ class BlspKdPreTrainedModel(PreTrainedModel):
         partial LoRA keep their precision.
 
         Of the config's fields that may be given here, `plora` also puts partial LoRA on a model without it (it changes
-        nothing until it is trained), or takes it off (`False`), leaving the LLM as it was. `backbones`, for a thin
-        checkpoint, says where they are: a dict of "audio_tower" and "language_model", one or both, each a Hub id, a
-        folder, or a dict of `name_or_path` and `revision`.
+        nothing until it is trained), or takes it off (`False`), leaving the LLM as it was. `backbones` says where those
+        of a thin checkpoint are: a dict of "audio_tower" and "language_model", one or both, each a Hub id, a folder, or
+        a dict of `name_or_path` and `revision`.
 
         Args:
-            on_other_revision (`str`): "warn" or "error": what becomes of a backbone that is named here, or that the
-                checkpoint names without requiring its revision, if it is another one than in training.
+            on_other_revision (`str`): "warn" or "error", if a backbone is not of the revision in training. One that the
+                checkpoint itself asks for by its revision must be of that.
 
         Raises:
             OSError: a file is missing or cannot be read.
-            ValueError: a file is broken, or weights do not fit the config, or lack what it asks for, or a backbone does
-                not fit.
+            ValueError: a file is broken, or weights or backbones do not fit the config, or lack what it asks for.
         """
         files = {name: kwargs[name] for name in ("subfolder", "variant") if name in kwargs}
         check_folder(pretrained_model_name_or_path, **files)
@@ -248,17 +247,14 @@ class BlspKdPreTrainedModel(PreTrainedModel):
         for parameter in self.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
+        match_statistics(self)
         return self
 
     def cast_frozen(self, dtype: torch.dtype | str) -> "BlspKdPreTrainedModel":
         """Make what is frozen `dtype` ("auto": leave it), except a quantised LLM, and return the model."""
         if dtype == "auto":
             return self
-        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        is_quantised = hasattr(self, "hf_quantizer") or hasattr(self.language_model, "hf_quantizer")
-        for name, parameter in self.named_parameters():
-            if not (parameter.requires_grad or is_quantised and name.startswith("language_model.")):
-                parameter.data = parameter.data.to(dtype)
+        convert_frozen(self, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
         return self
 
     def merge_and_unload(self, *args, **kwargs):

@@ -41,6 +41,24 @@ def build_in(model: PreTrainedModel, part_dtypes: dict[str, str] | None):
             tensor.data = tensor.data.to(getattr(torch, part_dtypes[part_of(name)]))
 
 
+def convert_frozen(model: PreTrainedModel, dtype: torch.dtype):
+    """Convert the weights that are frozen, except those of a quantised LLM."""
+    is_quantised = hasattr(model, "hf_quantizer") or hasattr(model.language_model, "hf_quantizer")
+    for name, parameter in model.named_parameters():
+        if not (parameter.requires_grad or is_quantised and name.startswith("language_model.")):
+            parameter.data = parameter.data.to(dtype)
+    match_statistics(model)
+
+
+def match_statistics(model: PreTrainedModel):
+    """Convert the batch statistics of the speech encoder to the dtype of the weights beside them."""
+    for module in model.audio_tower.modules():
+        weight = next(module.parameters(recurse=False), None)
+        for buffer in module.buffers(recurse=False):
+            if weight is not None and buffer.is_floating_point():
+                buffer.data = buffer.data.to(weight.dtype)
+
+
 def without_part_dtypes_if_told(kwargs: dict) -> dict:
     """Return the arguments of `from_pretrained`, changed so that an explicit dtype applies to all parts."""
     if all(kwargs.get(name) in (None, "auto") for name in ("dtype", "torch_dtype")):

@@ -66,6 +66,7 @@ def load_thin(
     quantization_config: Any = None,
     attn_implementation: str | dict | None = None,
     output_loading_info: bool = False,
+    *,
     on_other_revision: str = "warn",
     **kwargs,
 ) -> Any:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, ParakeetEncoder, ParakeetEncoderConfig
 
 from modeling_blsp_kd import BlspKdConfig, BlspKdForCausalLM, devices
 from modeling_blsp_kd.devices import fast_dtype, float64_device
@@ -109,6 +109,21 @@ def test_a_model_of_several_dtypes_answers_and_learns(backbones, processor, coll
     gradients = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
     assert all(gradient is None or gradient.dtype == torch.float32 for gradient in gradients)
     assert sum(gradient is not None and bool(gradient.any()) for gradient in gradients) > 10
+
+
+@pytest.mark.parametrize("freeze_speech_encoder", [True, False])
+def test_batch_statistics_have_the_dtype_of_the_weights_beside_them(backbones, freeze_speech_encoder, tmp_path):
+    """A Parakeet in half precision that was trained, or converted for a CPU, raised an error at its first clip."""
+    torch.manual_seed(0)
+    options = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    encoder = ParakeetEncoder(ParakeetEncoderConfig(**options, subsampling_conv_channels=8))
+    encoder.to(torch.float16).save_pretrained(tmp_path)
+    model = half_model((tmp_path, backbones[1]), freeze_speech_encoder=freeze_speech_encoder)
+    for converted in (model, model.cast_frozen("float32")):
+        norms = [module for module in converted.audio_tower.modules() if isinstance(module, torch.nn.BatchNorm1d)]
+        assert norms and all(norm.running_mean.dtype == norm.weight.dtype for norm in norms)
+        audio = converted.get_audio_features(torch.randn(1, 200, 80), torch.ones(1, 200, dtype=torch.bool))
+        assert audio.pooler_output.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, "bfloat16"])
