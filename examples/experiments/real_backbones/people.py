@@ -16,7 +16,12 @@ from processing.manifests import read_objects, seconds
 from ...tiny_world.espeak import SAMPLING_RATE
 from .sentences import plain_words
 
-REPEAT = ("Repeat the words.", "Say it again.", "Write down what was said.")
+# Wordings after which SmolLM2 repeats a text: its WER on the text of 28 sentences was 15 and 18 %. With "Write down the
+# following text word for word." it was 42 %, with "Repeat what I say, word for word." 132 %.
+REPEAT = (
+    "Repeat the following text word for word, and nothing else.",
+    "Repeat the following text word for word.",
+)
 
 
 def read_people(metadata: Path, longest_s: float) -> list[dict]:
