@@ -31,6 +31,12 @@ def unknown_options(names: list[str], known: list[str], where: str) -> ValueErro
     return ValueError(f"Unknown option(s) {names} in {where}. Known: {known}.{hint}")
 
 
+def check_spelling(names: Iterable[str], known: list[str], where: str):
+    """Raise a ValueError if one of the names is a typing error of a known one."""
+    if misspelt := sorted(name for name in names if name not in known and look_alikes(name, known)):
+        raise unknown_options(misspelt, known, where)
+
+
 def require(condition: bool, expected: str, got: object):
     """Raise a ValueError that says what was expected and what was given, unless a condition holds."""
     if not condition:

@@ -22,11 +22,10 @@ from .config_options import (
     PartialLoraOptions,
     TimestampOptions,
     check_part_dtypes,
+    check_spelling,
     is_count,
-    look_alikes,
     read_plora,
     require,
-    unknown_options,
 )
 from .distillation_options import DistillationOptions
 from .encoder_families import ENCODER_FAMILIES
@@ -126,10 +125,8 @@ class BlspKdConfig(PreTrainedConfig):
     custom_pipelines: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs):
-        known = [field.name for field in fields(self) if field.name not in PreTrainedConfig.__dataclass_fields__]
-        unknown = sorted(set(kwargs) - GENERAL_OPTIONS - WRITTEN_FOR_ANY_CONFIG)
-        if misspelt := [name for name in unknown if look_alikes(name, known)]:
-            raise unknown_options(misspelt, known, "BlspKdConfig")
+        known, unknown = own_options(), sorted(set(kwargs) - GENERAL_OPTIONS - WRITTEN_FOR_ANY_CONFIG)
+        check_spelling(unknown, known, "BlspKdConfig")
         if unknown := [name for name in unknown if not name.startswith("_")]:
             # Not an error, because files that another version of transformers wrote must remain readable.
             logger.warning_once(
@@ -227,7 +224,8 @@ class BlspKdConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs) -> "BlspKdConfig":
-        # transformers sets options given at loading after the config is made, past the checks.
+        # transformers sets options given at loading after the config is made, past the checks, and drops unknown ones.
+        check_spelling(set(kwargs) - GENERAL_OPTIONS - WRITTEN_FOR_ANY_CONFIG, own_options(), "BlspKdConfig")
         given = {name: kwargs.pop(name) for name in CHECKED_OPTIONS if name in kwargs}
         if (others := given.pop("backbones", None)) is not None:
             given["backbones"] = with_other_names(config_dict.get("backbones"), others)
@@ -239,6 +237,11 @@ class BlspKdConfig(PreTrainedConfig):
         unknown = set(self.__dict__) - known
         written = {name: value for name, value in super().to_dict().items() if name not in unknown}
         return {**written, "custom_pipelines": {**CUSTOM_PIPELINES, **(self.custom_pipelines or {})}}
+
+
+def own_options() -> list[str]:
+    """Return the names of the options that other configs of transformers do not have."""
+    return [field.name for field in fields(BlspKdConfig) if field.name not in PreTrainedConfig.__dataclass_fields__]
 
 
 BlspKdConfig.register_for_auto_class()

@@ -222,6 +222,15 @@ def test_what_is_accepted_can_be_built():
         assert model.config.adapter["type"] in ("subsampler", "cformer")
 
 
+@pytest.mark.parametrize("loads", [AutoConfig.from_pretrained, BlspKdConfig.from_pretrained])
+def test_a_misspelt_option_of_loading_is_refused(loads, tmp_path):
+    """transformers drops options that a config does not have, and the model was loaded as it was stored."""
+    make_config().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"\['plorra'\] in BlspKdConfig\. Known: .* Did you mean plora\?"):
+        loads(tmp_path, plorra=True)
+    assert loads(tmp_path, plora=True, trust_remote_code=True, adapter_kwargs={}).plora is not None
+
+
 # -- what is refused --------------------------------------------------------------------------------------------------
 
 
