@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from examples import train
@@ -28,6 +29,7 @@ from examples.experiments.human_speech.digits import (
 )
 from examples.experiments.human_speech.error_analysis import as_markdown, describe, read_rows
 from examples.tiny_world.build_llm import build_model
+from processing.training_rows import kept_frames
 from processing.training_rows.augmentation import Augmentation
 from processing.training_rows.kept_frames import KeptFrames
 from tests.helpers.models import make_model
@@ -165,6 +167,24 @@ def test_kept_frames_are_those_of_the_encoder_and_are_made_once(tmp_path):
         tower.forward = encode
         tower.conv1.bias += 0.1
         assert KeptFrames(tower, tmp_path / "frames.safetensors").identity != kept.identity
+
+
+def test_two_runs_may_keep_frames_in_one_file_at_once(tmp_path, monkeypatch):
+    """Both wrote `frames.unfinished`, and the second to finish found its own gone."""
+    monkeypatch.setattr(kept_frames.os, "getpid", iter([1, 2]).__next__)
+    towers = [make_model().audio_tower.requires_grad_(False) for _ in range(2)]
+    first, second = (KeptFrames(tower, tmp_path / "frames.safetensors") for tower in towers)
+
+    def write_while_the_other_does(frames, path):
+        kept_frames.save_file = save_file
+        save_file(frames, path)
+        second.save()
+
+    monkeypatch.setattr(kept_frames, "save_file", write_while_the_other_does)
+    first.frames, second.frames = {"a": torch.zeros(1)}, {"b": torch.zeros(1)}
+    first.save()
+    assert [path.name for path in tmp_path.iterdir()] == ["frames.safetensors"]
+    assert [*load_file(tmp_path / "frames.safetensors")] == ["a"]
 
 
 def test_an_encoder_that_is_trained_cannot_keep_its_frames(tmp_path):

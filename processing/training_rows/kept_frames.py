@@ -62,6 +62,6 @@ class KeptFrames:
 
     def save(self):
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = self.path.with_suffix(".unfinished")
+        unfinished = self.path.with_suffix(f".{os.getpid()}.unfinished")  # several runs may share the file
         save_file(self.frames, unfinished)
         os.replace(unfinished, self.path)

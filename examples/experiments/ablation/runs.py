@@ -81,7 +81,7 @@ def run(configuration: Configuration, seed: int, plan: Plan) -> dict:
         result["exact_transcripts"] = own["exact_transcripts"]
     path = plan.result_path(configuration, seed)
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".unfinished")
+    unfinished = path.with_suffix(f".{os.getpid()}.unfinished")
     unfinished.write_text(json.dumps(result, indent=1) + "\n")
     os.replace(unfinished, path)
     return result

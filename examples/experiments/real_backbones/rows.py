@@ -77,6 +77,6 @@ def row_of(text: Sentence, plan: dict, result: dict, is_training: bool) -> dict:
 def write_manifest(path: Path, rows: list[dict]):
     """Write rows under a name of their own first: a manifest that is there is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".unfinished")
+    unfinished = path.with_suffix(f".{os.getpid()}.unfinished")
     unfinished.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     os.replace(unfinished, path)
