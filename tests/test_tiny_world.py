@@ -1,6 +1,7 @@
 """The tiny world: what its sentences promise, and that its speech is deterministic and complete."""
 
 import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from transformers import AutoTokenizer
 
 from examples.tiny_world.dataset import make_rows
 from examples.tiny_world.espeak import SAMPLING_RATE, synthesize
+from examples.tiny_world.make_manifests import write
 from examples.tiny_world.sentence_kinds import DIGITS
 from examples.tiny_world.speech import HELD_OUT_VOICES, TRAIN_VOICES, make_clips, word_times
 from examples.tiny_world.world import KINDS, digit_sentence, questions, sentences, split_of
@@ -39,6 +41,17 @@ def test_sentences_are_the_same_for_the_same_seed_and_differ_otherwise():
     first, again, other = (sentences("train", 50, seed) for seed in (1, 1, 2))
     assert [sentence.text for sentence in first] == [sentence.text for sentence in again]
     assert [sentence.text for sentence in first] != [sentence.text for sentence in other]
+
+
+def test_a_complete_manifest_is_not_written_again(tmp_path):
+    """A complete folder that was read-only could not be used."""
+    manifest, rows = tmp_path / "test-1.jsonl", [{"audio": str(tmp_path / "a.flac"), "text": "the red cat"}]
+    write(manifest, rows)
+    file = manifest.stat().st_ino
+    write(manifest, rows)
+    assert manifest.stat().st_ino == file
+    write(manifest, [{**rows[0], "text": "the cat"}])
+    assert manifest.stat().st_ino != file and json.loads(manifest.read_text()) == {"audio": "a.flac", "text": "the cat"}
 
 
 def test_every_kind_is_asked_and_digit_strings_have_their_own():

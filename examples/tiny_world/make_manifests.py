@@ -39,6 +39,8 @@ def main():
 def write(manifest: Path, rows: list[dict]):
     """Write rows whose clips lie beside the manifest."""
     lines = [json.dumps({**row, "audio": os.path.relpath(row["audio"], manifest.parent)}) + "\n" for row in rows]
+    if manifest.exists() and manifest.read_text() == "".join(lines):
+        return  # a folder that is complete may be read-only
     manifest.parent.mkdir(parents=True, exist_ok=True)
     unfinished = manifest.with_suffix(f".{os.getpid()}.unfinished")  # several trainings may share the folder
     unfinished.write_text("".join(lines))
