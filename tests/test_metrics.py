@@ -114,5 +114,6 @@ def test_intervals_of_translations_are_scores_of_resampled_rows(metrics):
 
 def test_without_the_extra_it_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "jiwer", None)
-    with pytest.raises(ImportError, match="need jiwer and sacrebleu .*with the extra 'metrics': pip install"):
+    with pytest.raises(ImportError, match="need jiwer and sacrebleu .*with the extra 'metrics': pip install") as raised:
         runpy.run_path(text_scores.__file__)
+    assert raised.value.__suppress_context__, "python would show the error of the import first"

@@ -19,7 +19,7 @@ except ImportError as error:
     raise ImportError(
         f"Scores of texts need jiwer and sacrebleu ({error}). Install them with the extra 'metrics': "
         "pip install -e '.[metrics]'."
-    ) from error
+    ) from None
 
 # Both are of transformers and lower the case, remove what stands in brackets, and turn punctuation to spaces. The
 # English one is Whisper's: it also writes numbers in digits, spells out contractions and titles, and drops fillers. Its
