@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache, GenerationConfig, GenerationMixin, SuppressTokensLogitsProcessor
+from transformers import Cache, GenerationConfig, GenerationMixin
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
 from .conversation_cache import check_cache, note_mask
-from .speech_prompt import ExpandedPrompt, check_text_only, unspoken_token_id
+from .speech_prompt import ExpandedPrompt, check_text_only, suppress_token, unspoken_token_id
 from .token_times import text_token_times
 from .transcription import longest_transcript, without_prompts
 from .versions import CACHE_NAME, CACHE_NAMES, one_cache
@@ -124,6 +124,11 @@ class BlspKdGenerationMixin(GenerationMixin):
             raise ValueError("return_timestamps is for prompts with one audio each, but a prompt here has several.")
         if streamer is not None and input_ids is not None:
             streamer = _OriginalPromptStreamer(streamer, input_ids)
+        if self.config.audio_token_id < self.config.get_text_config().vocab_size:
+            # A placeholder in an answer would require a clip in the next turn of the conversation.
+            generation_config, kwargs = suppress_token(
+                self.config.audio_token_id, generation_config, kwargs, self.generation_config
+            )
         output = super().generate(None, generation_config, *args, streamer=streamer, **kwargs, **expanded)
         # After embeddings without ids only the answer comes back, as without audio.
         prompt_length = 0 if input_ids is None else prompt.input_ids.shape[1]
@@ -224,15 +229,6 @@ class BlspKdGenerationMixin(GenerationMixin):
                 prompt.input_ids, prompt.is_speech, prompt.speech_embeds, prompt.text_embeds
             )
         return prompt, audio, expanded
-
-    def _get_logits_processor(self, *args, model_kwargs=None, device=None, **kwargs):
-        processors = super()._get_logits_processor(*args, model_kwargs=model_kwargs, device=device, **kwargs)
-        has_audio = model_kwargs is not None and model_kwargs.get("is_speech") is not None
-        audio_token_id, vocab_size = self.config.audio_token_id, self.config.get_text_config().vocab_size
-        if has_audio and audio_token_id is not None and audio_token_id < vocab_size:
-            # A placeholder in an answer would require a clip in the next turn of the conversation.
-            processors.insert(0, SuppressTokensLogitsProcessor([audio_token_id], device=device))
-        return processors
 
     def prepare_inputs_for_generation(
         self,

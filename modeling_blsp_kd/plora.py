@@ -74,11 +74,27 @@ class PartialLora:
             layer.set_adapter([])  # off except at speech positions; PEFT freezes adapters that it deactivates
             for parameter in trained:
                 parameter.requires_grad_(True)
-            offload = getattr(layer.base_layer, "_hf_hook", None)
-            if offload is not None and layer.base_layer.weight.is_meta:
-                # PEFT puts the matrices where the weight is, but an offloaded layer has no weight between calls.
-                layer.lora_A.to_empty(device=offload.execution_device)
-                layer.lora_B.to_empty(device=offload.execution_device)
+
+        self._move_beside_offloaded()
+
+    def _move_beside_offloaded(self):
+        """Put the matrices of offloaded layers where these run.
+
+        PEFT puts them where the weight is, but an offloaded layer has no weight between calls.
+        """
+        offloaded = [layer for layer in self.layers if layer.base_layer.weight.is_meta]
+        if not offloaded:
+            return
+        from accelerate.utils import align_module_device
+
+        # accelerate runs all of them on one device, so fetching the first one's weight tells.
+        with align_module_device(offloaded[0].base_layer):
+            device = offloaded[0].base_layer.weight.device
+        if device.type == "meta":  # not offloaded, but built without weights, to be loaded
+            return
+        for layer in offloaded:
+            layer.lora_A.to_empty(device=device)
+            layer.lora_B.to_empty(device=device)
 
     def take_off(self, language_model: nn.Module):
         """Put the LLM's own layers back where this was injected."""

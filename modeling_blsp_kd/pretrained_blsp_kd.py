@@ -176,6 +176,8 @@ class BlspKdPreTrainedModel(PreTrainedModel):
         )
         if missing and load_config.pretrained_model_name_or_path is not None:
             raise ValueError(lacks(load_config.pretrained_model_name_or_path, missing))
+        if "audio_tower.embed_positions.weight" in missing:
+            model.audio_tower.initialize_positions()  # transformers has called `initialize_weights` of the whole alone
         return loading_info
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, full: bool = False, **kwargs):

@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedConfig, PreTrainedModel, WhisperConfig
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel, WhisperConfig
 from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_utils import local_torch_dtype
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from transformers.models.whisper.modeling_whisper import WhisperEncoder, sinusoids
 from transformers.utils.output_capturing import capture_outputs
@@ -53,11 +54,16 @@ class TrueLengthWhisperEncoder(WhisperEncoder):
 
     pad_to_window = False
 
-    def _init_weights(self, module):
-        super()._init_weights(module)
-        # transformers never visits this module itself (it has no parameter of its own), only its embedding.
-        if module is self.embed_positions:
-            init.copy_(module.weight, sinusoids(*module.weight.shape))
+    def initialize_weights(self):
+        super().initialize_weights()
+        self.initialize_positions()
+
+    def initialize_positions(self):
+        """Put sinusoids into the position table, where transformers' rule for embeddings has put noise.
+
+        A table that came from a checkpoint stays as it is.
+        """
+        init.copy_(self.embed_positions.weight, sinusoids(*self.embed_positions.weight.shape))
 
     @capture_outputs
     def forward(
@@ -179,7 +185,10 @@ def build_speech_encoder(config: PreTrainedConfig) -> PreTrainedModel:
     Args:
         config (`PreTrainedConfig`): of a model type in `ENCODER_FAMILIES`.
     """
-    return encoder_class_of(config)._from_config(config)
+    if config.model_type != "whisper":
+        return AutoModel.from_config(config)
+    with local_torch_dtype(config.dtype or torch.get_default_dtype()):
+        return TrueLengthWhisperEncoder(config)
 
 
 def encode_speech(

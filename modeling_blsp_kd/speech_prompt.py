@@ -8,6 +8,7 @@ Shapes: B prompts, L their length, P positions in a key-value cache, N clips in 
 clip, D LLM width.
 """
 
+import copy
 from dataclasses import dataclass, field
 from itertools import chain
 
@@ -218,3 +219,23 @@ def unspoken_token_id(audio_token_id: int, text_config: PreTrainedConfig, genera
         for token_id in chain([text_config.bos_token_id], range(text_config.vocab_size))
         if token_id is not None and token_id not in ends
     )
+
+
+def suppress_token(
+    token_id: int, generation_config: GenerationConfig | None, options: dict, defaults: GenerationConfig
+) -> tuple[GenerationConfig | None, dict]:
+    """Return config and other arguments of `generate`, changed so that no answer contains a token.
+
+    Args:
+        defaults (`GenerationConfig`): the model's own, whose suppressed tokens remain if the call names none.
+    """
+    named = defaults.suppress_tokens
+    if generation_config is not None and generation_config.suppress_tokens is not None:
+        named = generation_config.suppress_tokens
+    suppressed = [*(options.get("suppress_tokens", named) or ()), token_id]
+    if generation_config is None or "suppress_tokens" in options:
+        return generation_config, {**options, "suppress_tokens": suppressed}
+    # `generate` deprecates parameters beside a `generation_config`.
+    generation_config = copy.deepcopy(generation_config)
+    generation_config.suppress_tokens = suppressed
+    return generation_config, options

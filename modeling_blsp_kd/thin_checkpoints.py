@@ -9,10 +9,12 @@ import os
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import load_file
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.quantizers import AutoQuantizationConfig
-from transformers.utils import GENERATION_CONFIG_NAME
+from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from .backbone_names import HUB_OPTIONS, ON_OTHER_REVISION, with_other_names
@@ -169,7 +171,7 @@ def load_thin(
         # Keep unfrozen what the user had unfrozen, or the next checkpoint would lose it.
         if name in weights:
             parameter.requires_grad_(True)
-    if cached_file(name_or_path, GENERATION_CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub):
+    if _file_if_there(name_or_path, GENERATION_CONFIG_NAME, hub) is not None:
         model.generation_config = GenerationConfig.from_pretrained(name_or_path, **hub)
     else:
         model.generation_config = GenerationConfig.from_dict(language_model.generation_config.to_dict())
@@ -200,13 +202,25 @@ def _load_quantised(name_or_path, config, quantization_config, device_map, **kwa
     )
 
 
+def _file_if_there(name_or_path, name: str, hub: dict) -> str | None:
+    """Return the path of a file of a checkpoint, which is downloaded if it is on the Hub; None if there is none."""
+    if os.path.isdir(name_or_path):
+        path = os.path.join(name_or_path, hub.get("subfolder") or "", name)
+        return path if os.path.isfile(path) else None
+    try:
+        # Not `cached_file`, which raises the same error for a file that is not there and for a Hub that is not.
+        return hf_hub_download(name_or_path, name, **hub)
+    except EntryNotFoundError:
+        return None
+
+
 def own_weights(name_or_path: str | os.PathLike, hub: dict | None = None) -> dict[str, torch.Tensor]:
     """Return the weights that a checkpoint holds itself; `hub` has options of the Hub, such as `revision`."""
     hub = hub or {}
-    one_file = cached_file(name_or_path, "model.safetensors", _raise_exceptions_for_missing_entries=False, **hub)
+    one_file = _file_if_there(name_or_path, SAFE_WEIGHTS_NAME, hub)
     if one_file is not None:
         return load_file(one_file)
-    index = cached_file(name_or_path, "model.safetensors.index.json", **hub)
+    index = cached_file(name_or_path, SAFE_WEIGHTS_INDEX_NAME, **hub)
     files, _ = get_checkpoint_shard_files(name_or_path, index, **hub)
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
 

@@ -91,7 +91,7 @@ class BlspKdTrainer(AtomicSaving, CountedBatches, ExactOrder):
         check_parts_of_trainer(self)
         check_non_finite_loss(non_finite_loss, self.accelerator.distributed_type)
         check_groups(self, encoder_learning_rate)
-        self.args.remove_unused_columns = self.args.logging_nan_inf_filter = False
+        self.args.logging_nan_inf_filter = False
         model = self.accelerator.unwrap_model(self.model)
         # FSDP's cpu_ram_efficient_loading gives the weights to one process per node, and to the others later.
         has_no_weights_yet = self.is_fsdp_enabled and model.get_output_embeddings().weight.is_meta

@@ -13,16 +13,16 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.feature_extraction_utils import BatchFeature, FeatureExtractionMixin
-from transformers.processing_utils import ProcessorMixin, Unpack
+from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, Unpack
 from transformers.tokenization_utils_base import BatchEncoding
 
 from .chat_audio import LOST_IN_TEMPLATE, check_placeholders, check_unicode, separate_clips, without_names
 from .chat_templates import check_options, knows, warn_of_thoughts, with_audio_blocks
 from .pipeline_blsp_kd import BlspKdPipeline  # noqa: F401 (the files that this one imports are saved with a processor)
 from .processor_parts import (
-    BlspKdProcessorKwargs,
     check_arguments,
     errors_that_name_the_files,
+    options_of_call,
     parts_of_backbones,
     tokenize_alone,
 )
@@ -48,8 +48,6 @@ class BlspKdProcessor(ProcessorMixin):
             They are saved with the processor and apply to every prompt, in training and afterwards. Arguments of
             `apply_chat_template` override them.
     """
-
-    valid_processor_kwargs = BlspKdProcessorKwargs
 
     def __init__(
         self,
@@ -106,14 +104,15 @@ class BlspKdProcessor(ProcessorMixin):
         return processor
 
     @classmethod
-    def get_processor_dict(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> tuple[dict, dict]:
-        with errors_that_name_the_files(pretrained_model_name_or_path):
-            return super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args, **kwargs) -> "BlspKdProcessor":
+        """Load a processor; see `ProcessorMixin.from_pretrained` for all arguments.
 
-    @classmethod
-    def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        Raises:
+            OSError: a file is missing.
+            ValueError: a file is broken, or holds what the processor cannot work with.
+        """
         with errors_that_name_the_files(pretrained_model_name_or_path):
-            return super()._get_arguments_from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     @property
     def model_input_names(self) -> list[str]:
@@ -124,7 +123,7 @@ class BlspKdProcessor(ProcessorMixin):
         text: str | list[str] | None = None,
         audio: Any = None,
         chat_audio: list | None = None,
-        **kwargs: Unpack[BlspKdProcessorKwargs],
+        **kwargs: Unpack[ProcessingKwargs],
     ) -> BatchFeature:
         """Prepare prompts and their audio.
 
@@ -151,12 +150,8 @@ class BlspKdProcessor(ProcessorMixin):
         if text is None:
             raise ValueError(f"BlspKdProcessor needs text: a prompt with {self.audio_token!r} once for every audio.")
         check_arguments(kwargs)
-        # Without the tokenizer's own padding side (often right), which would override ours: generation needs left.
-        own = {name: value for name, value in self.tokenizer.init_kwargs.items() if name != "padding_side"}
-        merged = self._merge_kwargs(BlspKdProcessorKwargs, tokenizer_init_kwargs=own, **kwargs)
-        text_kwargs = merged["text_kwargs"]
-        return_tensors = text_kwargs.pop("return_tensors", None)
-        sampling_rate = merged["audio_kwargs"].get("sampling_rate")
+        text_options, sampling_rate = options_of_call(self.tokenizer, kwargs)
+        return_tensors = text_options.pop("return_tensors")
 
         prompts = [text] if isinstance(text, str) else list(text)
         if not all(isinstance(prompt, str) for prompt in prompts):
@@ -170,7 +165,7 @@ class BlspKdProcessor(ProcessorMixin):
                 f"{num_written}), but {len(clips)} audio(s) were given. Write it exactly once for every audio. "
                 f"{LOST_IN_TEMPLATE}"
             )
-        data = dict(self.tokenize(prompts, **text_kwargs))
+        data = dict(self.tokenize(prompts, **text_options))
         num_kept = sum(list(ids).count(self.audio_token_id) for ids in data["input_ids"])
         if num_kept != len(clips):
             raise ValueError(
@@ -181,7 +176,7 @@ class BlspKdProcessor(ProcessorMixin):
             data |= self.extract_features(clips, sampling_rate)
         return BatchFeature(data, tensor_type=return_tensors)
 
-    def for_transcription(self, clip: Any, **kwargs: Unpack[BlspKdProcessorKwargs]) -> BatchFeature:
+    def for_transcription(self, clip: Any, **kwargs: Unpack[ProcessingKwargs]) -> BatchFeature:
         """Prepare one clip without a prompt; `generate` then returns the transcript alone.
 
         Returns:

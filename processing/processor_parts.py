@@ -2,6 +2,7 @@
 
 import os
 import threading
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -48,19 +49,15 @@ def errors_that_name_the_files(name_or_path: str | os.PathLike) -> Iterator[None
     except (OSError, ImportError):  # these name the file, or the library that is missing
         raise
     except Exception as error:
+        *_, (where, _) = traceback.walk_tb(error.__traceback__)
+        if where.f_globals.get("__package__") == __package__:  # raised by us, of an option: it says what to do
+            raise
         raise ValueError(
             f"The tokenizer or feature extractor of {name_or_path} cannot be read (tokenizer_config.json, "
             "tokenizer.json, processor_config.json or preprocessor_config.json): "
             f"{type(error).__name__}: {str(error)[:500]}. Copy the files again from where they came, or save the "
             "processor anew (save_pretrained)."
         ) from error
-
-
-class BlspKdProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]  # not seen to be a TypedDict
-    _defaults = {
-        "text_kwargs": {"padding": True, "padding_side": "left"},
-        "common_kwargs": {"return_tensors": "pt"},
-    }
 
 
 def check_arguments(kwargs: dict):
@@ -83,3 +80,27 @@ def check_arguments(kwargs: dict):
             f"Unknown argument(s) {unknown} of BlspKdProcessor. It takes 'text', 'audio' (one clip or a list), "
             "'sampling_rate' and the options of tokenizers, such as 'padding'."
         )
+
+
+def options_of_call(tokenizer: PreTrainedTokenizerBase, given: dict) -> tuple[dict, int | None]:
+    """Return the tokenizer's options in a processor's call, and the sampling rate of its clips.
+
+    As in all processors, an option is given by itself or in the group of its kind (`text_kwargs`, `audio_kwargs`), and
+    takes the place of one for all kinds (`common_kwargs`), of the tokenizer's own, and of the defaults.
+
+    Raises:
+        ValueError: an option is given by itself and in a group.
+    """
+    common, text, audio = (given.get(group) or {} for group in ("common_kwargs", "text_kwargs", "audio_kwargs"))
+    twice = sorted(set(given) & (set(text) | set(audio)))
+    if twice:
+        raise ValueError(f"{twice} given twice, by name and in text_kwargs or audio_kwargs. Give each once.")
+    # Without the tokenizer's own padding side (often right), which would override ours: generation needs left.
+    own = {
+        name: getattr(tokenizer, name, value)
+        for name, value in tokenizer.init_kwargs.items()
+        if name in TextKwargs.__annotations__ and name != "padding_side"
+    }
+    by_name = {name: value for name, value in given.items() if name in TextKwargs.__annotations__}
+    options = {"padding": True, "padding_side": "left", **own, "return_tensors": "pt", **common, **text, **by_name}
+    return options, {**common, **audio, **given}.get("sampling_rate")

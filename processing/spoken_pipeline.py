@@ -37,8 +37,6 @@ class SpokenInputPipeline(ChunkPipeline):
     _load_processor = True
     _load_tokenizer = False
     _load_feature_extractor = False
-    _load_image_processor = False
-    _load_video_processor = False
 
     def __init__(
         self,

@@ -248,6 +248,26 @@ def test_a_placeholder_is_never_an_answer(processor):
     assert all((scores[:, VOCAB_SIZE] == -torch.inf).all() for scores in told.scores)
 
 
+@torch.no_grad()
+def test_the_placeholder_is_suppressed_beside_what_a_caller_suppresses(processor):
+    """In the call, in its config, and in the model's; a call's own list replaces the model's, as in text."""
+    model = make_model(text={"vocab_size": VOCAB_SIZE + 8})
+    model.generation_config.suppress_tokens = [3]
+    inputs = spoken_prompts(processor)
+    options = {"do_sample": False, "max_new_tokens": 2, "return_dict_in_generate": True, "output_scores": True}
+    config = GenerationConfig(**options, suppress_tokens=[5])
+    for given, expected in [
+        (options, {3}),
+        ({**options, "suppress_tokens": [5]}, {5}),
+        ({**options, "suppress_tokens": None}, set()),
+        ({"generation_config": config}, {5}),
+        ({"generation_config": GenerationConfig(**options)}, {3}),
+    ]:
+        for scores in model.generate(**inputs, **given).scores:
+            assert {*(scores == -torch.inf).nonzero()[:, 1].tolist()} == {*expected, VOCAB_SIZE}, given
+    assert (config.suppress_tokens, model.generation_config.suppress_tokens) == ([5], [3])
+
+
 @pytest.mark.parametrize("adapter", ADAPTERS)
 @torch.no_grad()
 def test_position_ids_follow_the_expansion(adapter, processor):

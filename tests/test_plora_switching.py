@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.models.whisper.modeling_whisper import sinusoids
 
 from modeling_blsp_kd import BlspKdForCausalLM
 from tests.helpers.models import SMALL_CFORMER, make_model, text_config
@@ -169,10 +170,13 @@ def test_an_override_that_would_leave_weights_random_is_refused(options, message
 
 
 def test_a_state_dict_of_ones_own_may_lack_weights():
-    """What it holds is taken, and what it lacks is drawn as for a new model."""
+    """A state dict is taken as far as it goes; weights that it lacks are drawn as for a new model."""
     model = make_model()
     given = {"language_model.model.norm.weight": torch.full((32,), 3.0)}
     loaded = BlspKdForCausalLM.from_pretrained(None, config=model.config, state_dict=given)
+    positions = model.audio_tower.embed_positions.weight
+    assert torch.equal(positions, sinusoids(*positions.shape))
+    assert torch.equal(loaded.audio_tower.embed_positions.weight, positions)
     assert torch.equal(loaded.language_model.model.norm.weight, given["language_model.model.norm.weight"])
     drawn = loaded.language_model.model.layers[0].mlp.up_proj.weight
     assert drawn.std().item() == pytest.approx(model.config.text_config.initializer_range, rel=0.2)
@@ -181,7 +185,7 @@ def test_a_state_dict_of_ones_own_may_lack_weights():
 
 @pytest.fixture
 def messages(monkeypatch):
-    """What is logged at level WARNING and above."""
+    """The messages at level WARNING and above."""
     transformers.logging.set_verbosity_warning()
     found = []
     handler = logging.Handler(logging.WARNING)

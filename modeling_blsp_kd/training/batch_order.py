@@ -5,13 +5,15 @@ and epoch alone. `BlspKdTrainer` has it; another Trainer gets it from [`ExactOrd
 """
 
 from collections.abc import Iterator
+from functools import partial
 from itertools import count
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset, Sampler
+from torch.utils.data import DataLoader, IterableDataset, Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
+from transformers.trainer_utils import seed_worker
 
 from .length_budget import LengthBudgetBatches
 
@@ -104,46 +106,58 @@ class ExactOrder(Trainer):
         self.max_batch_length = max_batch_length
         # Of all processes at the last step of an epoch, where a part of a batch is left; None: as accelerate counts.
         self.num_last_rows: int | None = None
+        self.args.remove_unused_columns = False  # the collator knows which it reads
         self.add_callback(_TellEpoch(self))
         # Otherwise accelerate has the first process read an `IterableDataset` for all, and joins their batches, which
         # are padded to different lengths.
         self.accelerator.dataloader_config.dispatch_batches = False
 
     def get_train_dataloader(self) -> DataLoader:
-        dataset = self.train_dataset
-        batch_sampler = self._batch_sampler()
+        dataset, args = self.train_dataset, self.args
+        # Of one process; `auto_find_batch_size` may have lowered it.
+        batch_size = self.get_total_train_batch_size(args) // (args.gradient_accumulation_steps * args.world_size)
+        batch_sampler = self._batch_sampler(batch_size)
         self.num_last_rows = None
-        if batch_sampler is None and isinstance(dataset, IterableDataset) and not hasattr(dataset, "__len__"):
-            self.train_dataset = EndlessRows(dataset)
-            try:
-                return super().get_train_dataloader()
-            finally:
-                self.train_dataset = dataset
+        batching: dict[str, Any] = {"batch_sampler": batch_sampler}
         if batch_sampler is None:
-            if hasattr(dataset, "__len__") and not self.args.dataloader_drop_last:
+            if hasattr(dataset, "__len__") and not args.dataloader_drop_last:
                 # accelerate forgets it in an epoch that is resumed in its middle.
-                self.num_last_rows = len(dataset) % (self._train_batch_size * self.args.world_size)
-            return super().get_train_dataloader()
+                self.num_last_rows = len(dataset) % (batch_size * args.world_size)
+            if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+                return self._dataloader_without_sampler()
+            batching = {"batch_size": batch_size, "sampler": self._sampler(), "drop_last": args.dataloader_drop_last}
         loader = DataLoader(
-            self.train_dataset,
-            batch_sampler=batch_sampler,
+            dataset,
+            **batching,
             collate_fn=self.data_collator,
-            num_workers=self.args.dataloader_num_workers,
-            persistent_workers=self.args.dataloader_persistent_workers,
-            pin_memory=self.args.dataloader_pin_memory,
-            multiprocessing_context=self.args.dataloader_multiprocessing_context,
-            prefetch_factor=self.args.dataloader_prefetch_factor,
+            num_workers=args.dataloader_num_workers,
+            worker_init_fn=partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index),
+            persistent_workers=args.dataloader_persistent_workers,
+            pin_memory=args.dataloader_pin_memory,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            in_order=args.dataloader_in_order,
         )
         even_batches = self.accelerator.even_batches
-        if batch_sampler.batch_size is None:  # accelerate before 1.15 evens no batches of different sizes
-            self.accelerator.even_batches = False
+        if batch_sampler is not None and batch_sampler.batch_size is None:
+            self.accelerator.even_batches = False  # accelerate before 1.15 evens no batches of different sizes
         try:
             return self.accelerator.prepare(loader)
         finally:
             self.accelerator.even_batches = even_batches
 
-    def _batch_sampler(self) -> Sampler | None:
-        """Return what makes whole batches; None if the Trainer groups single rows."""
+    def _dataloader_without_sampler(self) -> DataLoader:
+        """Return the Trainer's own loader, for a data set that keeps its own order."""
+        dataset = self.train_dataset
+        if isinstance(dataset, IterableDataset) and not hasattr(dataset, "__len__"):
+            self.train_dataset = EndlessRows(dataset)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.train_dataset = dataset
+
+    def _batch_sampler(self, batch_size: int) -> Sampler | None:
+        """Return what makes whole batches; None if the loader makes them of single rows."""
         dataset, args = self.train_dataset, self.args
         is_by_length = self.max_batch_length is not None or args.train_sampling_strategy == "group_by_length"
         if is_by_length and isinstance(dataset, IterableDataset):
@@ -157,18 +171,21 @@ class ExactOrder(Trainer):
             self.order = LengthBudgetBatches(lengths, self.max_batch_length, data_seed(args), args.world_size)
             return self.order
         if hasattr(dataset, "batch_sampler"):
-            return dataset.batch_sampler(self._train_batch_size)
+            return dataset.batch_sampler(batch_size)
         return None
 
-    def _get_train_sampler(self, train_dataset=None):
-        dataset, args = self.train_dataset if train_dataset is None else train_dataset, self.args
-        self.order = None
-        if hasattr(dataset, "__len__") and args.train_sampling_strategy == "group_by_length":
+    def _sampler(self) -> Sampler:
+        """Return the order of single rows, of which the loader makes batches."""
+        dataset, args = self.train_dataset, self.args
+        if args.train_sampling_strategy == "group_by_length":
             batch_size = args.train_batch_size * args.gradient_accumulation_steps
             self.order = LengthGroupedOrder(row_lengths(dataset, args.length_column_name), batch_size, data_seed(args))
-        elif hasattr(dataset, "__len__") and args.train_sampling_strategy == "random":
+        elif args.train_sampling_strategy == "random":
             self.order = RandomOrder(len(dataset), data_seed(args))
-        return super()._get_train_sampler(train_dataset) if self.order is None else self.order
+        else:
+            self.order = None
+            return SequentialSampler(dataset)
+        return self.order
 
 
 def row_lengths(dataset: Any, column: str) -> list[float]:

@@ -7,6 +7,7 @@ tensors that are alive, and counts operations (`FlopCounterMode`). Leaves out: w
 import sys
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
@@ -25,13 +26,6 @@ from ..speech_encoder import encode_speech
 FAKE = FakeTensorMode(allow_non_fake_inputs=True)
 aten = torch.ops.aten
 PRODUCTS = (aten.mm, aten.addmm, aten.bmm)
-# The counter knows the attention of GPUs only; the step here runs that of CPUs, which saves the same tensors.
-CPU_ATTENTION = {
-    aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *shapes, **_: sdpa_backward_flop_count(
-        *shapes[:4]
-    ),
-}
 
 
 class FakeNumbers(TorchDispatchMode):
@@ -231,14 +225,39 @@ def count_operations(model: PreTrainedModel, batch: dict, bf16: bool) -> dict[st
 
 def _count(function: Callable[[], torch.Tensor], bf16: bool) -> tuple[int, dict[str, int]]:
     """Count the operations of a function with the backward of its result, and those of forward by module."""
-    counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
-    with FakeNumbers(), counter:
+    counter = FlopCounterMode(display=False)
+    with FakeNumbers(), counter, _counted_attention(counter):
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             output = function()
         in_forward = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
         if output.requires_grad:
             output.backward()
     return counter.get_total_flops(), in_forward
+
+
+@contextmanager
+def _counted_attention(counter: FlopCounterMode) -> Iterator[None]:
+    """Count attention as GPUs compute it, which is all that the counter knows. The step here runs that of CPUs."""
+    attend = nn.functional.scaled_dot_product_attention
+
+    def add(operations: int):
+        for module in counter.mod_tracker.parents:
+            counter.flop_counts[module][attend] += operations
+
+    def attend_and_count(query, key, value, *args, **kwargs):
+        counted = counter.get_total_flops()
+        output = attend(query, key, value, *args, **kwargs)
+        if counter.get_total_flops() == counted:  # with dropout it is made of products, which are counted
+            # Heads of keys and values that several of the queries share are repeated.
+            shapes = [query.shape, *(query.shape[:2] + each.shape[2:] for each in (key, value))]
+            add(sdpa_flop_count(*shapes))
+            if output.requires_grad:
+                operations = sdpa_backward_flop_count(output.shape, *shapes)
+                output.register_hook(lambda _: add(operations))
+        return output
+
+    with patch.object(nn.functional, "scaled_dot_product_attention", attend_and_count):
+        yield
 
 
 def _with_fake_features(batch: dict) -> dict:
