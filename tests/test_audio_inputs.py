@@ -103,7 +103,7 @@ def test_files(line, monkeypatch, tmp_path):
 
 @pytest.fixture
 def names(tmp_path, monkeypatch):
-    """What the expressions of the tables name, in a folder with clip.wav."""
+    """Return what the expressions of the tables name, in a folder with clip.wav."""
     samples = tone(duration_s=0.5)
     contents = encode(samples)
     (tmp_path / "clip.wav").write_bytes(contents)

@@ -196,7 +196,7 @@ def test_options_are_saved_and_hold_until_a_call_says_otherwise(family_processor
 
 
 def test_another_template_gets_the_options_that_it_knows(family_processor):
-    """What a template does not know is an argument of `__call__` for transformers, which refuses it."""
+    """transformers takes what a template does not know for an argument of `__call__`, which refuses it."""
     processor, _ = family_processor("qwen3")
     chat = TEXT_CHATS["user"]
     assert processor.apply_chat_template(chat, CHAT_TEMPLATE, tokenize=True).shape[0] == 1

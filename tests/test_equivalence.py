@@ -30,7 +30,7 @@ def test_two_processes_train_what_one_trains(results):
 
 
 def compare(output, engine="FSDP2", alter=lambda folder: None):
-    """What is found where two processes left something else."""
+    """Return the differences between what two processes left."""
     runs = output / "equivalence"
     altered = output / "altered"
     shutil.rmtree(altered, ignore_errors=True)

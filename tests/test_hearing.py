@@ -1,4 +1,4 @@
-"""What a model heard: the same numbers as the model and the losses give, and a picture that can be read."""
+"""Records of what a model heard have the numbers of model and losses, and a picture that can be read."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""What comes from outside runs no code and reaches no other file, and what is broken in a folder is named.
+"""Input from outside runs no code and reaches no other file, and errors name what is broken in a folder.
 
 Random damage is the fuzzer's, see `reliability/fuzz.py`; here are the kinds of it, with what must be said.
 """
@@ -238,3 +238,9 @@ def test_a_broken_file_of_the_processor_is_named(file, contents, processor, tmp_
         ValueError, match=rf"The tokenizer or feature extractor of {tmp_path} cannot be read \(.*{file}"
     ):
         BlspKdProcessor.from_pretrained(tmp_path)
+
+
+def test_a_wrong_option_of_a_processor_is_no_broken_file(processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="^transcription_instruction must be a non-empty string"):
+        BlspKdProcessor.from_pretrained(tmp_path, transcription_instruction="")

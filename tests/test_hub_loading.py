@@ -60,7 +60,7 @@ torch.save(results, results_path)
 
 
 def load_elsewhere(source, audio_path, folder, hf_home=None):
-    """What a process without this package makes of `source`."""
+    """Return what a process without this package makes of `source`."""
     folder.mkdir(parents=True, exist_ok=True)
     hf_home = hf_home or folder / "hf_home"
     run_python(
@@ -95,7 +95,7 @@ def audio_path(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected(audio_path, processor):
-    """What this process, with the package, makes of the same model."""
+    """Return what this process, with the package, makes of the same model."""
     content = [{"type": "text", "text": "repeat the words"}, {"type": "audio", "path": str(audio_path)}]
     inputs = processor.apply_chat_template(
         [[{"role": "user", "content": content}], [{"role": "user", "content": "the red cat ran to the river"}]],

@@ -400,7 +400,7 @@ def test_only_a_prompt_with_audio_does_lora_arithmetic(cache, inputs):
 
 @pytest.fixture
 def messages(monkeypatch):
-    """What transformers logs about loading."""
+    """The messages that transformers logs about loading."""
     logged = []
     for name in ("modeling_utils", "utils.loading_report", "configuration_utils"):
         logger = transformers.utils.logging.get_logger(f"transformers.{name}")

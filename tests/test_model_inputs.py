@@ -1,4 +1,4 @@
-"""What goes into a call and comes out as in transformers: masks of any dtype, tuples, gradients of features."""
+"""Inputs and outputs of a call are those of transformers: masks of any dtype, tuples, gradients of features."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What `pip install` brings: every folder and file of the packages, so that a wheel does what a checkout does."""
+"""`pip install` brings every folder and file of the packages, so that a wheel does what a checkout does."""
 
 import configparser
 import os

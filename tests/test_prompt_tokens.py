@@ -124,7 +124,7 @@ TEXTS = ["the red cat", "The cat ran.", "345 cats!", "“hello” 🐈", "a", ",
 
 
 def blank_after_audio(kind: str, suffix: str) -> bool:
-    """Whether a tokenizer that begins what follows a special token with a "▁" does so after the placeholder, too."""
+    """Return whether a tokenizer puts a "▁" after the placeholder, as after other special tokens, before `suffix`."""
     if suffix.startswith("<"):  # the next special token
         return False
     if kind in ("SentencePiece BPE, legacy", "Unigram, always"):
@@ -238,7 +238,7 @@ def test_ids_are_those_of_the_whole_text(processor_of, kind, template):
 
 
 def test_texts_read_the_same_however_tokens_are_cut(processor_of, kind, template):
-    """Where the tokenizer would join tokens over a border, the ids differ from the whole's, but not what they say."""
+    """If the tokenizer would join tokens over a border, the ids differ from the whole's, but not what they say."""
     if kind == "WordPiece":
         pytest.skip("its decoder does not give white space back")
     processor, rows = processor_of(kind, template), make_rows()

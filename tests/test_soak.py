@@ -29,7 +29,7 @@ def test_a_short_soak_is_survived(tmp_path, processor):
 
 
 def soaked(mib_per_request, settled=500, drifts=(), unexpected=()):
-    """What a run of 2,000 requests found whose memory rose to `settled` requests and by a leak."""
+    """Return the findings of a run of 2,000 requests whose memory rose to `settled` requests and by a leak."""
     points = [
         (number / 10, number, round((600 + min(number, settled) * 0.4 + number * mib_per_request) * MIB), 0)
         for number in range(25, 2001, 25)

@@ -131,7 +131,7 @@ def test_spec_augment_refuses_spans_that_do_not_fit(prob, length):
 @pytest.mark.parametrize("name", [name for name in ENCODERS if name != "parakeet"])
 @pytest.mark.parametrize("adapter", [{}, {"add_adapter": True, "num_adapter_layers": 2, "adapter_stride": 2}])
 def test_frames_are_counted_as_transformers_does(name, adapter):
-    """How many frames a length makes stands only in private methods of transformers."""
+    """transformers counts the frames of a length only in private methods."""
     config = encoder_config(name)
     config.update({} if name.startswith("hubert") else adapter)
     own = AutoModel.from_config(config)

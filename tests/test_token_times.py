@@ -1,4 +1,4 @@
-"""When tokens and words were said: the clock of CIF's integral, silence, alignment of text and speech, words."""
+"""The times of tokens and words: the clock of CIF's integral, silence, alignment of text and speech, words."""
 
 import argparse
 import itertools

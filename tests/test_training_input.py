@@ -1,4 +1,4 @@
-"""What `examples/train.py` trains on: the same batches after a resume, with workers, over processes; nothing lost."""
+"""`examples/train.py` trains on the same batches after a resume, with workers, over processes; nothing is lost."""
 
 import json
 import os

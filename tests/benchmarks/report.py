@@ -21,7 +21,7 @@ PACKAGES = ("torch", "transformers", "peft", "numpy", "torch-cif", "trl", "liger
 
 
 def machine(device: torch.device, dtype: torch.dtype, clock: str) -> dict:
-    """Where and with what the figures were taken."""
+    """Return where and with what the figures were taken."""
     installed = {distribution.name.lower().replace("_", "-") for distribution in importlib.metadata.distributions()}
     return {
         "date": date.today().isoformat(),

@@ -1,4 +1,4 @@
-"""Where the time of the default training run goes, part by part.
+"""The time of the default training run, part by part.
 
     python -m tests.benchmarks.training_profile
 

@@ -1,1 +1,1 @@
-"""What several test files share. Nothing here is a test."""
+"""Helpers that several test files share. Nothing here is a test."""

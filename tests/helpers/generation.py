@@ -67,7 +67,7 @@ def process(processor, texts, clips_of_row):
 
 
 def expanded_mask(model, inputs):
-    """What a cache of these prompts holds: 1 at tokens and speech tokens, 0 at padding."""
+    """Return the mask of a cache of these prompts: 1 at tokens and speech tokens, 0 at padding."""
     if "input_features" not in inputs:
         return inputs["attention_mask"]
     return expand(model, inputs).attention_mask

@@ -1,4 +1,4 @@
-"""What a published folder may not hold, and a Python that sees nothing of this project."""
+"""The names that a published folder may not hold, and a Python that sees nothing of this project."""
 
 import re
 from pathlib import Path

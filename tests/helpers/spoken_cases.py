@@ -1,4 +1,4 @@
-"""What the tests of the pipelines and of the endpoint handler share: a repository folder, and clips good and bad."""
+"""Cases of the tests of the pipelines and of the endpoint handler: a repository folder, and clips good and bad."""
 
 import base64
 import struct

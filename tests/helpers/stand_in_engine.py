@@ -90,7 +90,7 @@ class _HandOn(StoppingCriteria):
 
 @dataclass
 class Engine:
-    """What `stand_in_engine` is made of; see there."""
+    """The parts of `stand_in_engine`; see there."""
 
     llm: torch.nn.Module
     tokenizer: object

@@ -19,7 +19,7 @@ NUM_MEL_BINS = 8
 
 @dataclass(frozen=True)
 class Layout:
-    """How the clip of each prompt takes its positions.
+    """A layout of prompts: how the clips take their positions.
 
     Args:
         num_placeholders (`int`): in each prompt; 0: text only.
@@ -44,7 +44,7 @@ SUBSAMPLED_GROWING = Layout(num_placeholders=1, num_speech_tokens=3, num_mel_fra
 
 
 class ModelTester:
-    """What transformers' test mixins call a model tester: sizes, a configuration and inputs."""
+    """A model tester, as transformers' test mixins call it: sizes, a configuration and inputs."""
 
     batch_size = 7  # one test compares 7 prompts, and would invent those that are missing
     seq_length = 11

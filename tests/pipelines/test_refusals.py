@@ -1,4 +1,4 @@
-"""What pipelines refuse, by name, and URLs, which they fetch where that is allowed."""
+"""Pipelines name what they refuse, and fetch URLs only where that is allowed."""
 
 import gc
 import http.server

@@ -47,7 +47,7 @@ FAILURES = ("raw error", "wrong result", "memory", "crash", "hang")
 
 @dataclass
 class Outcome:
-    """How a case ended: "result", "clear error", or one of `FAILURES`."""
+    """Return the end of a case: "result", "clear error", or one of `FAILURES`."""
 
     kind: str
     case: int
@@ -86,7 +86,7 @@ def memory(name: str) -> int:
 
 
 def is_clear(error: Exception) -> bool:
-    """Whether somebody wrote this error for this case: of a kind for bad input, with a message, and from a `raise`."""
+    """Return whether somebody wrote this error for this case: for bad input, with a message, and by a `raise`."""
     if not isinstance(error, ALLOWED_ERRORS) or isinstance(error, RAW_ERRORS) or not str(error).strip():
         return False
     if isinstance(error, OSError) and error.filename is not None:

@@ -1,4 +1,4 @@
-"""What is fuzzed: for each kind, how a case is made from valid material, and what is done with it.
+"""The kinds of input that are fuzzed: each makes a case from valid material, and does something with it.
 
 A case is a function of a random generator alone. Leaves out: running cases and judging how they end (`fuzz.py`).
 """
@@ -186,7 +186,7 @@ def manifests(material: Material) -> Kind:
 
 
 def is_explained(error: Exception) -> bool:
-    """Whether a person's `raise` made it, in this project."""
+    """Return whether a `raise` in this project made the error."""
     return type(error) is ValueError or type(error).__name__ == "BadRow"
 
 

@@ -33,7 +33,7 @@ OF_TIME = ("runtime", "per_second")
 
 
 def train(folder: Path, clips: Path, steps: int, utterances: int):
-    """What a user's command does, in a process of its own."""
+    """Do what a user's command does, in a process of its own."""
     multiprocessing.set_start_method("fork", force=True)  # of the data loader's worker, as in a user's process
     folder.mkdir(exist_ok=True)
     log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)

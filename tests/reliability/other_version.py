@@ -96,7 +96,7 @@ def answer(folder: Path, results_path: Path):
 
 
 def differences(results: dict, expected: dict) -> list[str]:
-    """What two environments answer differently: token ids in any way, numbers beyond rounding."""
+    """Return what two environments answer differently: token ids in any way, numbers beyond rounding."""
     import torch
 
     found = [f"{name}: only one has it" for name in sorted(results.keys() ^ expected.keys())]

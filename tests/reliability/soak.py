@@ -257,7 +257,7 @@ def run(requests: Requests, probe, minutes: float, probe_every: int, each_probe)
 
 
 def ask(request: Request) -> tuple[str, str | None, str | None]:
-    """How a request ended, its error (kind and message without figures), and what was wrong with that."""
+    """Return the end of a request, its error (kind and message without figures), and what was wrong with that."""
     try:
         request.call()
     except (ValueError, TypeError) as error:
@@ -283,7 +283,10 @@ class MallocInfo(ctypes.Structure):
 
 
 def allocated_bytes() -> int:
-    """What was allocated and not freed. Resident beyond it: files, and freed pages that the C library keeps."""
+    """Return the bytes that were allocated and not freed.
+
+    Beyond them, files are resident, and freed pages that the C library keeps.
+    """
     mallinfo2 = ctypes.CDLL(None).mallinfo2
     mallinfo2.restype = MallocInfo
     info = mallinfo2()
@@ -291,7 +294,7 @@ def allocated_bytes() -> int:
 
 
 def memory_facts(points: list[tuple[float, int, int, int]]) -> dict:
-    """What memory did after the warm-up: points are (seconds, requests, resident bytes, allocated bytes)."""
+    """Describe memory after the warm-up: points are (seconds, requests, resident bytes, allocated bytes)."""
     warm_up = WARM_UP * points[-1][1]
     _, requests, resident, allocated = zip(*(point for point in points if point[1] >= warm_up))
     held = [point[2] for point in points]
@@ -314,7 +317,7 @@ def growth(requests, held) -> float:
 
 
 def verdict(found: dict) -> list[str]:
-    """What is wrong, in words; nothing if the soak was survived."""
+    """Return what is wrong, in words; nothing if the soak was survived."""
     wrong = []
     if found["unexpected"]:
         wrong.append(f"{len(found['unexpected'])} requests ended unexpectedly")

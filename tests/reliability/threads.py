@@ -41,7 +41,7 @@ SWITCH_INTERVAL_S = 1e-4
 
 @dataclass
 class Outcome:
-    """What became of one request: "same", "different", or the error that it ended with."""
+    """Return the outcome of one request: "same", "different", or the error that it ended with."""
 
     kind: str
     number: int
@@ -65,7 +65,7 @@ def build_pipeline(folder: str | None) -> BlspKdPipeline:
 
 
 def kinds(pipe: BlspKdPipeline) -> dict[str, Callable[[int], object]]:
-    """What is asked: by its name, a function of the number of a clip."""
+    """Return the requests by name, each a function of the number of a clip."""
     model = pipe.model
     clips = [clip(0.4 + 0.15 * number, seed=number) for number in range(NUM_CLIPS)]
     prompts = [
