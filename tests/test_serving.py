@@ -353,6 +353,9 @@ def test_audio_is_fetched_from_allowed_addresses_alone(front, monkeypatch):
         async with front(allowed_url_prefixes=["https://clips.example/"]) as served:
             assert text_of(await ask(served, chat_of(url))) == "victor had three bottles and sold two"
             assert asked == [("https://clips.example/a.flac", ("https://clips.example/",))]
+        with pytest.raises(ValueError, match="allowed_url_prefixes"):
+            async with front(allowed_url_prefixes=["https://clips.example"]):
+                pass
         monkeypatch.undo()
         async with front(allowed_url_prefixes=["https://other.example/"]) as served:
             assert "is not allowed" in error_of(await ask(served, chat_of(url)))["message"]

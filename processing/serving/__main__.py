@@ -11,6 +11,7 @@ import sys
 
 import torch
 from pydantic import ValidationError
+from transformers.utils import logging
 
 from modeling_blsp_kd.devices import fast_dtype
 from processing import BlspKdProcessor
@@ -24,6 +25,8 @@ from .errors import ServingError
 from .front import Front
 from .metrics import Metrics
 from .settings import Settings, add_options
+
+logger = logging.get_logger("processing.serving")
 
 
 def main():
@@ -84,6 +87,7 @@ def _engine(settings: Settings, metrics: Metrics) -> Engine:
 
 async def _check(settings: Settings, model, processor, has_plora: bool) -> EngineFacts:
     engine = _engine(settings, Metrics())
+    logger.warning(f"Waiting until the engine at {engine.url} is ready, at most {settings.engine_wait_s:g} s.")
     try:
         await engine.wait_until_healthy(settings.engine_wait_s)
         return await check_engine(engine, model, processor, has_plora, settings.engine_model, settings.engine_adapter)

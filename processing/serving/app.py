@@ -1,5 +1,6 @@
 """Put the front together: its ASGI app, and the server that runs it."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -27,7 +28,7 @@ def make_app(front: Front) -> Starlette:
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         yield
-        front.ears.close()
+        await asyncio.to_thread(front.ears.close)
         await front.engine.close()
 
     async def tell(request: Request, error: Exception) -> Response:

@@ -54,13 +54,14 @@ class Engine:
         Raises:
             EngineUnreachable, TimedOut: there is none.
         """
+        begin = time.monotonic()
         response = await self._send(body)
         with self._explained():
             try:
                 await response.aread()
             finally:
                 await response.aclose()
-        self.metrics.engine_s.observe(response.elapsed.total_seconds())
+        self.metrics.engine_s.observe(time.monotonic() - begin)
         return response
 
     async def open_stream(self, body: dict) -> httpx.Response:
@@ -74,8 +75,13 @@ class Engine:
                 await response.aread()
         return response
 
-    async def pieces_of(self, response: httpx.Response) -> AsyncIterator[bytes]:
-        """Yield a streamed answer as it comes; if it breaks off, the last piece is an event that tells the error."""
+    async def pieces_of(self, response: httpx.Response, begin: float) -> AsyncIterator[bytes]:
+        """Yield a streamed answer as it comes; if it breaks off, the last piece is an event that tells the error.
+
+        Args:
+            response: of `open_stream`.
+            begin: when that was called, by `time.monotonic`.
+        """
         try:
             with self._explained():
                 async for piece in response.aiter_bytes():
@@ -84,7 +90,7 @@ class Engine:
             yield b"\n\n" + error_event(error)
         finally:
             await response.aclose()
-            self.metrics.engine_s.observe(response.elapsed.total_seconds())
+            self.metrics.engine_s.observe(time.monotonic() - begin)
 
     async def models(self) -> list[dict]:
         """Return what the engine tells of its models.
@@ -95,7 +101,10 @@ class Engine:
         with self._explained():
             response = await self.client.get("models")
             if response.status_code != 200:
-                raise EngineUnreachable(f"{self.url}/models answers with status {response.status_code}.")
+                raise EngineUnreachable(
+                    f"{self.url}/models answers with status {response.status_code}. --engine is the address of an "
+                    "OpenAI API, such as http://localhost:8000/v1."
+                )
             return response.json()["data"]
 
     async def is_healthy(self) -> bool:

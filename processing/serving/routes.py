@@ -9,12 +9,9 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST
-from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
-
-from processing.audio_decoding import audio_info
 
 from .errors import BadRequest, TimedOut
 from .front import Front
@@ -56,9 +53,10 @@ class Routes:
         if not chat.stream:
             response = await front.engine.ask(body)
         else:
+            begin = time.monotonic()
             response = await front.engine.open_stream(body)
             if response.status_code == 200:
-                pieces = front.engine.pieces_of(response)
+                pieces = front.engine.pieces_of(response, begin)
                 first = await anext(pieces, b"")
                 return StreamingResponse(_chained(first, pieces), media_type="text/event-stream")
         return Response(response.content, response.status_code, media_type="application/json")
@@ -74,16 +72,14 @@ class Routes:
         return await until_gone(request, self._transcribe(asked))
 
     async def _transcribe(self, asked: TranscriptionRequest) -> Response:
-        contents = await self._contents_of(asked.file)
-        words = needs_words(asked)
-        transcript = await self.transcriber.transcribe(contents, asked.temperature, words)
-        return write(transcript, asked, audio_info(contents).duration_s)
-
-    async def _contents_of(self, file: UploadFile) -> bytes:
+        budget = budget_of(self.front.settings)
         try:
-            return budget_of(self.front.settings).read(await file.read())
+            # In a thread, because the duration of some files is that of all their packets.
+            contents = await asyncio.to_thread(budget.read, await asked.file.read())
         except ValueError as error:
             raise BadRequest(str(error), "file") from error
+        transcript = await self.transcriber.transcribe(contents, asked.temperature, needs_words(asked))
+        return write(transcript, asked, budget.duration_s)
 
     async def models(self, request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._card()]})

@@ -10,6 +10,8 @@ from processing.publishing.handler import MAX_AUDIO_BYTES, MAX_DURATION_S
 
 POSITIVE = Annotated[float, Field(gt=0)]
 COUNT = Annotated[int, Field(ge=1)]
+# Without the slash, "https://host" would also allow "https://host.elsewhere.org".
+URL_PREFIX = Annotated[str, Field(pattern=r"^https?://[^/]+/")]
 
 
 class Settings(BaseModel):
@@ -37,7 +39,9 @@ class Settings(BaseModel):
     max_duration_s: POSITIVE = Field(MAX_DURATION_S, description="of all clips of a request")
     max_text_chars: COUNT = Field(1_000_000, description="of a request, besides its audio")
     chunk_length_s: POSITIVE | None = Field(None, description="cut recordings that are to be transcribed, see docs")
-    allowed_url_prefixes: tuple[str, ...] = Field((), description="fetch audio from addresses that begin with one")
+    allowed_url_prefixes: tuple[URL_PREFIX, ...] = Field(
+        (), description="fetch audio from addresses that begin with one, such as https://host/path/"
+    )
     ears_timeout_s: POSITIVE = Field(60.0, description="until a request's clips are heard")
     engine_timeout_s: POSITIVE = Field(300.0, description="of silence of the engine")
     engine_wait_s: POSITIVE = Field(600.0, description="until the engine answers at the start")

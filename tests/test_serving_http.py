@@ -1,0 +1,208 @@
+"""Whole servers on loopback: the front and a stand-in engine, both as processes, and the `openai` client.
+
+The last tests kill the engine, and end the front.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+if not os.environ.get("CI"):
+    pytest.importorskip("prometheus_client", reason="needs the extra `serving`")
+    pytest.importorskip("openai", reason="needs the extra `serve`")
+
+import httpx
+import openai
+
+from processing import BlspKdSpeechRecognitionPipeline
+from tests.helpers.audio_files import encode
+from tests.helpers.engine_requests import TINY_WORLD, tiny_world
+from tests.helpers.fronts import audio_block
+from tests.helpers.prompts import clip
+from tests.test_serve import free_port
+
+pytestmark = pytest.mark.long
+START_TIMEOUT_S = 200
+BOTTLES = (TINY_WORLD / "clips" / "bottles.flac").read_bytes()
+WORDS = "victor had three bottles and sold two"
+NAME, KEY = "tiny", "secret"
+CHAT = [{"role": "user", "content": [{"type": "text", "text": "Repeat the words."}, audio_block(BOTTLES)]}]
+
+
+class Process:
+    """A server in a process of its own."""
+
+    def __init__(self, folder, name, port, *arguments):
+        self.url, self.log = f"http://127.0.0.1:{port}", folder / f"{name}.log"
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", *map(str, arguments)],
+                env={**os.environ, "BLSP_KD_API_KEY": KEY, "OMP_NUM_THREADS": "1"},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+
+    def wait_until(self, route):
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while self.process.poll() is None and time.monotonic() < deadline:
+            try:
+                if httpx.get(f"{self.url}{route}", timeout=5, trust_env=False).status_code == 200:
+                    return self
+            except httpx.HTTPError:
+                pass
+            time.sleep(0.1)
+        raise RuntimeError(f"It did not start (exit code {self.process.poll()}):\n{self.log.read_text()[-3000:]}")
+
+    def stop(self, signal_number=signal.SIGTERM) -> int:
+        self.process.send_signal(signal_number)
+        return self.process.wait(timeout=60)
+
+
+def start_engine(folder, port, *options):
+    template = TINY_WORLD / "model" / "chat_template.jinja"
+    model = ["--model", TINY_WORLD / "llm", "--chat-template", template, "--seconds-per-token", "0.05"]
+    return Process(folder, "engine", port, "tests.helpers.stand_in_engine", *model, "--port", port, *options)
+
+
+def start_front(folder, port, engine, *options):
+    model = [TINY_WORLD / "model", "--engine", f"{engine.url}/v1", "--port", port, "--served_name", NAME]
+    return Process(folder, "front", port, "processing.serving", *model, *options)
+
+
+@pytest.fixture(scope="module")
+def engines(tmp_path_factory):
+    """The folder of the logs, and the engine that runs."""
+    folder, running = tmp_path_factory.mktemp("servers"), {}
+    running["engine"] = start_engine(folder, free_port(), "--enable-prompt-embeds").wait_until("/health")
+    yield folder, running
+    running["engine"].stop(signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def front(engines):
+    folder, running = engines
+    front = start_front(folder, free_port(), running["engine"])
+    try:
+        yield front.wait_until("/ready")
+    finally:
+        front.stop(signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def client(front):
+    with openai.OpenAI(base_url=f"{front.url}/v1", api_key=KEY, timeout=60, max_retries=0) as client:
+        yield client
+
+
+def ask(client, **options):
+    return client.chat.completions.create(model=NAME, messages=CHAT, **{"temperature": 0, **options})
+
+
+def running_requests(front) -> str:
+    metrics = httpx.get(f"{front.url}/metrics", trust_env=False).text
+    return next(line for line in metrics.splitlines() if line.startswith("blsp_kd_requests_running"))
+
+
+def test_openais_client_chats(client):
+    answer = ask(client, logprobs=True)
+    assert answer.choices[0].message.content == WORDS
+    assert answer.usage.completion_tokens == len(answer.choices[0].logprobs.content)
+    times, pieces = [], []
+    for chunk in ask(client, stream=True, stream_options={"include_usage": True}):
+        times.append(time.monotonic())
+        pieces += [choice.delta.content or "" for choice in chunk.choices]
+    assert "".join(pieces) == WORDS and chunk.usage == answer.usage
+    # It comes in pieces, 50 ms apart, and not all at the end.
+    assert times[-1] - times[0] > 0.05 * (answer.usage.completion_tokens - 2)
+    assert [model.id for model in client.models.list()] == [NAME] and client.models.retrieve(NAME).id == NAME
+
+
+def test_openais_client_transcribes(client):
+    model, processor = tiny_world()
+    expected = BlspKdSpeechRecognitionPipeline(model=model, processor=processor)(BOTTLES, return_timestamps="word")
+    create = client.audio.transcriptions.create
+    file = ("bottles.flac", BOTTLES)
+    assert create(model=NAME, file=file).text == WORDS
+    verbose = create(model=NAME, file=file, response_format="verbose_json", timestamp_granularities=["word", "segment"])
+    assert verbose.text == WORDS and verbose.segments[0].text == WORDS
+    assert [(word.word, word.start, word.end) for word in verbose.words] == [
+        (chunk["text"].strip(), *map(pytest.approx, chunk["timestamp"])) for chunk in expected["chunks"]
+    ]
+    for form, beginning in (("text", WORDS), ("srt", "1\n00:00:00,"), ("vtt", "WEBVTT\n\n00:00:00.")):
+        assert create(model=NAME, file=file, response_format=form).startswith(beginning)
+
+
+def test_openais_client_is_told_what_is_wrong(client):
+    with pytest.raises(openai.BadRequestError, match="is silent"):
+        client.audio.transcriptions.create(model=NAME, file=("a.wav", encode(0 * clip(0.5))))
+    with pytest.raises(openai.NotFoundError, match="Ask for 'tiny'"):
+        client.models.retrieve("gpt")
+    with pytest.raises(openai.AuthenticationError, match="API key is missing or wrong"):
+        client.with_options(api_key="wrong").models.list()
+    with pytest.raises(openai.BadRequestError, match="maximum context length is 512"):
+        client.chat.completions.create(model=NAME, messages=[{"role": "user", "content": "the cat " * 1000}])
+
+
+def test_a_client_may_leave_a_stream(front, client):
+    with ask(client, stream=True) as stream:
+        next(iter(stream))
+    deadline = time.monotonic() + 10
+    while running_requests(front) != "blsp_kd_requests_running 0.0" and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert running_requests(front) == "blsp_kd_requests_running 0.0"
+    assert ask(client).choices[0].message.content == WORDS
+
+
+def test_a_front_refuses_an_engine_that_does_not_fit(engines):
+    folder, _ = engines
+    engine = start_engine(folder, free_port()).wait_until("/health")
+    front = start_front(folder, free_port(), engine)
+    try:
+        assert front.process.wait(timeout=START_TIMEOUT_S) == 1
+        assert "You must set `--enable-prompt-embeds`" in front.log.read_text().splitlines()[-1]
+    finally:
+        front.process.kill()
+        engine.stop(signal.SIGKILL)
+
+
+def test_an_engine_may_die_and_come_back(engines, front, client):
+    """Requests in work get errors, also streams, and do not hang; afterwards answers are right again."""
+    folder, running = engines
+    outcomes = []
+
+    def use():
+        try:
+            outcomes.append("".join(chunk.choices[0].delta.content or "" for chunk in ask(client, stream=True)))
+        except openai.APIError as error:
+            outcomes.append(error)
+
+    threads = [threading.Thread(target=use) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.3)
+    running["engine"].stop(signal.SIGKILL)
+    for thread in threads:
+        thread.join(30)
+    assert len(outcomes) == 4 and all(isinstance(each, openai.APIError) or each == WORDS for each in outcomes)
+    assert any(isinstance(each, openai.APIError) for each in outcomes)
+    with pytest.raises(openai.InternalServerError, match="cannot be reached"):
+        ask(client)
+    assert httpx.get(f"{front.url}/ready", trust_env=False).status_code == 503
+    port = running["engine"].url.rpartition(":")[2]
+    running["engine"] = start_engine(folder, port, "--enable-prompt-embeds").wait_until("/health")
+    assert ask(client).choices[0].message.content == WORDS
+
+
+def test_the_end_lets_running_answers_finish(front, client):
+    pieces = []
+    for chunk in ask(client, stream=True):
+        if not pieces:
+            front.process.send_signal(signal.SIGTERM)
+        pieces.append(chunk.choices[0].delta.content or "")
+    assert "".join(pieces) == WORDS
+    assert front.process.wait(timeout=60) in (0, -signal.SIGTERM)
