@@ -12,11 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers import WhisperConfig
-from transformers.masking_utils import create_bidirectional_mask
 from transformers.models.whisper.modeling_whisper import WhisperEncoderLayer
 from transformers.utils import ModelOutput
 
+from .blockwise_attention import CAUSAL, Blocks, with_attention_mask
 from .cif import continuous_integrate_and_fire
+from .cif_streaming import integrate_and_fire_at_threshold
 from .ctc import NUM_CTC_CLASSES
 from .speech_windows import is_within, join_windows, regroup, tokens_per_window
 
@@ -44,10 +45,10 @@ class AdapterOutput(ModelOutput):
     num_ctc_frames: torch.LongTensor | None = None
 
 
-def _run_layers(layers, config, hidden_states, mask):
+def _run_layers(layers, config, hidden_states, mask, blocks=None):
     if not layers:
         return hidden_states  # making a mask waits for the device
-    attention_mask = create_bidirectional_mask(config, hidden_states, mask)
+    hidden_states, attention_mask = with_attention_mask(config, hidden_states, mask, blocks)
     for layer in layers:
         hidden_states = layer(hidden_states, attention_mask)
     return hidden_states
@@ -158,6 +159,8 @@ class CFormer(nn.Module):
         frame_mask: torch.Tensor,
         target_lengths: torch.Tensor | None = None,
         windows_per_clip: torch.Tensor | None = None,
+        is_causal: bool = False,
+        blocks: Blocks | None = None,
     ) -> AdapterOutput:
         """Turn frames into as many speech tokens as the clip has text tokens.
 
@@ -165,13 +168,19 @@ class CFormer(nn.Module):
             hidden_states (W, T, H), frame_mask (W, T) bool: encoder frames of W windows of N clips.
             target_lengths (`torch.LongTensor` of shape (N,), *optional*): tokens to fire; omitted, they are predicted.
             windows_per_clip (`torch.LongTensor` of shape (N,), *optional*): omitted, every clip is one window.
+            is_causal (`bool`): tokens attend to the tokens before them, and predicted tokens fire at the threshold, so
+                that a token is the same however the clip goes on.
+            blocks ([`Blocks`], *optional*): of encoder frames, which the layers before CIF attend within, without
+                look-ahead.
         """
+        stride = 1 if self.frame_stacking is None else self.frame_stacking.stride
+        blocks = None if blocks is None else blocks.joined(stride)
         if self.frame_stacking is None:
             joined_mask = frame_mask
-            joined = hidden_states = self._run_pre_layers(hidden_states, frame_mask)
+            joined = hidden_states = self._run_pre_layers(hidden_states, frame_mask, blocks)
         else:
             joined, joined_mask = self.frame_stacking.join(hidden_states, frame_mask)
-            joined = self._run_pre_layers(joined, joined_mask)
+            joined = self._run_pre_layers(joined, joined_mask, blocks)
             hidden_states = self.frame_stacking.split(joined, hidden_states)
         ctc = self._run_ctc_head(joined, joined_mask, windows_per_clip)
         alphas = torch.sigmoid(hidden_states[..., -1].float()).masked_fill(~frame_mask, 0.0)
@@ -179,7 +188,10 @@ class CFormer(nn.Module):
         # The integral runs through the borders of windows: the next window completes what one leaves open.
         frame_mask, hidden_states, alphas = join_windows(windows_per_clip, frame_mask, hidden_states, alphas)
         # CIF integrates all channels. That of the alphas is dropped afterwards; dropping it before would cost a copy.
-        cif = continuous_integrate_and_fire(hidden_states, alphas, frame_mask, target_lengths)
+        if is_causal and target_lengths is None:
+            cif = integrate_and_fire_at_threshold(hidden_states, alphas, frame_mask)
+        else:
+            cif = continuous_integrate_and_fire(hidden_states, alphas, frame_mask, target_lengths)
 
         speech_tokens = self.cif_proj(cif.speech_tokens[..., :-1])
         token_mask = is_within(cif.num_speech_tokens, speech_tokens.shape[1])
@@ -189,7 +201,8 @@ class CFormer(nn.Module):
             group_sizes = group_sizes[group_sizes > 0]
             speech_tokens = regroup(speech_tokens, token_mask, group_sizes)
             token_mask = is_within(group_sizes, speech_tokens.shape[1])
-        speech_tokens = _run_layers(self.post_layers, self.layer_config, speech_tokens, token_mask)
+        attended = CAUSAL if is_causal else None
+        speech_tokens = _run_layers(self.post_layers, self.layer_config, speech_tokens, token_mask, attended)
         speech_tokens = self.output_proj(speech_tokens)
         if windows_per_clip is not None:
             speech_tokens = regroup(speech_tokens, token_mask, cif.num_speech_tokens)
@@ -228,7 +241,7 @@ class CFormer(nn.Module):
         self.output_proj.weight.mul_(factor)
         self.output_proj.bias.mul_(factor)
 
-    def _run_pre_layers(self, frames, mask):
+    def _run_pre_layers(self, frames, mask, blocks):
         if self.attention_window is None:
-            return _run_layers(self.pre_layers, self.layer_config, frames, mask)
+            return _run_layers(self.pre_layers, self.layer_config, frames, mask, blocks)
         return _run_layers_in_stretches(self.pre_layers, self.layer_config, frames, mask, self.attention_window)

@@ -2,7 +2,7 @@
 
 Follows arXiv 1905.11235 with threshold 1; the target-length scaling follows the authors' public code (blsp-emo,
 src/modeling_adapter.py at e27b8da). Leaves out: how the weights (alphas) are predicted, see `adapters.py`; the integral
-itself, see `cif_integral.py`; and clips that arrive in chunks, see `cif_streaming.py`.
+itself, see `cif_integral.py`; and firing without scaling, see `cif_streaming.py`.
 
 With c_t = alpha_1 + ... + alpha_t, frame t gives token u the overlap of [c_{t-1}, c_t] with [u, u+1].
 """

@@ -2,8 +2,8 @@
 
 Defaults follow arXiv 2405.19041 and the authors' public code. Everything is checked together when the config is made,
 and again when an option is assigned; the parts themselves take plain numbers. Leaves out: the options inside `adapter`,
-`distillation`, `plora` and `timestamps` (`adapter_options.py`, `distillation_options.py`, `config_options.py`), and
-training arguments, which belong to the Trainer.
+`distillation`, `streaming`, `plora` and `timestamps` (`adapter_options.py`, `distillation_options.py`,
+`streaming_options.py`, `config_options.py`), and training arguments, which belong to the Trainer.
 """
 
 import copy
@@ -30,6 +30,7 @@ from .config_options import (
 from .distillation_options import DistillationOptions
 from .encoder_families import ENCODER_FAMILIES
 from .model_files import CHECK_CONFIG, explained
+from .streaming_options import StreamingOptions, read_streaming
 
 logger = logging.get_logger(__name__)
 
@@ -51,6 +52,7 @@ CHECKED_OPTIONS = (
     "plora",
     "distillation",
     "timestamps",
+    "streaming",
     "freeze_speech_encoder",
     "speech_padding",
     "audio_token_id",
@@ -81,6 +83,7 @@ class BlspKdConfig(PreTrainedConfig):
         plora (`bool` or `dict`): partial LoRA off, on, or on with [`PartialLoraOptions`].
         distillation (`dict`, *optional*): [`DistillationOptions`].
         timestamps (`dict`, *optional*): [`TimestampOptions`].
+        streaming (`bool` or `dict`): on: a model that can listen while one speaks, see [`StreamingOptions`].
         freeze_speech_encoder (`bool`): keep the encoder as it is. The LLM is always frozen.
         speech_padding (`str`): `"do_not_pad"`: encode each clip on its true length; `"max_length"` (Whisper only):
             pad it to 30 seconds with silence that the encoder attends to, as in its pretraining.
@@ -116,6 +119,7 @@ class BlspKdConfig(PreTrainedConfig):
     plora: bool | dict[str, Any] | None = False
     distillation: dict[str, Any] | None = None
     timestamps: dict[str, Any] | None = None
+    streaming: bool | dict[str, Any] | None = False
     freeze_speech_encoder: bool = True
     speech_padding: str = "do_not_pad"
     audio_token_id: int | None = None
@@ -173,11 +177,15 @@ class BlspKdConfig(PreTrainedConfig):
         distillation = DistillationOptions.read({} if given["distillation"] is None else given["distillation"])
         llm = self.text_config.get_text_config()
         timestamps = TimestampOptions.read({} if given["timestamps"] is None else given["timestamps"])
+        streaming = read_streaming(given["streaming"])
+        if streaming is not None:
+            streaming.check_model(self.speech_config, adapter, given["speech_padding"])
         checked = {
             "adapter": {"type": adapter.type, **asdict(adapter)},
             "plora": None if plora is None else asdict(plora),
             "distillation": asdict(distillation.for_adapter(adapter.one_to_one).for_llm(llm.num_hidden_layers)),
             "timestamps": asdict(timestamps),
+            "streaming": None if streaming is None else asdict(streaming),
         }
         token_id, padding, freeze = given["audio_token_id"], given["speech_padding"], given["freeze_speech_encoder"]
         is_id = token_id is None or is_count(token_id, 0)
@@ -209,6 +217,10 @@ class BlspKdConfig(PreTrainedConfig):
     @property
     def timestamp_options(self) -> TimestampOptions:
         return TimestampOptions.read(self.timestamps)
+
+    @property
+    def streaming_options(self) -> StreamingOptions | None:
+        return read_streaming(self.streaming)
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> tuple[dict, dict]:

@@ -34,6 +34,8 @@ class EncoderFamily:
         ffn_dim (`str`): the config's name for the inner width of a feed-forward layer.
         is_padded (`bool`): the encoder was pretrained on clips padded to the whole window, so it can be used like that.
         returns_mask (`bool`): the encoder's output has the mask of its frames.
+        why_not_causal (`str`): what in features or layers depends on later speech, whatever the attention mask; empty
+            if nothing does, so that the encoder can stream.
         prefixes (`tuple[str]`): regular expressions of what stands before the names of the encoder's weights in
             checkpoints of whole models, where transformers does not know it.
     """
@@ -45,6 +47,7 @@ class EncoderFamily:
     ffn_dim: str = "intermediate_size"
     is_padded: bool = False
     returns_mask: bool = False
+    why_not_causal: str = ""
     prefixes: tuple[str, ...] = ()
 
 
@@ -62,6 +65,7 @@ HUBERT = EncoderFamily(  # waveforms (W, samples)
     window=lambda config: round(WINDOW_S * SAMPLING_RATE),
     frame_duration_s=lambda config: math.prod(config.conv_stride) / SAMPLING_RATE,
     convolutions=_feature_convolutions,
+    why_not_causal="its waveforms are normalised over the clip, and its convolutional positions see later frames",
 )
 # transformers counts an adapter's frames as those of kernel 1.
 WAV2VEC2 = replace(
@@ -85,12 +89,14 @@ ENCODER_FAMILIES = {
         window=lambda config: 1499,
         frame_duration_s=lambda config: 2 * MEL_HOP_S,
         convolutions=lambda config: _adapter_convolutions(config, kernel=config.adapter_kernel_size),
+        why_not_causal="its filter banks are normalised over the clip",
     ),
     "parakeet_encoder": EncoderFamily(  # log-mel (W, length, num_mel_bins)
         time_axis=1,
         window=lambda config: 3000,
         frame_duration_s=lambda config: MEL_HOP_S * config.subsampling_factor,
         returns_mask=True,
+        why_not_causal="its features are normalised over the clip, and its convolutions see later frames in each layer",
     ),
 }
 

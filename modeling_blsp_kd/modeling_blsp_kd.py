@@ -42,6 +42,7 @@ from .speech_encoder import TrueLengthWhisperEncoder, build_speech_encoder, enco
 from .speech_prompt import ExpandedPrompt, SpeechPrompt, check_text_only, cut_out, find_in_embeds
 from .speech_windows import check_mask, join_windows, split_into_windows
 from .stored_dtypes import build_in
+from .streaming_options import causal_form
 from .subsampler import Subsampler
 from .token_times import find_silence, loudness, token_times
 from .versions import CACHE_NAME, one_cache
@@ -124,7 +125,8 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, BlspKdGenerationMixin):
         Args:
             input_features (`torch.FloatTensor` of shape (N, ...)): what the encoder's feature extractor makes: log-mel
                 (N, num_mel_bins, length) for Whisper, waveforms (N, length), or filter bank frames (N, length, bins).
-                Longer than 30 s: encoded in windows, see `speech_windows.py`.
+                Longer than 30 s: encoded in windows, see `speech_windows.py`. A streaming model attends in chunks of
+                `config.streaming["chunk_ms"]`, in training of a length that is drawn.
             input_features_mask (`torch.Tensor` of shape (N, length), *optional*): 1 at what belongs to the clip.
             output_hidden_states, output_attentions (`bool`, *optional*): of the encoder, by window; not from encoders
                 that take clips one at a time.
@@ -135,6 +137,10 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, BlspKdGenerationMixin):
         # Do not pass options that were not given: None would override the encoder's own config.
         wanted = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
         wanted = {name: value for name, value in wanted.items() if value is not None}
+        causal = causal_form(self.config.streaming_options, self.frame_duration_s, self.training)
+        if blocks := causal.get("blocks"):
+            blocks.check_outputs(wanted)
+            wanted["blocks"] = blocks
         window, time_axis = window_of(self.config.speech_config)
         mask = check_mask(input_features, input_features_mask, time_axis)
         windows, window_mask, windows_per_clip = split_into_windows(input_features, mask, window, time_axis)
@@ -146,7 +152,7 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, BlspKdGenerationMixin):
             # Reentrant checkpointing gives a layer no gradient unless its input needs one.
             frames.requires_grad_(True)
         adapter_dtype = next(self.adapter.parameters()).dtype
-        adapted = self.adapter(frames.to(adapter_dtype), frame_mask, num_speech_tokens, windows_per_clip)
+        adapted = self.adapter(frames.to(adapter_dtype), frame_mask, num_speech_tokens, windows_per_clip, **causal)
         times = None
         if output_token_times and adapted.alphas is not None:
             times = self._time_tokens(windows, window_mask, frame_mask, windows_per_clip, adapted)

@@ -15,13 +15,13 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel, WhisperConfig
 from transformers import initialization as init
-from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import local_torch_dtype
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 from transformers.models.whisper.modeling_whisper import WhisperEncoder, sinusoids
 from transformers.utils.output_capturing import capture_outputs
 
+from .blockwise_attention import Blocks, with_attention_mask
 from .encoder_families import ENCODER_FAMILIES, count_frames
 from .speech_windows import is_within
 
@@ -67,7 +67,11 @@ class TrueLengthWhisperEncoder(WhisperEncoder):
 
     @capture_outputs
     def forward(
-        self, input_features: torch.Tensor, input_features_mask: torch.Tensor | None = None, **kwargs
+        self,
+        input_features: torch.Tensor,
+        input_features_mask: torch.Tensor | None = None,
+        blocks: Blocks | None = None,
+        **kwargs,
     ) -> SpeechEncoderOutput:
         """Encode log-mel features.
 
@@ -75,6 +79,7 @@ class TrueLengthWhisperEncoder(WhisperEncoder):
             input_features (`torch.FloatTensor` of shape (W, num_mel_bins, num_mel_frames)).
             input_features_mask (`torch.Tensor` of shape (W, num_mel_frames), *optional*):
                 True (or 1) at mel frames that belong to the clip. Omitted: all of them.
+            blocks ([`Blocks`], *optional*): of frames, which limit attention. Omitted: frames attend to the whole clip.
 
         Returns:
             [`SpeechEncoderOutput`], with T = ceil(num_mel_frames / 2).
@@ -98,13 +103,11 @@ class TrueLengthWhisperEncoder(WhisperEncoder):
             input_features = spec_augment(self.config, input_features, mel_mask)
         if self.pad_to_window:
             input_features, mel_mask = _follow_by_silence(input_features, mel_mask, max_mel_frames)
-        hidden_states = self._convolve(input_features, mel_mask)
-        # Called, not indexed: an offloaded table is fetched by a call.
-        positions = torch.arange(hidden_states.shape[1], device=hidden_states.device)
-        hidden_states = hidden_states + self.embed_positions(positions)
+        hidden_states = self.convolve(input_features, mel_mask)
+        hidden_states = hidden_states + self.positions(0, hidden_states.shape[1], hidden_states.device)
         hidden_states = nn.functional.dropout(hidden_states, p=self.dropout, training=self.training)
 
-        attention_mask = create_bidirectional_mask(self.config, hidden_states, mel_mask[:, ::2])
+        hidden_states, attention_mask = with_attention_mask(self.config, hidden_states, mel_mask[:, ::2], blocks)
         for layer in self.layers:
             if self.training and self.layerdrop > 0.0 and torch.rand([]) < self.layerdrop:
                 continue
@@ -112,8 +115,16 @@ class TrueLengthWhisperEncoder(WhisperEncoder):
         hidden_states = self.layer_norm(hidden_states)[:, : frame_mask.shape[1]]
         return SpeechEncoderOutput(last_hidden_state=hidden_states, frame_mask=frame_mask)
 
-    def _convolve(self, input_features, mel_mask):
-        """Run the convolutions on log-mel (W, num_mel_bins, num_mel_frames), with zeros at padding, to (W, T, H)."""
+    def positions(self, start: int, stop: int, device: torch.device) -> torch.Tensor:
+        """Return the position embeddings of frames `start` to `stop` of a window: (stop - start, H)."""
+        # Called, not indexed: an offloaded table is fetched by a call.
+        return self.embed_positions(torch.arange(start, stop, device=device))
+
+    def convolve(self, input_features: torch.Tensor, mel_mask: torch.Tensor) -> torch.Tensor:
+        """Run the convolutions on log-mel (W, num_mel_bins, num_mel_frames), with zeros at padding, to (W, T, H).
+
+        Frame t comes from mel frames 2t - 2 to 2t + 2.
+        """
         num_frames = mel_mask[:, ::2].shape[1]
         missing = -mel_mask.shape[1] % MEL_FRAMES_STEP
         is_valid = nn.functional.pad(mel_mask, (0, missing))[:, None]

@@ -83,6 +83,7 @@ class BlspKdProcessor(ProcessorMixin):
         audio_token: str = AUDIO_TOKEN,
         transcription_instruction: str = TRANSCRIPTION_INSTRUCTION,
         chat_template_kwargs: dict | None = None,
+        global_log_mel_max: float | None = None,
         **kwargs,
     ) -> "BlspKdProcessor":
         """Join the feature extractor of a speech model with the tokenizer and chat template of an LLM.
@@ -92,12 +93,16 @@ class BlspKdProcessor(ProcessorMixin):
             audio_token (`str`): added to the tokenizer if missing. The LLM's embeddings are not resized, because the
                 placeholder is never embedded.
             transcription_instruction (`str`), chat_template_kwargs (`dict`): see [`BlspKdProcessor`].
+            global_log_mel_max (`float`, *optional*): a fixed maximum (log10 of power) to take the floor of Whisper's
+                log-mel from, which a streaming model needs: 1.5, as Voxtral Realtime has. Omitted: that of each clip.
             kwargs: passed to both `from_pretrained` calls (so not `revision`, because the repositories differ).
 
         Raises:
             ValueError: the chat template drops the placeholder, or does not use an option.
         """
-        feature_extractor, tokenizer = parts_of_backbones(speech_model, text_model, audio_token, **kwargs)
+        feature_extractor, tokenizer = parts_of_backbones(
+            speech_model, text_model, audio_token, global_log_mel_max, **kwargs
+        )
         chat_template, default, options = with_audio_blocks(tokenizer, audio_token, chat_template_kwargs)
         processor = cls(feature_extractor, tokenizer, chat_template, audio_token, transcription_instruction, options)
         warn_of_thoughts(default, processor)

@@ -11,6 +11,8 @@ from transformers.feature_extraction_utils import FeatureExtractionMixin
 from transformers.processing_utils import AudioKwargs, ProcessingKwargs, TextKwargs
 from transformers.tokenization_utils_base import BatchEncoding
 
+from .speech_features import with_log_mel_max
+
 # Tokenizers store the padding and truncation of a call, so two threads must not use one at the same time.
 _tokenizing = threading.Lock()
 if hasattr(os, "register_at_fork"):  # not on Windows
@@ -28,10 +30,16 @@ def tokenize_alone(tokenizer: PreTrainedTokenizerBase, texts: str | list[str], *
 
 
 def parts_of_backbones(
-    speech_model: str | os.PathLike, text_model: str | os.PathLike, audio_token: str, **kwargs
+    speech_model: str | os.PathLike,
+    text_model: str | os.PathLike,
+    audio_token: str,
+    global_log_mel_max: float | None = None,
+    **kwargs,
 ) -> tuple[FeatureExtractionMixin, PreTrainedTokenizerBase]:
     """Load feature extractor and tokenizer, and complete the tokenizer; see [`~BlspKdProcessor.from_backbones`]."""
     feature_extractor = AutoFeatureExtractor.from_pretrained(speech_model, **kwargs)
+    if global_log_mel_max is not None:
+        feature_extractor = with_log_mel_max(feature_extractor, global_log_mel_max)
     tokenizer = AutoTokenizer.from_pretrained(text_model, **kwargs)
     if audio_token not in tokenizer.get_vocab():
         tokenizer.add_special_tokens({"additional_special_tokens": [audio_token]}, replace_extra_special_tokens=False)

@@ -4,7 +4,7 @@ Works with the feature extractors of Whisper (log-mel), wav2vec2 (waveforms) and
 """
 
 import numpy as np
-from transformers import WhisperFeatureExtractor
+from transformers import VoxtralRealtimeFeatureExtractor, WhisperFeatureExtractor
 from transformers.feature_extraction_utils import FeatureExtractionMixin
 from transformers.utils import logging
 
@@ -69,7 +69,35 @@ def _features_of(feature_extractor: FeatureExtractionMixin, waveform: np.ndarray
 
 def _time_axis(feature_extractor: FeatureExtractionMixin) -> int:
     """Return the time axis of one clip's features: the last for log-mel, the first for waveforms and frames."""
-    return 1 if isinstance(feature_extractor, WhisperFeatureExtractor) else 0
+    return 1 if isinstance(feature_extractor, (WhisperFeatureExtractor, VoxtralRealtimeFeatureExtractor)) else 0
+
+
+def with_log_mel_max(
+    feature_extractor: FeatureExtractionMixin, log_mel_max: float | None
+) -> VoxtralRealtimeFeatureExtractor:
+    """Return Whisper's log-mel with a floor of 8 below a fixed maximum, instead of below the loudest frame of the clip.
+
+    So a frame does not depend on what follows it, which streaming needs. transformers has it for Voxtral Realtime.
+
+    Args:
+        feature_extractor ([`WhisperFeatureExtractor`]): the filter bank to keep; a Voxtral Realtime one, too.
+        log_mel_max (`float`): the maximum, log10 of power.
+
+    Raises:
+        ValueError: there is no such form of this feature extractor.
+    """
+    is_log_mel = isinstance(feature_extractor, (WhisperFeatureExtractor, VoxtralRealtimeFeatureExtractor))
+    if not is_log_mel or getattr(feature_extractor, "dither", False):
+        raise ValueError(
+            "global_log_mel_max is for log-mel features of Whisper without dither, got "
+            f"{type(feature_extractor).__name__}. Use a Whisper encoder, or leave it out."
+        )
+    names = ("feature_size", "sampling_rate", "hop_length", "n_fft", "padding_value")
+    return VoxtralRealtimeFeatureExtractor(
+        **{name: getattr(feature_extractor, name) for name in names},
+        win_length=feature_extractor.n_fft,
+        global_log_mel_max=log_mel_max,
+    )
 
 
 def padded_features(feature_extractor: FeatureExtractionMixin, features: list[np.ndarray]) -> dict[str, np.ndarray]:

@@ -208,6 +208,7 @@ def test_the_shipped_model_answers_as_the_readme_says(number, monkeypatch, capsy
         "docs/checkpoints.md",
         "docs/demo.md",
         "docs/evaluation.md",
+        "docs/streaming.md",
         "docs/threads.md",
         "docs/training.md",
     ],

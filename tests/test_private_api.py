@@ -135,6 +135,7 @@ TABLE = [
         of(
             "modeling_blsp_kd",
             "adapters",
+            "blockwise_attention",
             "modeling_blsp_kd",
             "pretrained_blsp_kd",
             "thin_checkpoints",

@@ -18,6 +18,7 @@ from processing import BlspKdDataCollator, BlspKdProcessor
 from processing.chat_templates import read_options
 from processing.data_collator import split_prompt
 from processing.manifests import read_manifest
+from processing.speech_features import with_log_mel_max
 from processing.training_rows.clips import check_clips
 from processing.training_rows.data_sets import RowsInMemory, StreamedRows
 from processing.training_rows.loading import evaluation_data, load_rows, training_data
@@ -40,6 +41,8 @@ SPEC_AUGMENT = {"apply_spec_augment": True, "mask_time_prob": 0.05, "mask_time_l
 # For its 25 frames a second: less depth than the defaults, and 6.25 tokens a second from the subsampler.
 TINY_ADAPTERS = {"cformer": {"num_pre_layers": 1, "num_post_layers": 2}, "subsampler": {"num_layers": 2}}
 
+# Of speech at full scale, log10 of power; that of Voxtral Realtime.
+LOG_MEL_MAX = 1.5
 NUM_CALIBRATION_ROWS, CALIBRATION_BATCH = 64, 8
 
 
@@ -101,6 +104,11 @@ def make_trainer(
         # TrainingArguments prepares ZeRO-3, which would shard the weights, but the LLM has to answer first.
         unset_hf_deepspeed_config()
     model = build_model(model_options, processor, model_class, args.device)
+    if model_options.kept_frames and model.config.streaming is not None:
+        raise ValueError(
+            "--kept_frames encodes each clip once, but the chunks of a streaming model are drawn anew for each batch. "
+            "Leave out --kept_frames."
+        )
     warn_of_endless_answers(model, processor)
     train_rows, eval_rows = load_rows(data_options, data_seed(args))
     # As in the paper, the model learns to give the LLM's own answers after speech.
@@ -167,9 +175,14 @@ def build_processor(options: ModelOptions) -> BlspKdProcessor:
     given = read_options(options.chat_template_kwargs)
     if options.transcription_instruction is not None:
         given["transcription_instruction"] = options.transcription_instruction
-    if options.start_from:
-        return BlspKdProcessor.from_pretrained(options.start_from, **given)
-    return BlspKdProcessor.from_backbones(options.speech_model, options.text_model, **given)
+    log_mel_max = LOG_MEL_MAX if json.loads(options.speech_streaming) else None
+    if not options.start_from:
+        given["global_log_mel_max"] = log_mel_max
+        return BlspKdProcessor.from_backbones(options.speech_model, options.text_model, **given)
+    processor = BlspKdProcessor.from_pretrained(options.start_from, **given)
+    if log_mel_max is not None:
+        processor.feature_extractor = with_log_mel_max(processor.feature_extractor, log_mel_max)
+    return processor
 
 
 def build_model(
@@ -185,6 +198,9 @@ def build_model(
         "speech_padding": options.speech_padding,
         "distillation": json.loads(options.distillation),
     }
+    streaming = json.loads(options.speech_streaming)
+    if streaming is not None:
+        training["streaming"] = streaming
     if options.start_from:
         given = read_backbone_options(options)
         backbones = given.pop("backbones", None)

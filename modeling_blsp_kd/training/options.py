@@ -91,6 +91,13 @@ class ModelOptions:
     speech_padding: str = field(
         default="do_not_pad", metadata={"help": "do_not_pad, or max_length: pad each clip to 30 s for Whisper."}
     )
+    speech_streaming: str = field(
+        default="null",
+        metadata={
+            "help": "JSON options of a model that can listen while one speaks, for example '{\"chunk_ms\": 640}', or "
+            "true for the defaults (docs/streaming.md). If omitted: as --start_from, or a model of whole clips."
+        },
+    )
     kept_frames: str | None = field(
         default=None,
         metadata={
