@@ -33,6 +33,7 @@ from .encoder_families import frame_duration_s, frame_starts_s, steps_per_frame,
 from .frozen import frozen
 from .generation_blsp_kd import BlspKdGenerationMixin
 from .kept_teacher import KeptTeacher
+from .listening_blsp_kd import BlspKdListeningMixin
 from .llm_outputs import LlmStates
 from .model_files import CHECK_CONFIG, explained
 from .outputs_blsp_kd import BlspKdAudioOutput, BlspKdOutputWithPast
@@ -50,7 +51,7 @@ from .versions import CACHE_NAME, one_cache
 ADAPTER_CLASSES = {"cformer": CFormer, "subsampler": Subsampler}
 
 
-class BlspKdForCausalLM(BlspKdPreTrainedModel, BlspKdGenerationMixin):
+class BlspKdForCausalLM(BlspKdPreTrainedModel, BlspKdGenerationMixin, BlspKdListeningMixin):
     """An LLM that reads speech in the place of text.
 
     Args:

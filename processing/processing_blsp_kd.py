@@ -27,6 +27,7 @@ from .processor_parts import (
     tokenize_alone,
 )
 from .speech_features import features_of_clips, padded_features
+from .speech_session import SpeechSession
 from .spoken_inputs import user_turn
 from .word_timestamps import words_with_times
 
@@ -220,6 +221,15 @@ class BlspKdProcessor(ProcessorMixin):
     def pad_features(self, features: list[np.ndarray]) -> dict[str, np.ndarray]:
         """Zero-pad the features of clips to the longest, and return them as [`~BlspKdProcessor.extract_features`]."""
         return padded_features(self.feature_extractor, features)
+
+    def listen(self, model: Any, **options: Any) -> SpeechSession:
+        """Begin a conversation in which `model`, a streaming one, reads speech while one speaks.
+
+        Args:
+            options: of [`SpeechSession`]: `instruction`, `messages`, `sampling_rate`, `chunk_ms`,
+                `chat_template_kwargs`.
+        """
+        return SpeechSession(model, self, **options)
 
     def apply_chat_template(
         self,

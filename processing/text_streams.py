@@ -5,9 +5,60 @@ Follows transformers' `TextIteratorStreamer`, which passes on pieces of text but
 
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+
+
+class TextStream:
+    """The pieces of an answer, an iterator. The thread that generates it starts at once.
+
+    Args:
+        generate: called with `streamer` and `stopping_criteria`.
+        tokenizer: decodes the tokens.
+        stopping_criteria: further ones.
+    """
+
+    def __init__(self, generate: Callable, tokenizer: PreTrainedTokenizerBase, stopping_criteria: Any = None):
+        self._streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._is_stopped = threading.Event()
+        self._errors: list[BaseException] = []
+        criteria = StoppingCriteriaList([*(stopping_criteria or []), _StopsWhen(self._is_stopped)])
+
+        def run():
+            try:
+                generate(streamer=self._streamer, stopping_criteria=criteria)
+            except BaseException as error:  # errors of any kind are raised in the caller's thread
+                self._errors.append(error)
+            finally:
+                self._streamer.text_queue.put(self._streamer.stop_signal)
+
+        self._thread = threading.Thread(target=run, daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        """Return the next piece that is not empty.
+
+        Raises:
+            Exception: of any kind, raised by `generate`.
+        """
+        for piece in self._streamer:
+            if piece:
+                return piece
+        self._streamer.text_queue.put(self._streamer.stop_signal)  # so that it ends again when it is asked again
+        self._thread.join()
+        if self._errors:
+            raise self._errors.pop()
+        raise StopIteration
+
+    def stop(self):
+        """Stop after the token that is being generated, and wait for it. What was generated can still be read."""
+        self._is_stopped.set()
+        self._thread.join()
 
 
 def pieces_of(
@@ -24,28 +75,15 @@ def pieces_of(
     Raises:
         Exception: of any kind, raised by `forward`.
     """
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    is_abandoned, errors = threading.Event(), []
-    criteria = [*(forward_params.get("stopping_criteria") or []), _StopsWhen(is_abandoned)]
-    forward_params = {**forward_params, "streamer": streamer, "stopping_criteria": StoppingCriteriaList(criteria)}
 
-    def generate():
-        try:
-            forward([prompt], **forward_params)
-        except BaseException as error:  # errors of any kind are raised in the caller's thread
-            errors.append(error)
-        finally:
-            streamer.text_queue.put(streamer.stop_signal)
+    def generate(**options):
+        forward([prompt], **{**forward_params, **options})
 
-    thread = threading.Thread(target=generate, daemon=True)
-    thread.start()
+    stream = TextStream(generate, tokenizer, forward_params.get("stopping_criteria"))
     try:
-        yield from (piece for piece in streamer if piece)
+        yield from stream
     finally:
-        is_abandoned.set()
-        thread.join()
-    if errors:
-        raise errors[0]
+        stream.stop()
 
 
 class _StopsWhen(StoppingCriteria):
