@@ -10,6 +10,7 @@ Shapes: L positions of a prompt, D LLM width, V vocabulary.
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import Cache
 
 from .speech_prompt import unspoken_token_id
@@ -80,12 +81,12 @@ class CachedPrompt:
         new = prompt[len(self.cached) :]
         if not new:
             return
-        is_speech, speech_embeds = self._speech_in(prompt)
+        is_speech, speech_embeds = self._speech_in(new)
+        text_embeds = self.model.get_input_embeddings()(self._ids(new))
         given = {
-            "input_ids": self._ids(new),
+            "inputs_embeds": torch.where(is_speech[..., None], speech_embeds.to(text_embeds), text_embeds),
             "attention_mask": torch.ones(1, len(prompt), dtype=torch.long, device=self.model.device),
-            "is_speech": is_speech,
-            "speech_embeds": speech_embeds,
+            "is_speech": nn.functional.pad(is_speech, (len(self.cached), 0), value=False),
             "use_cache": True,
             "logits_to_keep": 1,
             "return_dict": True,

@@ -227,7 +227,7 @@ class BlspKdProcessor(ProcessorMixin):
 
         Args:
             options: of [`SpeechSession`]: `instruction`, `messages`, `sampling_rate`, `chunk_ms`,
-                `chat_template_kwargs`.
+                `chat_template_kwargs`, `end_of_speech`.
         """
         return SpeechSession(model, self, **options)
 

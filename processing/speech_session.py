@@ -1,7 +1,8 @@
 """A session: the model reads speech while one speaks, and answers when one stops.
 
 Puts together what does it: features (`streaming_features.py`), speech tokens (the model's `stream_speech`), the LLM's
-key-value cache (its `cache_prompt`), and chats. Leaves out: when to answer, which the caller decides.
+key-value cache (its `cache_prompt`), chats, and a rule for the end of a turn (`end_of_speech.py`). Leaves out: when to
+answer, which the caller decides.
 """
 
 import threading
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 
+from .end_of_speech import EndOfSpeech, SilenceWatch
 from .spoken_inputs import check_text, user_turn
 from .streaming_features import FeatureStream
 from .text_streams import TextStream
@@ -46,11 +48,13 @@ class SpeechSession:
         sampling_rate: int | None = None,
         chunk_ms: int | None = None,
         chat_template_kwargs: dict | None = None,
+        end_of_speech: bool | dict = False,
     ):
         self.model, self.processor, self.instruction = model, processor, instruction
         self._chunk_ms, self._sampling_rate = chunk_ms, sampling_rate
         self._chat_template_kwargs = chat_template_kwargs or {}
         self._first_messages = list(messages)
+        self._rule = EndOfSpeech.read(end_of_speech)
         self._lock = threading.RLock()
         self._answer: TextStream | None = None
         self._is_answering = False
@@ -60,11 +64,16 @@ class SpeechSession:
         self._messages = list(self._first_messages)
         self._rendered: tuple[Any, list[list[int]]] = (None, [])
         self._features = FeatureStream(self.processor.feature_extractor, self._sampling_rate)
-        self._stream = self.model.stream_speech(self._chunk_ms)
+        self._begin_turn()
         self._prompt = self.model.cache_prompt()
         # The numbers that stand for the speech tokens of each turn; the last is that of the current turn.
         self._turns: list[list[int]] = [[]]
         self._prompt.read(self._text_around_speech()[0])
+
+    def _begin_turn(self):
+        self._stream = self.model.stream_speech(self._chunk_ms)
+        rule, rate = self._rule, self._features.rate
+        self._watch = None if rule is None else SilenceWatch(rule, rate, self.model.frame_duration_s)
 
     def push(self, samples: Any) -> Any:
         """Read the next samples.
@@ -83,8 +92,11 @@ class SpeechSession:
                 Samples that were read stay.
         """
         with self._lock:
-            self._features.add(samples)
-            return self._stream.nothing if self._is_answering else self._listen()
+            added = self._features.add(samples)
+            if self._is_answering:
+                return self._stream.nothing
+            self._hear(added)
+            return self._listen()
 
     def answer(self, **generate_kwargs: Any) -> TextStream:
         """End the turn, and answer it.
@@ -122,6 +134,7 @@ class SpeechSession:
             except BaseException:
                 with self._lock:
                     self._prompt.drop_speech(num_kept)
+                    self._hear(self._features.after(num_samples))
                     self._is_answering = False
                 raise
             with self._lock:
@@ -129,7 +142,8 @@ class SpeechSession:
                 self._messages += [*turn, {"role": "assistant", "content": text}]
                 self._turns[-1:] = [said, []]
                 self._features.end_clip(num_samples)
-                self._stream = self.model.stream_speech(self._chunk_ms)
+                self._begin_turn()
+                self._hear(self._features.after(0))
                 self._is_answering = False
 
         self._answer = TextStream(generate, self.processor.tokenizer, criteria)
@@ -157,6 +171,17 @@ class SpeechSession:
         return len(self._turns[-1])
 
     @property
+    def has_ended(self) -> bool:
+        """Return whether one has stopped speaking, by the rule that was given as `end_of_speech`.
+
+        Raises:
+            ValueError: there is no rule.
+        """
+        if self._watch is None:
+            raise ValueError("There is no rule for the end of speech. Give one: listen(..., end_of_speech=True).")
+        return self.num_speech_tokens > 0 and not self._is_answering and self._watch.is_over
+
+    @property
     def num_cached(self) -> int:
         """Return how many positions of the conversation the LLM has read."""
         return len(self._prompt.cached)
@@ -174,6 +199,10 @@ class SpeechSession:
         decode = self.processor.tokenizer.decode
         return [(decode([token]), share) for token, share in zip(best.indices.tolist(), best.values.tolist())]
 
+    def _hear(self, samples):
+        if self._watch is not None:
+            self._watch.hear(samples)
+
     def _listen(self, prefill: bool = True) -> Any:
         """Encode the blocks that are complete, and have the LLM read their speech tokens (if `prefill`)."""
         heard = self._stream.nothing
@@ -181,6 +210,8 @@ class SpeechSession:
             speech = self._stream.push(torch.from_numpy(self._features.frames(count)))
             self._features.take(count)
             self._turns[-1] += self._prompt.add_speech(speech.speech_tokens)
+            if self._watch is not None:
+                self._watch.weigh(speech.alphas.tolist())
             heard += speech
         if prefill and len(heard.speech_tokens):
             self._prompt.read(self._expand(self._turns, is_over=False))

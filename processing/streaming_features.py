@@ -58,8 +58,11 @@ class FeatureStream:
         """Return how many samples at the feature extractor's rate are there of the clip."""
         return self._window * WINDOW_S * self.rate + self._dropped + len(self._samples)
 
-    def add(self, samples: Any):
+    def add(self, samples: Any) -> np.ndarray:
         """Append samples of one channel, (num_samples,): floats within [-1, 1], or int16.
+
+        Returns:
+            `np.ndarray`: what was appended, at the feature extractor's rate.
 
         Raises:
             TypeError: they are neither.
@@ -86,6 +89,7 @@ class FeatureStream:
                 self._resampler = soxr.ResampleStream(self.source_rate, self.rate, 1, dtype="float32")
             samples = self._resampler.resample_chunk(samples)
         self._samples = np.concatenate([self._samples, samples])
+        return samples
 
     def end_samples(self):
         """Append what the resampler holds back. What is added afterwards follows after silence, as for it."""
@@ -136,10 +140,13 @@ class FeatureStream:
             samples = np.pad(samples, (0, 2 * int(ANALYSIS_WINDOW_S * self.rate) - len(samples)))
         return self._extract(samples, (self._dropped + len(samples)) // self._hop - self._frame)
 
+    def after(self, num_samples: int) -> np.ndarray:
+        """Return what was added after the first `num_samples` of the clip."""
+        return self._samples[len(self._samples) - (self.num_samples - num_samples) :]
+
     def end_clip(self, num_samples: int):
         """Begin the next clip with what was added after the first `num_samples` of this one."""
-        later = self.num_samples - num_samples
-        self._samples = self._samples[len(self._samples) - later :]
+        self._samples = self.after(num_samples)
         self._begin_clip()
 
     def _extract(self, samples: np.ndarray, count: int) -> np.ndarray:

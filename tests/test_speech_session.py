@@ -334,6 +334,57 @@ def test_sessions_of_one_model_do_not_meet(model, listener):
     assert ["".join(answer) for answer in answers] == [offline(model, listener, samples) for samples in clips]
 
 
+# -- end of speech ----------------------------------------------------------------------------------------------------
+
+
+def speech_then_silence(speech_s=1.0, silence_s=1.0, noise=1e-3):
+    rng = np.random.default_rng(0)
+    silence = (noise * rng.standard_normal(int(silence_s * SAMPLING_RATE))).astype(np.float32)
+    return np.concatenate([clip(speech_s), silence])
+
+
+@pytest.mark.parametrize(
+    "rule, noise, ends_at_s",
+    [
+        ({"silence_ms": 300, "max_weight": 99}, 1e-3, 1.3),
+        ({"silence_ms": 700, "max_weight": 99}, 1e-3, 1.7),
+        ({"silence_ms": 300, "max_weight": 99, "below_peak_db": 70}, 1e-3, None),  # noise 50 dB down is loud
+        ({"silence_ms": 700, "max_weight": 0.01}, 1e-3, None),  # CIF gathers weight in noise
+    ],
+)
+def test_speech_ends_after_a_silence_without_tokens(model, listener, rule, noise, ends_at_s):
+    session = listener.listen(model, end_of_speech=rule)
+    samples, ended = speech_then_silence(noise=noise), None
+    for index, piece in enumerate(pieces(samples, 160)):
+        session.push(piece)
+        if ended is None and session.has_ended:
+            ended = (index + 1) * 0.01
+    assert ended == (None if ends_at_s is None else pytest.approx(ends_at_s, abs=0.021))
+
+
+def test_the_next_turn_has_an_end_of_its_own_and_hears_what_waited(model, listener):
+    session = listener.listen(model, end_of_speech={"silence_ms": 300, "max_weight": 99})
+    session.push(speech_then_silence())
+    assert session.has_ended
+    held = StopsAfter(1, threading.Event(), hold=threading.Event())
+    answer = session.answer(**GREEDY, stopping_criteria=[held])
+    session.push(speech_then_silence(1.0, 0.2))
+    held.hold.set()
+    assert "".join(answer) and not session.has_ended
+    session.push(speech_then_silence(0.01, 0.15)[160:])
+    assert session.has_ended
+
+
+def test_without_speech_nothing_ends(model, listener):
+    session = listener.listen(model, end_of_speech=True)
+    assert not session.has_ended
+    with pytest.raises(ValueError, match="end_of_speech=True"):
+        _ = listener.listen(model).has_ended
+    for given, message in [(3, "True, False or a dict"), ({"silence": 1}, "Unknown"), ({"silence_ms": 0}, "above 0")]:
+        with pytest.raises(ValueError, match=message):
+            listener.listen(model, end_of_speech=given)
+
+
 def test_reset_begins_anew(model, listener):
     greeting = [{"role": "system", "content": "the red cat"}]
     session = listener.listen(model, instruction=INSTRUCTION, messages=greeting)
