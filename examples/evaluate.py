@@ -61,7 +61,8 @@ def main():
     }
     systems = load_systems(options, asr_models)
     kept_frames = KeptFrames(systems.model.audio_tower, options.kept_frames) if options.kept_frames else None
-    ids, timed = [], []
+    ids: list = []
+    timed: list[dict] = []
     with tqdm(total=total, unit="row", desc="predicting", mininterval=1) as progress:
         while batch := list(islice(rows, options.batch_size)):
             timed += batch[: options.num_timed - len(timed)]

@@ -25,7 +25,8 @@ def measure_cost(systems: Systems, names: Iterable[str], rows: list[dict]) -> di
     """
     rate = systems.processor.feature_extractor.sampling_rate
     clips = [{"array": load_audio(row["audio"], rate), "sampling_rate": rate} for row in rows]
-    names, times_ms = list(names), {}
+    names = list(names)
+    times_ms: dict[str, list[float]] = {}
     for number, (row, clip) in enumerate(zip([rows[0], *rows], [clips[0], *clips])):
         for name in names:
             start = time.perf_counter()

@@ -18,6 +18,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import constants
@@ -229,7 +230,8 @@ def _load(folder: Path, dtype: torch.dtype | str, local: dict[str, str]) -> Blsp
     """Load what was published in another dtype. Of a thin one, the base models' own weights are converted."""
     named = {part: each["name_or_path"] for part, each in _backbones(folder).items()}
     places = {part: local[name] for part, name in named.items() if name in local}
-    return BlspKdForCausalLM.from_pretrained(folder, dtype=dtype, **({"backbones": places} if places else {}))
+    given: dict[str, Any] = {"backbones": places} if places else {}
+    return BlspKdForCausalLM.from_pretrained(folder, dtype=dtype, **given)
 
 
 def _backbones(folder: Path) -> dict[str, dict[str, str]]:
