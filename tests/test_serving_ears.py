@@ -324,10 +324,12 @@ def test_engines_that_do_not_fit(world, tokenizer, processor):
         ["{% for message in messages %}<|{{ message.role }}|>\n", "{% for part in message.content %}{{ part.text }}"]
     )
     in_parts += "{% endfor %}<|end|>\n{% endfor %}<|assistant|>\n"
+    of_other_roles = template.replace("'<|' + message['role']", "'<|' + 'assistant'")
     narrow = make_model()
     for app, message in [
         (stand_in_engine(llm, tokenizer, template, prompt_embeds=False), "You must set `--enable-prompt-embeds`"),
         (stand_in_engine(llm, tokenizer, in_parts), "reads other tokens than the model: .* from position"),
+        (stand_in_engine(llm, tokenizer, of_other_roles), r"tokens than the model: (\d+) instead of \1, which differ"),
         (stand_in_engine(other_llm, tokenizer, template), "does not read vectors as it reads the text|Is it the LLM"),
         (stand_in_engine(base_llm(narrow), processor.tokenizer, template), "does not match the model's hidden_size 32"),
     ]:

@@ -176,12 +176,13 @@ def test_ready_is_what_the_engine_is(front):
 # -- load -------------------------------------------------------------------------------------------------------------
 
 
-def test_every_request_beyond_the_bounds_is_refused_and_every_other_answered(front):
-    engine, starting = front(max_requests=30, max_waiting=8)
+@pytest.mark.parametrize("bounds", [{"max_requests": 8}, {"max_waiting": 8}])
+def test_every_request_beyond_the_bounds_is_refused_and_every_other_answered(bounds, front):
+    engine, starting = front(**{"max_requests": 1000, "max_waiting": 1000, **bounds})
 
     async def law():
         async with starting as served:
-            bodies = [spoken(seed) if seed % 2 else chat_of(text=str(seed)) for seed in range(200)]
+            bodies = [spoken(seed) for seed in range(200)]
             responses = await asyncio.gather(*(served.client.post(CHAT, json=body) for body in bodies))
             statuses = [response.status_code for response in responses]
             assert set(statuses) == {200, 429} and statuses.count(200) == len(engine.bodies) >= 8
@@ -316,6 +317,35 @@ def test_a_clip_whose_client_left_is_not_encoded(front):
             await asyncio.wait_for(first.task, 30)
             await asyncio.to_thread(ears.close)
             assert batches == [1] and len(engine.bodies) == 1
+
+    run(law())
+
+
+# -- what the engine gets ---------------------------------------------------------------------------------------------
+
+
+def test_audio_goes_to_partial_lora_and_text_to_the_llm(front):
+    engine, starting = front(adapter="speech")
+
+    async def law():
+        async with starting as served:
+            for body in (spoken(), chat_of()):
+                await served.client.post(CHAT, json=body)
+            assert [body["model"] for body in engine.bodies] == ["speech", "llm"]
+
+    run(law())
+
+
+def test_a_placeholder_within_the_vocabulary_is_never_generated_after_audio(front, ears, monkeypatch):
+    """As in `generate`: it would need a clip in the next turn."""
+    monkeypatch.setattr(ears.config, "audio_token_id", 299)
+    engine, starting = front()
+
+    async def law():
+        async with starting as served:
+            for body in (spoken(), chat_of()):
+                await served.client.post(CHAT, json={**body, "logit_bias": {"7": 1}})
+            assert [body["logit_bias"] for body in engine.bodies] == [{"7": 1, "299": -100}, {"7": 1}]
 
     run(law())
 
