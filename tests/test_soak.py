@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.spoken_cases import make_repository
+from tests.reliability import listening
 from tests.reliability.soak import MAX_GROWTH_BYTES, Request, ask, memory_facts, verdict
 
 REPOSITORY = Path(__file__).parent.parent
@@ -26,6 +27,14 @@ def test_a_short_soak_is_survived(tmp_path, processor):
     found = json.loads((tmp_path / "soak.json").read_text())
     assert found["wrong"] == [] and found["probes"] >= 2 and found["requests"] >= 20
     assert found["memory"]["end_bytes"] > found["memory"]["points"][-1][3] > 0, "allocated is a part of resident"
+
+
+@pytest.mark.long
+def test_a_short_session_is_survived(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["listening", "--short", "--output", str(tmp_path)])
+    listening.main()
+    found = json.loads((tmp_path / "listening.json").read_text())
+    assert found["drifts"] == found["unexpected"] == [] and found["probes"] >= 2 and found["speech_tokens"] > 10
 
 
 def soaked(mib_per_request, settled=500, drifts=(), unexpected=()):
