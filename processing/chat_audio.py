@@ -143,6 +143,34 @@ def check_placeholders(conversation: list, rendered: Any, audio_token: str):
             )
 
 
+def check_one_per_clip(prompts: list[str], audio_token: str, num_clips: int):
+    """Check that prompts hold one placeholder per clip.
+
+    Raises:
+        ValueError: there are more or fewer.
+    """
+    num_written = [prompt.count(audio_token) for prompt in prompts]
+    if sum(num_written) != num_clips:
+        raise ValueError(
+            f"The text holds {sum(num_written)} {audio_token!r} placeholder(s) (per prompt: {num_written}), but "
+            f"{num_clips} audio(s) were given. Write it exactly once for every audio. {LOST_IN_TEMPLATE}"
+        )
+
+
+def check_none_truncated(token_ids: list, audio_token_id: int, num_clips: int):
+    """Check that tokenised prompts still hold one placeholder per clip.
+
+    Raises:
+        ValueError: the tokenizer cut some off.
+    """
+    num_kept = sum(list(ids).count(audio_token_id) for ids in token_ids)
+    if num_kept != num_clips:
+        raise ValueError(
+            f"Truncation would drop {num_clips - num_kept} of {num_clips} audio placeholder(s). Raise max_length, or "
+            "shorten the text."
+        )
+
+
 def _num_placeholders(chat: list[dict], audio_token: str) -> int:
     contents = [message.get("content") or "" for message in chat]
     texts = [content for content in contents if isinstance(content, str)]

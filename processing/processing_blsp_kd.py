@@ -5,7 +5,6 @@ keeps one placeholder per audio, because the model predicts how many positions a
 training batches.
 """
 
-import numbers
 import os
 from typing import Any
 
@@ -16,11 +15,20 @@ from transformers.feature_extraction_utils import BatchFeature, FeatureExtractio
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, Unpack
 from transformers.tokenization_utils_base import BatchEncoding
 
-from .chat_audio import LOST_IN_TEMPLATE, check_placeholders, check_unicode, separate_clips, without_names
+from .chat_audio import (
+    check_none_truncated,
+    check_one_per_clip,
+    check_placeholders,
+    check_unicode,
+    separate_clips,
+    without_names,
+)
 from .chat_templates import check_options, knows, warn_of_thoughts, with_audio_blocks
 from .pipeline_blsp_kd import BlspKdPipeline  # noqa: F401 (the files that this one imports are saved with a processor)
 from .processor_parts import (
+    as_clips,
     check_arguments,
+    check_transcription_instruction,
     errors_that_name_the_files,
     options_of_call,
     parts_of_backbones,
@@ -64,12 +72,7 @@ class BlspKdProcessor(ProcessorMixin):
                 f"The tokenizer does not know the audio token {audio_token!r}. Build the processor with "
                 "BlspKdProcessor.from_backbones, which adds it."
             )
-        is_text = isinstance(transcription_instruction, str) and transcription_instruction.strip()
-        if not is_text or audio_token in transcription_instruction:
-            raise ValueError(
-                "transcription_instruction must be a non-empty string without the audio placeholder "
-                f"{audio_token!r}, got {transcription_instruction!r}."
-            )
+        check_transcription_instruction(transcription_instruction, audio_token)
         self.transcription_instruction = transcription_instruction
         self.chat_template_kwargs = check_options(chat_template_kwargs, chat_template)
         self.audio_token = audio_token
@@ -163,21 +166,10 @@ class BlspKdProcessor(ProcessorMixin):
         if not all(isinstance(prompt, str) for prompt in prompts):
             raise TypeError(f"Expected text as a string or a list of strings, got {type(text)}. Pass clips as audio=.")
         self.check_unicode(prompts)
-        num_written = [prompt.count(self.audio_token) for prompt in prompts]
-        clips = ([] if audio is None else _as_clips(audio)) + [without_names(clip) for clip in chat_audio or []]
-        if sum(num_written) != len(clips):
-            raise ValueError(
-                f"The text holds {sum(num_written)} {self.audio_token!r} placeholder(s) (per prompt: "
-                f"{num_written}), but {len(clips)} audio(s) were given. Write it exactly once for every audio. "
-                f"{LOST_IN_TEMPLATE}"
-            )
+        clips = ([] if audio is None else as_clips(audio)) + [without_names(clip) for clip in chat_audio or []]
+        check_one_per_clip(prompts, self.audio_token, len(clips))
         data = dict(self.tokenize(prompts, **text_options))
-        num_kept = sum(list(ids).count(self.audio_token_id) for ids in data["input_ids"])
-        if num_kept != len(clips):
-            raise ValueError(
-                f"Truncation would drop {len(clips) - num_kept} of {len(clips)} audio placeholder(s). Raise "
-                "max_length, or shorten the text."
-            )
+        check_none_truncated(data["input_ids"], self.audio_token_id, len(clips))
         if clips:
             data |= self.extract_features(clips, sampling_rate)
         return BatchFeature(data, tensor_type=return_tensors)
@@ -284,13 +276,6 @@ class BlspKdProcessor(ProcessorMixin):
         # transformers sets `auto_map` on the processor when it saves its code; saving must not change the processor.
         self.__dict__.pop("auto_map", None)
         return saved
-
-
-def _as_clips(audio) -> list:
-    """Return one clip or a list of clips as a list; a flat list of numbers is one clip."""
-    if isinstance(audio, list) and not (audio and isinstance(audio[0], numbers.Number)):
-        return audio
-    return [audio]
 
 
 BlspKdProcessor.register_for_auto_class()

@@ -1,10 +1,12 @@
 """The parts of a processor: its feature extractor, its tokenizer that threads share, and the arguments of a call."""
 
+import numbers
 import os
 import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from transformers import AutoFeatureExtractor, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.feature_extraction_utils import FeatureExtractionMixin
@@ -66,6 +68,26 @@ def errors_that_name_the_files(name_or_path: str | os.PathLike) -> Iterator[None
             f"{type(error).__name__}: {str(error)[:500]}. Copy the files again from where they came, or save the "
             "processor anew (save_pretrained)."
         ) from error
+
+
+def check_transcription_instruction(instruction: Any, audio_token: str):
+    """Check the instruction that asks for a transcript.
+
+    Raises:
+        ValueError: it is no text, or has a place for an audio.
+    """
+    if not isinstance(instruction, str) or not instruction.strip() or audio_token in instruction:
+        raise ValueError(
+            "transcription_instruction must be a non-empty string without the audio placeholder "
+            f"{audio_token!r}, got {instruction!r}."
+        )
+
+
+def as_clips(audio: Any) -> list:
+    """Return one clip or a list of clips as a list; a flat list of numbers is one clip."""
+    if isinstance(audio, list) and not (audio and isinstance(audio[0], numbers.Number)):
+        return audio
+    return [audio]
 
 
 def check_arguments(kwargs: dict):
