@@ -1,7 +1,7 @@
 """A rule for when one has stopped speaking, from loudness and CIF's weights.
 
-It asks for a stretch of silence in which CIF found no further token. Leaves out: what was said, which tells a pause
-from an end better than silence does.
+It asks for a stretch of silence in which CIF found no further token. Leaves out: what was said, which distinguishes a
+pause from an end better than silence does.
 """
 
 from collections import deque

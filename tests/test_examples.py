@@ -284,10 +284,14 @@ def test_options_of_the_chat_template_come_from_the_command_line_or_the_model(tm
 def test_an_end_of_answers_that_generation_does_not_stop_at_is_warned_of(processor, caplog):
     for ends, num_warnings in ((2, 0), ([7, 2], 0), (7, 1), ([7], 1), (None, 1)):
         caplog.clear()
-        model = SimpleNamespace(generation_config=GenerationConfig(eos_token_id=ends))
+        config = SimpleNamespace(distillation={"end_of_turn_kl": 0.0})
+        model = SimpleNamespace(config=config, generation_config=GenerationConfig(eos_token_id=ends))
         warn_of_endless_answers(model, processor)
         assert len(caplog.messages) == num_warnings
         assert all("trained to end with '<|end|>' (token 2)" in message for message in caplog.messages)
+    model.config.distillation["end_of_turn_kl"] = 0.5  # which would never count a token
+    with pytest.raises(ValueError, match="end_of_turn_kl"):
+        warn_of_endless_answers(model, processor)
 
 
 @pytest.mark.parametrize(

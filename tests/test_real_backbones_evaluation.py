@@ -167,4 +167,6 @@ def test_one_command_evaluates_all_and_goes_on(tests_data, tmp_path):
     assert results["repeat_people"]["cost"]["cascade"]["num_parameters"] > 0
     assert "response_agreement" in results["continue_people"]["systems"]["speech"]["alignment"]
     evaluate_all.main(tests_data)
-    assert json.loads((tmp_path / "output" / "results.json").read_text())["questions"] == results["questions"]
+    again = json.loads((tmp_path / "output" / "results.json").read_text())["questions"]
+    # Answers are kept; what they cost is measured in each run.
+    assert {**again, "cost": None} == {**results["questions"], "cost": None}

@@ -202,6 +202,7 @@ def test_a_transcript_and_its_words_equal_those_of_the_pipeline(world, front):
     run(law())
 
 
+@pytest.mark.numerical
 def test_a_long_recording_is_transcribed_in_the_chunks_of_the_pipeline(world, front):
     model, processor = world
     pipeline = BlspKdSpeechRecognitionPipeline(model=model, processor=processor)

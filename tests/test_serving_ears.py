@@ -126,6 +126,7 @@ def held(processor):
         each.ears.close()
 
 
+@pytest.mark.numerical
 def test_clips_that_wait_are_encoded_together_by_length_up_to_a_budget(held):
     """The first that waits decides, and a batch takes the nearest lengths; a clip beyond the budget goes alone."""
     here = held(max_frames=150)
