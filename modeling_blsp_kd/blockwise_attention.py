@@ -17,7 +17,7 @@ from transformers.masking_utils import create_bidirectional_mask
 
 @dataclass(frozen=True)
 class Blocks:
-    """How frames are divided into blocks, counted from the start of a window; all in frames.
+    """Divides frames into blocks, counted from the start of a window; all in frames.
 
     Args:
         chunk (`int`): length of a block.

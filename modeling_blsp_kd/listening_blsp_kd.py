@@ -10,7 +10,7 @@ from .speech_stream import SpeechStream
 
 
 class BlspKdListeningMixin:
-    """What [`BlspKdForCausalLM`] needs to listen while one speaks."""
+    """Gives [`BlspKdForCausalLM`] what it needs to listen while one speaks."""
 
     config: Any
 

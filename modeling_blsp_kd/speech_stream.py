@@ -64,7 +64,7 @@ def _run_block(
 
 @dataclass(frozen=True)
 class StreamedSpeech:
-    """What a stretch of speech gave.
+    """Holds what a stretch of speech gave.
 
     Args:
         speech_tokens (`torch.FloatTensor` of shape (U, D)): tokens that it completed.
@@ -83,7 +83,7 @@ class StreamedSpeech:
 
 @dataclass(frozen=True)
 class _State:
-    """What is kept between blocks; never changed, so that a block that fails leaves it as it was.
+    """Holds what is kept between blocks; never changed, so that a block that fails leaves it as it was.
 
     Args:
         mel (bins, length): from mel frame `mel_start` of the window on.

@@ -15,7 +15,7 @@ STEP_S = 0.01
 
 @dataclass(frozen=True)
 class EndOfSpeech:
-    """When a turn counts as over.
+    """Says when a turn counts as over.
 
     Args:
         silence_ms (`int`): for how long it must have been silent.

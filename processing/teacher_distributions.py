@@ -13,7 +13,7 @@ import torch
 
 @dataclass(frozen=True)
 class KeptDistributions:
-    """What the teacher predicts at the P compared positions of one row, in their order.
+    """Holds what the teacher predicts at the P compared positions of one row, in their order.
 
     Args:
         input_ids (length,): the text prompt that it read.

@@ -25,7 +25,7 @@ Batch = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class OnPolicyOptions:
-    """How the student answers.
+    """Says how the student answers.
 
     Args:
         share (`float`): of the rows with audio, in (0, 1]; the others keep their responses.

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import cast
 
 import uvicorn
 from starlette.applications import Starlette
@@ -31,21 +32,20 @@ def make_app(front: Front) -> Starlette:
         await asyncio.to_thread(front.ears.close)
         await front.engine.close()
 
-    async def tell(request: Request, error: Exception) -> Response:
-        assert isinstance(error, ServingError)
-        return error.response()
+    async def answer_error(request: Request, error: Exception) -> Response:
+        return cast(ServingError, error).response()
 
-    async def tell_gone(request: Request, error: Exception) -> Response:
+    async def answer_gone_client(request: Request, error: Exception) -> Response:
         front.metrics.cancelled.inc()
         return Response(status_code=CLIENT_CLOSED_REQUEST)
 
-    async def tell_http(request: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
-        wrapped = BadRequest(f"{request.method} {request.url.path}: {error.detail}.")
-        wrapped.status = error.status_code
+    async def answer_http_error(request: Request, error: Exception) -> Response:
+        http = cast(HTTPException, error)
+        wrapped = BadRequest(f"{request.method} {request.url.path}: {http.detail}.")
+        wrapped.status = http.status_code
         return wrapped.response()
 
-    async def tell_unexpected(request: Request, error: Exception) -> Response:
+    async def answer_unexpected(request: Request, error: Exception) -> Response:
         return ServerError(f"Something unexpected went wrong here: {type(error).__name__}.").response()
 
     routes, get, post = Routes(front), ["GET"], ["POST"]
@@ -62,11 +62,11 @@ def make_app(front: Front) -> Starlette:
         ],
         middleware=[gate],
         exception_handlers={
-            ServingError: tell,
-            ClientGone: tell_gone,
-            ClientDisconnect: tell_gone,
-            HTTPException: tell_http,
-            Exception: tell_unexpected,
+            ServingError: answer_error,
+            ClientGone: answer_gone_client,
+            ClientDisconnect: answer_gone_client,
+            HTTPException: answer_http_error,
+            Exception: answer_unexpected,
         },
         lifespan=lifespan,
     )

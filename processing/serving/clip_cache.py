@@ -11,7 +11,7 @@ import torch
 
 
 class HeardClip(NamedTuple):
-    """What the LLM reads of a clip: U speech tokens of its width D, on the CPU.
+    """Holds what the LLM reads of a clip: U speech tokens of its width D, on the CPU.
 
     Args:
         speech_tokens (`torch.FloatTensor` of shape (U, D)).

@@ -77,12 +77,12 @@ class Ears:
 
     @property
     def is_open(self) -> bool:
-        """Whether clips are encoded."""
+        """Return whether clips are encoded."""
         return self._thread.is_alive() and not self._is_closed
 
     @property
     def tells_times(self) -> bool:
-        """Whether clips come with the times of their tokens."""
+        """Return whether clips come with the times of their tokens."""
         return self.model.adapter.one_to_one
 
     @property

@@ -21,7 +21,7 @@ HOW_TO_START = "docs/serving_engine.md shows how to start the engine."
 
 
 class EngineFacts(NamedTuple):
-    """What is known of an engine that fits: names of its LLM and of its partial LoRA, and its longest prompt."""
+    """Holds what is known of an engine that fits: names of its LLM and of its partial LoRA, and its longest prompt."""
 
     base: str
     adapter: str | None = None

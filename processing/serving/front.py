@@ -30,7 +30,7 @@ NEVER = -100.0
 
 @dataclass
 class Front:
-    """What the routes share.
+    """Holds what the routes share.
 
     Args:
         name (`str`): of the model, for clients.

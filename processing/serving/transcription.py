@@ -22,7 +22,7 @@ CHUNKS_AT_ONCE = 8
 
 
 class Transcript(NamedTuple):
-    """What is said in a recording.
+    """Holds what is said in a recording.
 
     Args:
         words (`list[dict]`, *optional*): `text`, with the white space before it, and `timestamp`, seconds;

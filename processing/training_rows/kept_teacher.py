@@ -30,7 +30,7 @@ INDEX = "index.json"
 
 @dataclass(frozen=True)
 class KeepOptions:
-    """How the teacher is kept.
+    """Says how the teacher is kept.
 
     Args:
         teacher: its name, for the reader.
@@ -156,7 +156,7 @@ def _sha256(path: Path) -> str:
 
 
 class TeacherOnDisk:
-    """What [`keep_teacher`] left, by row.
+    """Reads what [`keep_teacher`] left, by row.
 
     Args:
         folder: with `index.json`.
