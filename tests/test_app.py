@@ -117,6 +117,7 @@ def test_bad_files_are_named_without_their_folder(listener, bad_files):
     assert "There is no audio yet" in problem
 
 
+@pytest.mark.long
 def test_an_error_while_generating_is_shown_and_the_next_clip_is_answered(listener, clips):
     path = clips[0]["file_name"]
     *_, (_, _, problem) = listener.respond(path, "Repeat the words. " * 500, None)

@@ -198,6 +198,7 @@ soundfile.read(io.BytesIO(contents))
 of_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries do not let stderr be set")
 
 
+@pytest.mark.long
 @of_glibc
 def test_libmpg123_does_not_write_to_the_terminal():
     """Every damaged mp3 of a data set left lines such as "[src/libmpg123/layer3.c:INT123_do_layer3()] error"."""

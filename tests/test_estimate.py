@@ -28,6 +28,7 @@ PUBLISHED = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("size", "case"), [("tiny", "adapter"), ("flat", "all, checkpointing")])
 def test_memory_is_what_a_step_takes(size, case):
     estimated, measured = compare(size, case, torch.device("cpu"))

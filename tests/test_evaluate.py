@@ -500,6 +500,7 @@ def arguments(folder, output, *options):
     return [str(argument) for argument in (*given, "--max_new_tokens", 5, "--num_resamples", 50, *options)]
 
 
+@pytest.mark.long
 def test_a_run_that_goes_on_gives_what_one_run_gives(folder, monkeypatch, capsys):
     def run(*given):
         monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments(folder, *given)])
@@ -528,6 +529,7 @@ def test_a_run_that_goes_on_gives_what_one_run_gives(folder, monkeypatch, capsys
     assert "expected some of text,speech,blind,cascade, got 'speech,telepathy'" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_kept_frames_stand_for_the_clips_of_a_later_run(folder, monkeypatch):
     heard = []
     encode = TrueLengthWhisperEncoder.forward

@@ -153,6 +153,7 @@ def test_a_broken_checkpoint_is_named_and_the_one_before_used(how, run_folder, c
         choose_checkpoint(str(run_folder / "checkpoint-6"), str(run_folder))
 
 
+@pytest.mark.long
 def test_training_from_the_checkpoint_before_a_broken_one_is_the_uninterrupted_run(
     saved, run_folder, processor, collator
 ):
@@ -189,6 +190,7 @@ def test_a_seal_lists_every_file(saved):
     assert {"model.safetensors", "optimizer.pt", "rng_state.pth", "loss_sums_0.json", "trainer_state.json"} < present
 
 
+@pytest.mark.long
 def test_a_leftover_of_a_killed_writer_is_no_checkpoint(saved, run_folder, processor, collator):
     shutil.copytree(run_folder / "checkpoint-6", run_folder / ASIDE / "checkpoint-8")
     (run_folder / ASIDE / "checkpoint-8" / "optimizer.pt").unlink()
@@ -200,6 +202,7 @@ def test_a_leftover_of_a_killed_writer_is_no_checkpoint(saved, run_folder, proce
     assert_same_run(trainer, saved[1])
 
 
+@pytest.mark.long
 def test_an_old_checkpoint_goes_only_when_the_new_one_is_there(tmp_path, processor, collator, monkeypatch):
     """The Trainer's own rotation may run while the new checkpoint is not yet safe."""
     seen = []
@@ -217,6 +220,7 @@ def test_an_old_checkpoint_goes_only_when_the_new_one_is_there(tmp_path, process
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-6"]
 
 
+@pytest.mark.long
 def test_the_best_checkpoint_stays_and_is_known_by_its_final_name(tmp_path, processor, collator):
     options = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "save_total_limit": 1}
     options |= {"metric_for_best_model": "eval_loss", "greater_is_better": True, "learning_rate": 0.05}
@@ -228,6 +232,7 @@ def test_the_best_checkpoint_stays_and_is_known_by_its_final_name(tmp_path, proc
     assert json.loads((best / "trainer_state.json").read_text())["best_model_checkpoint"] == str(best)
 
 
+@pytest.mark.long
 def test_thin_checkpoints_are_sealed_and_resumed(tmp_path, backbones, processor, collator):
     from modeling_blsp_kd import BlspKdForCausalLM
 
@@ -246,6 +251,7 @@ def test_thin_checkpoints_are_sealed_and_resumed(tmp_path, backbones, processor,
     assert_same_run(resumed, whole)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("limit", [1_000, 200_000])
 def test_a_full_disk_is_an_error_that_leaves_the_older_checkpoints(limit, saved, tmp_path, processor, collator):
     """Real writes that fail, by a limit on the size of files: of JSON, of weights."""
@@ -319,6 +325,7 @@ def test_skipping_without_end_stops(tmp_path, processor, collator):
         trainer.train()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("workers", [{}, WORKERS])
 def test_sigterm_saves_and_exits_and_the_resumed_run_is_the_uninterrupted_one(workers, tmp_path, processor, collator):
     """Sent to all processes, as clusters do: workers that read ahead died of it, and training with them."""

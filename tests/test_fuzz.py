@@ -70,6 +70,7 @@ def sleep(_):
     time.sleep(60)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "use, outcome",
     [

@@ -254,6 +254,7 @@ print("quiet")
 """
 
 
+@pytest.mark.long
 def test_importing_touches_no_network(tmp_path):
     root = str(PACKAGE_FOLDERS[0].parent)
     assert run_python(IMPORTER, folder=tmp_path, flags=["-B"], PYTHONPATH=root).strip() == "quiet"

@@ -508,6 +508,7 @@ def test_probe_is_scored_on_a_voice_that_it_has_not_heard():
     assert cas["others"][0] < 0.1 and cas["others_and_own_half"][0] > 0.9
 
 
+@pytest.mark.long
 def test_probe_without_means_hears_a_voice_that_is_only_moved():
     """Dan says digits as the others do, but all his frames lie where a three of theirs does."""
 

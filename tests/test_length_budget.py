@@ -67,6 +67,7 @@ def test_what_fits_no_batch_is_an_error(lengths, num_processes, message):
         LengthBudgetBatches(lengths, BUDGET, 3, num_processes)
 
 
+@pytest.mark.long
 def test_the_trainer_takes_such_batches_and_resumes(tmp_path, processor, collator):
     seconds = [len(row["audio"]["array"]) / 16_000 for row in many_rows()]
 

@@ -350,6 +350,7 @@ def no_compiled_code():
     torch._dynamo.reset()
 
 
+@pytest.mark.long
 def test_compiled_it_answers_the_same(processor, no_compiled_code):
     model = make_model(plora=True, adapter=SUBSAMPLER, text={"num_hidden_layers": 1}).double()
     one = spoken_prompts(processor, durations_s=(0.5,))

@@ -196,6 +196,7 @@ def test_deepcopy_has_a_mask_of_its_own():
         assert model.plora.is_speech is None
 
 
+@pytest.mark.long
 def test_compiles_without_a_graph_break():
     model = make_model(plora=True).double()
     embeds, is_speech = prompt(model)
@@ -208,6 +209,7 @@ def test_compiles_without_a_graph_break():
     torch._dynamo.reset()
 
 
+@pytest.mark.long
 def test_compiles_together_with_the_block():
     """A forward pass that is told its speech positions, in one graph."""
     model = make_model(plora=True).double()

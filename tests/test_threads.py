@@ -179,6 +179,7 @@ def test_replicas_and_copies_are_independent():
     assert torch.equal(replica(x), replica.base_layer(x)) and not torch.equal(replica(x), layer(x))
 
 
+@pytest.mark.long
 @pytest.mark.numerical
 def test_compiled_calls_in_threads():
     """A graph masks where a plain call gathers: in float32, an old CPU's rounding was more than the tolerance."""
@@ -216,6 +217,7 @@ def test_interleaved_streams_give_what_each_alone_gives(pipe):
             pass
 
 
+@pytest.mark.long
 def test_one_pipeline_in_eight_threads(pipe):
     clips = [clip(0.4 + 0.2 * seed, seed=seed) for seed in range(6)]
     alone = [pipe(each)["generated_text"] for each in clips]
@@ -271,6 +273,7 @@ def test_a_short_run_of_many_threads_finds_nothing(asked_pipe):
     assert "48 requests from 8 threads" in threads.report(result)
 
 
+@pytest.mark.long
 def test_a_mask_that_threads_share_would_be_found(asked_pipe, monkeypatch):
     # Without what starts threads of its own, and so would fail alone.
     asked = threads.kinds(asked_pipe)

@@ -19,6 +19,7 @@ from examples.tiny_world.world import KINDS, digit_sentence, questions, sentence
 LLM = Path(__file__).parent.parent / "examples" / "tiny_world" / "llm"
 
 
+@pytest.mark.long
 def test_splits_never_share_a_text():
     train, test = ({sentence.text for sentence in sentences(split, 3000, 0)} for split in ("train", "test"))
     final = {sentence.text for sentence in sentences("final", 600, 0)}
@@ -82,6 +83,7 @@ def test_a_transcript_has_the_same_tokens_alone_and_in_the_prompt():
             assert sum(pieces, []) == tokenizer(prompt, add_special_tokens=False)["input_ids"]
 
 
+@pytest.mark.long
 def test_test_rows_ask_every_kind_equally_often(tmp_path):
     rows = make_rows("test", 2 * len(KINDS), TRAIN_VOICES, 3, tmp_path)
     assert {sum(row["kind"] == kind for row in rows) for kind in KINDS} == {2}

@@ -389,6 +389,7 @@ def test_workers_and_prefetching_change_nothing(plain, tmp_path, processor, coll
     assert (loader.num_workers, loader.prefetch_factor, loader.pin_memory) == (2, 3, False)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("drop_last", [False, True])
 def test_the_last_batch_is_dropped_where_it_is_asked_for(drop_last, tmp_path, processor, collator):
     trainer, _ = run(
@@ -441,6 +442,7 @@ def test_evaluations_come_when_they_are_asked_for(tmp_path, processor, collator)
     assert recorder.evaluated_at == [4]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("metric", ["response_kl", "eval_input_kl", "eval_quantity", "loss"])
 def test_the_best_model_is_that_of_the_lowest_kl_or_loss(metric, tmp_path, processor, collator):
     """TrainingArguments take every metric for one that should grow, unless its name ends in "loss": the model of the
