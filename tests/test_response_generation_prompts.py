@@ -98,9 +98,13 @@ def test_own_instructions_are_asked_as_they_are(asr, backbones):
     rows = [
         {**row, "instruction": f"Do {index}.", "answer": "x"} for index, row in enumerate(read_lines(asr / "asr.jsonl"))
     ]
+    rows[1]["instruction"] = ""
+    del rows[2]["instruction"]
     write_lines(asr / "asr.jsonl", rows)
-    made, _ = make(asr / "asr.jsonl", asr / "out.jsonl", backbones[1], templates="own", keep="answer")
-    assert [row["instruction"] for row in made] == [f"Do {index}." for index in range(len(TEXTS))]
+    made, rejects = make(asr / "asr.jsonl", asr / "out.jsonl", backbones[1], templates="own", keep="answer")
+    expected = ["Do 0.", "", *(f"Do {index}." for index in range(3, len(TEXTS)))]
+    assert [row["instruction"] for row in made] == expected, "with an empty one the speech itself is the request"
+    assert [(reject["line"], "'instruction', got None" in reject["reason"]) for reject in rejects] == [(3, True)]
     assert {row["answer"] for row in made} == {"x"} and "voice" not in made[0]
 
 

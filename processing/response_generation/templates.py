@@ -31,12 +31,14 @@ class Instruction:
         """Return the instruction for one row.
 
         Raises:
-            BadRow: the row has no value in a column that the instruction names.
+            BadRow: the row has no value in a column that the instruction names. An empty value is none, except for
+                `own`: with an empty instruction the speech itself is the request.
         """
         values = {}
         for column in Template(self.text).get_identifiers():
             values[column] = row.get(column)
-            if not isinstance(values[column], (str, int, float)) or not str(values[column]).strip():
+            is_given = isinstance(values[column], (str, int, float))
+            if not is_given or not (str(values[column]).strip() or self.text == BUILT_IN["own"]):
                 raise BadRow(f"template {self.name!r} needs a value in column {column!r}, got {values[column]!r}")
         return Template(self.text).substitute(values).strip()
 
