@@ -6,7 +6,6 @@ One server for the file, in a process that cannot import this package nor reach 
 import base64
 import io
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -25,6 +24,7 @@ from processing.publishing.elsewhere import PACKAGES
 from processing.publishing.verify import as_hub_cache
 from tests.helpers.models import make_model
 from tests.helpers.prompts import SAMPLING_RATE, clip
+from tests.helpers.servers import free_port
 from tests.test_hub_loading import REPO_ID
 
 if is_serve_available():
@@ -62,12 +62,6 @@ main()
 
 
 # -- the server -------------------------------------------------------------------------------------------------------
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 class Server:

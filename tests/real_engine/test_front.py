@@ -13,7 +13,7 @@ import pytest
 import soundfile
 
 from tests.helpers.engine_requests import TINY_WORLD, chats_of_all_kinds, input_audio, prompt_and_answer
-from tests.helpers.real_engine import ROOT, Server
+from tests.helpers.servers import ROOT, start_front
 from tests.real_engine.test_real_engine import MAX_NEW_TOKENS, NUM_REQUESTS, chat, in_pieces
 
 pytestmark = pytest.mark.vllm
@@ -23,9 +23,7 @@ SENTENCES = {"bottles": "victor had three bottles and sold two", "digits": "four
 def start(model, processor, engine, folder):
     model.save_pretrained(folder / "model")
     processor.save_pretrained(folder / "model")
-    command = [sys.executable, "-m", "processing.serving", folder / "model", "--engine", f"{engine.url}/v1"]
-    command += ["--dtype", "float32", "--ears_timeout_s", 600]
-    return Server(command, folder / "log", OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
+    return start_front(folder / "model", engine, folder / "log", "--dtype", "float32", "--ears_timeout_s", 600)
 
 
 @pytest.fixture(scope="module", params=["llm", "speech"])

@@ -26,7 +26,8 @@ from tests.helpers.engine_requests import (
     embeds_part,
     prompt_and_answer,
 )
-from tests.helpers.real_engine import LITTLE_MEMORY, OVERLAY, PYTHON, ROOT, SETTINGS, RealEngine
+from tests.helpers.real_engine import LITTLE_MEMORY, OVERLAY, PYTHON, SETTINGS, RealEngine
+from tests.helpers.servers import ROOT
 from tests.helpers.stand_in_engine import stand_in_engine
 
 pytestmark = pytest.mark.vllm
