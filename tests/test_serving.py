@@ -1,6 +1,6 @@
 """The front of serving before a stand-in engine: answers, refusals, and what goes on between the two.
 
-`test_serving_ears.py` has the ears alone, `test_serving_http.py` whole servers, and `test_vllm.py` the real engine.
+`test_serving_encoder.py` has the encoder alone, `test_serving_http.py` whole servers, and `real_engine/` vLLM.
 """
 
 import json
@@ -16,7 +16,7 @@ if not os.environ.get("CI"):
 import httpx
 
 from processing import BlspKdSpeechRecognitionPipeline
-from processing.serving.ears_model import load_ears
+from processing.serving.model_without_llm import load_without_llm
 from tests.helpers.audio_files import encode
 from tests.helpers.engine_requests import TINY_WORLD, chats_of_all_kinds, input_audio, prompt_and_answer, tiny_world
 from tests.helpers.fronts import NAME, audio_block, chat_of, error_of, run, running_front
@@ -34,8 +34,8 @@ def world():
 
 
 @pytest.fixture(scope="module")
-def ears():
-    return load_ears(TINY_WORLD / "model", "float32")[0]
+def encoder_model():
+    return load_without_llm(TINY_WORLD / "model", "float32")[0]
 
 
 @pytest.fixture(scope="module")
@@ -46,12 +46,12 @@ def engine_app(world):
 
 
 @pytest.fixture
-def front(world, ears, engine_app):
+def front(world, encoder_model, engine_app):
     """Makes fronts."""
     engine_app.state.requests.clear()
 
     def make(engine=engine_app, **settings):
-        return running_front(ears, world[1], engine, **settings)
+        return running_front(encoder_model, world[1], engine, **settings)
 
     return make
 
@@ -135,7 +135,7 @@ def test_the_engines_refusals_pass(front):
     run(law())
 
 
-def test_options_of_the_template_are_the_processors_and_then_the_clients(world, ears, engine_app, tmp_path):
+def test_options_of_the_template_are_the_processors_and_then_the_clients(world, encoder_model, engine_app, tmp_path):
     """As in every other prompt of the model, see docs/chat_templates.md."""
     _, processor = world
     template = "{{- 'brief ' if brief -}}" + processor.chat_template
@@ -145,7 +145,7 @@ def test_options_of_the_template_are_the_processors_and_then_the_clients(world, 
     engine = stand_in_engine(world[0].language_model, AutoTokenizer.from_pretrained(TINY_WORLD / "llm"), template)
 
     async def law():
-        async with running_front(ears, processor, engine) as served:
+        async with running_front(encoder_model, processor, engine) as served:
             for given, expected in [({}, True), ({"chat_template_kwargs": {"brief": False}}, False)]:
                 await ask(served, chat_of(audio_block(BOTTLES)), max_tokens=1, **given)
                 assert engine.state.requests[-1]["chat_template_kwargs"] == {"brief": expected}
@@ -163,7 +163,7 @@ def test_a_clip_of_an_earlier_turn_is_not_heard_again(front):
             turns = [{"role": "assistant", "content": first}, *chat_of(audio_block(BOTTLES))["messages"]]
             await ask(served, {**body, "messages": [*body["messages"], *turns]})
             assert served.front.metrics.registry.get_sample_value("blsp_kd_batch_size_sum") == 1
-            assert len(served.front.ears.cache) == 1
+            assert len(served.front.encoder.cache) == 1
 
     run(law())
 
@@ -213,7 +213,7 @@ def test_a_long_recording_is_transcribed_in_the_chunks_of_the_pipeline(world, fr
             verbose = await transcribe(served, response_format="verbose_json", **{"timestamp_granularities[]": "word"})
             assert verbose.json()["text"] == expected["text"]
             times = torch.tensor([(word["start"], word["end"]) for word in verbose.json()["words"]])
-            # The chunks are heard in one batch.
+            # The chunks are encoded in one batch.
             torch.testing.assert_close(times, torch.tensor([chunk["timestamp"] for chunk in expected["chunks"]]))
 
     run(law())
@@ -393,7 +393,7 @@ def test_other_routes_and_names(front):
             for line in [
                 'blsp_kd_requests_total{route="/v1/chat/completions",status="200"} 1.0',
                 'blsp_kd_requests_total{route="none",status="404"} 1.0',
-                "blsp_kd_ears_seconds_count 1.0",
+                "blsp_kd_encoder_seconds_count 1.0",
                 "blsp_kd_engine_first_byte_seconds_count",
                 "blsp_kd_requests_running 0.0",
                 "blsp_kd_waiting_clips 0.0",

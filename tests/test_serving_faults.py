@@ -14,7 +14,7 @@ if not os.environ.get("CI"):
 
 import httpx
 
-from processing.serving.ears_model import load_ears
+from processing.serving.model_without_llm import load_without_llm
 from tests.helpers.audio_files import encode
 from tests.helpers.fronts import audio_block, chat_of, error_of, run, running_front
 from tests.helpers.models import make_model
@@ -24,10 +24,10 @@ CHAT = "/v1/chat/completions"
 
 
 @pytest.fixture(scope="module")
-def ears(tmp_path_factory):
+def encoder_model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     make_model().save_pretrained(folder)
-    return load_ears(folder)[0]
+    return load_without_llm(folder)[0]
 
 
 class Script(httpx.AsyncBaseTransport):
@@ -80,10 +80,10 @@ def spoken(seed=0):
 
 
 @pytest.fixture
-def front(ears, processor):
+def front(encoder_model, processor):
     def make(answer=completion, **settings):
         engine = Script(answer)
-        return engine, running_front(ears, processor, engine, **settings)
+        return engine, running_front(encoder_model, processor, engine, **settings)
 
     return make
 
@@ -198,20 +198,20 @@ def test_every_request_beyond_the_bounds_is_refused_and_every_other_answered(bou
 
 
 def test_clips_that_are_not_heard_in_time(front):
-    engine, starting = front(ears_timeout_s=0.2)
+    engine, starting = front(encoder_timeout_s=0.2)
 
     async def law():
         async with starting as served:
-            forward, let_go = served.front.ears._forward, asyncio.Event()
+            forward, let_go = served.front.encoder._forward, asyncio.Event()
             loop = asyncio.get_running_loop()
 
             def slow(features):
                 asyncio.run_coroutine_threadsafe(let_go.wait(), loop).result(30)
                 return forward(features)
 
-            served.front.ears._forward = slow
+            served.front.encoder._forward = slow
             error = error_of(await served.client.post(CHAT, json=spoken()))
-            assert error["code"] == 504 and "not heard within 0.2 s" in error["message"]
+            assert error["code"] == 504 and "not encoded within 0.2 s" in error["message"]
             let_go.set()
             assert engine.bodies == []
 
@@ -298,24 +298,24 @@ def test_a_clip_whose_client_left_is_not_encoded(front):
 
     async def law():
         async with starting as served:
-            ears, loop, let_go, batches = served.front.ears, asyncio.get_running_loop(), asyncio.Event(), []
-            forward = ears._forward
+            encoder, loop, let_go, batches = served.front.encoder, asyncio.get_running_loop(), asyncio.Event(), []
+            forward = encoder._forward
 
             def held(features):
                 batches.append(len(features))
                 asyncio.run_coroutine_threadsafe(let_go.wait(), loop).result(30)
                 return forward(features)
 
-            ears._forward = held
+            encoder._forward = held
             first = Client(served.app, spoken(1))
             await eventually(lambda: batches == [1])
             second = Client(served.app, spoken(2))
-            await eventually(lambda: len(ears._waiting) == 1)
+            await eventually(lambda: len(encoder._waiting) == 1)
             second.left.set()
             await asyncio.wait_for(second.task, 10)
             let_go.set()
             await asyncio.wait_for(first.task, 30)
-            await asyncio.to_thread(ears.close)
+            await asyncio.to_thread(encoder.close)
             assert batches == [1] and len(engine.bodies) == 1
 
     run(law())
@@ -336,9 +336,9 @@ def test_audio_goes_to_partial_lora_and_text_to_the_llm(front):
     run(law())
 
 
-def test_a_placeholder_within_the_vocabulary_is_never_generated_after_audio(front, ears, monkeypatch):
+def test_a_placeholder_within_the_vocabulary_is_never_generated_after_audio(front, encoder_model, monkeypatch):
     """As in `generate`: it would need a clip in the next turn."""
-    monkeypatch.setattr(ears.config, "audio_token_id", 299)
+    monkeypatch.setattr(encoder_model.config, "audio_token_id", 299)
     engine, starting = front()
 
     async def law():

@@ -1,4 +1,4 @@
-"""Serving: a front that hears, and an engine behind it that runs the unchanged LLM.
+"""Serving: a front that encodes speech, and an engine behind it that runs the unchanged LLM.
 
 `python -m processing.serving MODEL --engine http://host:port/v1` speaks OpenAI's protocol. It encodes audio itself and
 sends the engine (vLLM) each clip as a `prompt_embeds` part of the chat. `engine_files.py` and `vllm_plugin` are for the

@@ -1,4 +1,4 @@
-"""Serve a model: ears here, and an engine for its LLM elsewhere.
+"""Serve a model: speech encoder and adapter here, and an engine for its LLM elsewhere.
 
     python -m processing.serving MODEL --engine http://localhost:8000/v1
 
@@ -17,13 +17,13 @@ from modeling_blsp_kd.devices import fast_dtype
 from processing import BlspKdProcessor
 
 from .app import serve
-from .ears import Ears
-from .ears_model import load_ears
+from .clip_encoder import ClipEncoder
 from .engine import Engine
 from .engine_check import EngineFacts, MisfitError, check_engine
 from .errors import ServingError
 from .front import Front
 from .metrics import Metrics
+from .model_without_llm import load_without_llm
 from .settings import Settings, add_options
 
 logger = logging.get_logger("processing.serving")
@@ -51,14 +51,14 @@ def main():
 
 
 def make_front(name: str, settings: Settings) -> Front:
-    """Load the ears of a model, and check that its engine fits.
+    """Load a model without its LLM, and check that its engine fits.
 
     Raises:
         MisfitError, EngineUnreachable: it does not.
     """
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     device = torch.device(settings.device or accelerator or "cpu")
-    model, has_plora = load_ears(name, fast_dtype(settings.dtype, device), device)
+    model, has_plora = load_without_llm(name, fast_dtype(settings.dtype, device), device)
     processor = BlspKdProcessor.from_pretrained(name)
     facts = asyncio.run(_check(settings, model, processor, has_plora))
     metrics = Metrics()
@@ -66,7 +66,7 @@ def make_front(name: str, settings: Settings) -> Front:
         name=settings.served_name or name,
         settings=settings,
         processor=processor,
-        ears=Ears(
+        encoder=ClipEncoder(
             model,
             processor,
             metrics,

@@ -29,7 +29,7 @@ def make_app(front: Front) -> Starlette:
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         yield
-        await asyncio.to_thread(front.ears.close)
+        await asyncio.to_thread(front.encoder.close)
         await front.engine.close()
 
     async def answer_error(request: Request, error: Exception) -> Response:

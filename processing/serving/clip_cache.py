@@ -1,4 +1,4 @@
-"""Keep what was heard, by the hash of a clip's contents, up to a number of bytes.
+"""Keep encoded clips, by the hash of their contents, up to a number of bytes.
 
 The least recently used clips go first.
 """
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 
-class HeardClip(NamedTuple):
+class EncodedClip(NamedTuple):
     """Holds what the LLM reads of a clip: U speech tokens of its width D, on the CPU.
 
     Args:
@@ -33,20 +33,20 @@ class ClipCache:
 
     def __init__(self, max_bytes: int):
         self.max_bytes, self.num_bytes = max_bytes, 0
-        self._clips: OrderedDict[str, HeardClip] = OrderedDict()
+        self._clips: OrderedDict[str, EncodedClip] = OrderedDict()
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._clips)
 
-    def get(self, key: str) -> HeardClip | None:
+    def get(self, key: str) -> EncodedClip | None:
         """Return the clip of a key, which is then the last to go, or None."""
         with self._lock:
             if key in self._clips:
                 self._clips.move_to_end(key)
             return self._clips.get(key)
 
-    def put(self, key: str, clip: HeardClip):
+    def put(self, key: str, clip: EncodedClip):
         """Keep a clip, unless it alone exceeds the bound, and drop the least recently used ones beyond it."""
         with self._lock:
             if clip.num_bytes > self.max_bytes or key in self._clips:

@@ -48,7 +48,7 @@ async def check_engine(
     """Check an engine.
 
     Args:
-        model ([`BlspKdForCausalLM`]), has_plora (`bool`): of [`load_ears`].
+        model ([`BlspKdForCausalLM`]), has_plora (`bool`): of [`load_without_llm`].
         base, adapter (`str`, *optional*): names of the engine's LLM and partial LoRA; omitted, the only ones it has.
 
     Raises:

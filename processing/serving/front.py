@@ -1,6 +1,6 @@
-"""The front: ears before an engine. It hears the clips of a request, and writes the request to the engine.
+"""The front: it encodes the clips of a request, and writes the request to the engine behind it.
 
-Leaves out: HTTP (`routes.py`), batches (`ears.py`), and the engine's client (`engine.py`).
+Leaves out: HTTP (`routes.py`), batches (`clip_encoder.py`), and the engine's client (`engine.py`).
 """
 
 import asyncio
@@ -15,8 +15,8 @@ from processing import BlspKdProcessor
 from processing.audio_loading import load_audio
 from processing.chat_templates import check_options
 
-from .clip_cache import HeardClip
-from .ears import Ears
+from .clip_cache import EncodedClip
+from .clip_encoder import ClipEncoder
 from .engine import Engine
 from .engine_check import EngineFacts
 from .errors import BadRequest, NotFound, TimedOut
@@ -40,7 +40,7 @@ class Front:
     name: str
     settings: Settings
     processor: BlspKdProcessor
-    ears: Ears
+    encoder: ClipEncoder
     engine: Engine
     facts: EngineFacts
     metrics: Metrics
@@ -67,16 +67,16 @@ class Front:
         except (ValueError, TypeError) as error:
             raise BadRequest(str(error)) from error
 
-    async def hear(self, clips: dict[str, bytes]) -> dict[str, HeardClip]:
-        """Return what is heard in audio files, by their keys; see `hear_features`."""
+    async def encode(self, clips: dict[str, bytes]) -> dict[str, EncodedClip]:
+        """Return encoded audio files, by their keys; see `encode_features`."""
         readers = {key: functools.partial(self.read_features, contents) for key, contents in clips.items()}
-        return await self.hear_features(readers)
+        return await self.encode_features(readers)
 
-    async def hear_features(self, readers: Mapping[str, Callable[[], np.ndarray]]) -> dict[str, HeardClip]:
-        """Return what is heard in clips, by their keys.
+    async def encode_features(self, readers: Mapping[str, Callable[[], np.ndarray]]) -> dict[str, EncodedClip]:
+        """Return encoded clips, by their keys.
 
         Args:
-            readers: see [`Ears.hear`].
+            readers: see [`ClipEncoder.encode`].
 
         Raises:
             Busy: too many clips wait.
@@ -84,35 +84,35 @@ class Front:
             BadRequest: a clip is unusable, or there are too many.
         """
         try:
-            with self.ears.reserve(list(readers)):
-                tasks = [asyncio.ensure_future(self.ears.hear(key, read)) for key, read in readers.items()]
+            with self.encoder.reserve(list(readers)):
+                tasks = [asyncio.ensure_future(self.encoder.encode(key, read)) for key, read in readers.items()]
                 try:
-                    async with asyncio.timeout(self.settings.ears_timeout_s):
+                    async with asyncio.timeout(self.settings.encoder_timeout_s):
                         return dict(zip(readers, await asyncio.gather(*tasks)))
                 finally:
                     for task in tasks:
                         task.cancel()
         except TimeoutError as error:
-            raise TimedOut(f"The audio was not heard within {self.settings.ears_timeout_s:g} s.") from error
+            raise TimedOut(f"The audio was not encoded within {self.settings.encoder_timeout_s:g} s.") from error
 
-    def request_to_engine(self, body: dict, messages: list[dict], heard: dict[str, HeardClip]) -> dict:
+    def request_to_engine(self, body: dict, messages: list[dict], clips: dict[str, EncodedClip]) -> dict:
         """Return the request to the engine that stands for a client's.
 
         Args:
             body: the fields of the client's request.
             messages: of [`ReadMessages`].
-            heard: what was heard in its clips.
+            clips: of the messages, by their keys.
 
         Raises:
             BadRequest: the chat template does not know an option.
         """
         # Text goes to the LLM itself, so that it shares its cache with all other users of the engine.
-        is_adapted = bool(heard) and self.facts.adapter is not None
+        is_adapted = bool(clips) and self.facts.adapter is not None
         dtype = getattr(torch, self.settings.speech_dtype)
         request = {
             **body,
             "model": self.facts.adapter if is_adapted else self.facts.base,
-            "messages": with_speech(messages, heard, dtype),
+            "messages": with_speech(messages, clips, dtype),
         }
         try:
             given = check_options(body.get("chat_template_kwargs"), self.processor.chat_template)
@@ -120,8 +120,8 @@ class Front:
             raise BadRequest(str(error), "chat_template_kwargs") from error
         if options := {**self.processor.chat_template_kwargs, **given}:
             request["chat_template_kwargs"] = options
-        config = self.ears.model.config
-        if heard and config.audio_token_id < config.get_text_config().vocab_size:
+        config = self.encoder.model.config
+        if clips and config.audio_token_id < config.get_text_config().vocab_size:
             # As in `generate`: a placeholder in an answer would need a clip in the next turn.
             request["logit_bias"] = {**(body.get("logit_bias") or {}), str(config.audio_token_id): NEVER}
         return request

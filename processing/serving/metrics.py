@@ -1,4 +1,4 @@
-"""What Prometheus reads at /metrics: requests, the clips that wait, the batches, and the time in ears and in engine."""
+"""What Prometheus reads at /metrics: requests, the clips that wait, the batches, and the time in encoder and engine."""
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -17,8 +17,8 @@ class Metrics:
         self.waiting_clips = Gauge("waiting_clips", "New clips that are decoded, wait, or are encoded.", **own)
         self.cache_lookups = Counter("cache_lookups", "Clips looked up in the cache.", ["result"], **own)
         self.batch_size = Histogram("batch_size", "Clips encoded at once.", buckets=(1, 2, 4, 8, 16, 32, 64), **own)
-        self.ears_wait_s = Histogram("ears_wait_seconds", "How long a clip waited to be encoded.", **seconds)
-        self.ears_s = Histogram("ears_seconds", "How long encoder and adapter took for a batch.", **seconds)
+        self.encoder_wait_s = Histogram("encoder_wait_seconds", "How long a clip waited to be encoded.", **seconds)
+        self.encoder_s = Histogram("encoder_seconds", "How long encoder and adapter took for a batch.", **seconds)
         self.engine_first_byte_s = Histogram(
             "engine_first_byte_seconds", "From a request to the engine to the first byte of its answer.", **seconds
         )

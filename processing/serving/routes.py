@@ -41,7 +41,7 @@ class Routes:
     async def _answer(self, chat: ChatRequest) -> Response:
         front = self.front
         try:
-            async with asyncio.timeout(front.settings.ears_timeout_s):  # it may fetch audio
+            async with asyncio.timeout(front.settings.encoder_timeout_s):  # it may fetch audio
                 read = await asyncio.to_thread(
                     read_messages, chat.messages, front.settings, front.processor.audio_token
                 )
@@ -49,7 +49,7 @@ class Routes:
             raise TimedOut("The audio was not read in time.") from error
         except (TypeError, ValueError) as error:
             raise BadRequest(str(error), "messages") from error
-        body = front.request_to_engine(chat.body, read.messages, await front.hear(read.clips))
+        body = front.request_to_engine(chat.body, read.messages, await front.encode(read.clips))
         if not chat.stream:
             response = await front.engine.ask(body)
         else:
@@ -98,7 +98,7 @@ class Routes:
 
     async def ready(self, request: Request) -> Response:
         """Answer with 200 if a request would be answered, with 503 otherwise."""
-        is_ready = self.front.ears.is_open and await self.front.engine.is_healthy()
+        is_ready = self.front.encoder.is_open and await self.front.engine.is_healthy()
         return PlainTextResponse("OK" if is_ready else "The engine does not answer.", 200 if is_ready else 503)
 
     async def metrics(self, request: Request) -> Response:

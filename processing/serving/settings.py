@@ -31,9 +31,9 @@ class Settings(BaseModel):
         "float32", description="of the vectors sent to the engine, which casts them to its own; 16 bits halve them"
     )
     max_frames: COUNT = Field(6000, description="encoder frames in a batch, padding included (6000: two minutes)")
-    max_waiting: COUNT = Field(64, description="clips that may wait to be heard; beyond, status 429")
+    max_waiting: COUNT = Field(64, description="clips that may wait to be encoded; beyond, status 429")
     max_requests: COUNT = Field(256, description="requests that may be answered at once; beyond, status 429")
-    cache_bytes: Annotated[int, Field(ge=0)] = Field(2**28, description="memory for what was heard in earlier clips")
+    cache_bytes: Annotated[int, Field(ge=0)] = Field(2**28, description="memory for encoded clips")
     num_decoders: COUNT = Field(2, description="threads that decode audio")
     max_audio_bytes: COUNT = Field(MAX_AUDIO_BYTES, description="of all audio files of a request")
     max_duration_s: POSITIVE = Field(MAX_DURATION_S, description="of all clips of a request")
@@ -42,7 +42,7 @@ class Settings(BaseModel):
     allowed_url_prefixes: tuple[URL_PREFIX, ...] = Field(
         (), description="fetch audio from addresses that begin with one, such as https://host/path/"
     )
-    ears_timeout_s: POSITIVE = Field(60.0, description="until a request's clips are heard")
+    encoder_timeout_s: POSITIVE = Field(60.0, description="until a request's clips are encoded")
     engine_timeout_s: POSITIVE = Field(300.0, description="of silence of the engine")
     engine_wait_s: POSITIVE = Field(600.0, description="until the engine answers at the start")
     shutdown_s: POSITIVE = Field(30.0, description="for running requests after SIGTERM")

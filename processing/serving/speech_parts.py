@@ -1,4 +1,4 @@
-"""Read the clips of a client's messages, and put what was heard in their place.
+"""Read the clips of a client's messages, and put their speech vectors in their place.
 
 A text stays a text, and each clip becomes a `prompt_embeds` part, as vLLM reads it. What clients may send is checked by
 the functions that pipelines and endpoints use. Leaves out: other fields of requests (`protocol.py`).
@@ -17,7 +17,7 @@ from processing.publishing.handler import AudioBudget, read_text_or_audio
 from processing.spoken_inputs import check_text
 from processing.url_fetching import fetch_audio
 
-from .clip_cache import HeardClip
+from .clip_cache import EncodedClip
 from .errors import ServerError
 from .settings import Settings
 
@@ -95,15 +95,15 @@ def _check_texts(texts: list[str], max_chars: int, audio_token: str):
             raise ValueError(f"A text holds {PLACE_OF_VECTORS!r}, which the engine keeps for itself. Remove it.")
 
 
-def with_speech(messages: list[dict], heard: dict[str, HeardClip], dtype: torch.dtype) -> list[dict]:
+def with_speech(messages: list[dict], clips: dict[str, EncodedClip], dtype: torch.dtype) -> list[dict]:
     """Return messages in which a part of vectors stands in the place of each audio block.
 
     Args:
         messages: of [`ReadMessages`].
-        heard: what was heard, by key.
+        clips: encoded, by key.
         dtype: of the vectors.
     """
-    parts = {key: prompt_embeds(clip.speech_tokens.to(dtype)) for key, clip in heard.items()}
+    parts = {key: prompt_embeds(clip.speech_tokens.to(dtype)) for key, clip in clips.items()}
 
     def replaced(block: dict) -> dict:
         return parts[block["key"]] if block["type"] == "audio" else block
@@ -124,8 +124,8 @@ def prompt_embeds(vectors: torch.Tensor) -> dict:
     """
     if len(vectors) == 0 or not bool(torch.isfinite(vectors).all()):
         raise ServerError(
-            f"The model hears {len(vectors)} vectors in a clip, and they are not finite numbers. Load it with --dtype "
-            "float32, and send vectors with --speech_dtype float32."
+            f"The model encodes a clip as {len(vectors)} vectors, and they are not finite numbers. Load it with "
+            "--dtype float32, and send vectors with --speech_dtype float32."
         )
     buffer = io.BytesIO()
     # A copy, because torch saves all the storage that a view belongs to.

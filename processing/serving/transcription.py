@@ -1,4 +1,4 @@
-"""Transcribe a recording: hear it, ask the engine to repeat it, and time the words of its answer.
+"""Transcribe a recording: encode it, ask the engine to repeat it, and time the words of its answer.
 
 Follows the speech recognition pipeline, whose chunks and words these are. Leaves out: the forms of the result
 (`transcript_forms.py`).
@@ -12,12 +12,12 @@ import torch
 from processing import BlspKdSpeechRecognitionPipeline
 from processing.spoken_inputs import user_turn
 
-from .clip_cache import HeardClip
+from .clip_cache import EncodedClip
 from .errors import BadRequest, EngineRefused, EngineUnreachable
 from .front import Front
 from .speech_parts import key_of
 
-# Chunks of one recording that are heard, and asked about, at the same time.
+# Chunks of one recording that are encoded, and asked about, at the same time.
 CHUNKS_AT_ONCE = 8
 
 
@@ -42,23 +42,23 @@ class Transcriber:
     def __init__(self, front: Front):
         self.front = front
         # Its `preprocess` and `postprocess`; the model here does not generate.
-        self.pipeline = BlspKdSpeechRecognitionPipeline(model=front.ears.model, processor=front.processor)
+        self.pipeline = BlspKdSpeechRecognitionPipeline(model=front.encoder.model, processor=front.processor)
 
     async def transcribe(self, contents: bytes, temperature: float = 0.0, with_words: bool = False) -> Transcript:
         """Transcribe an audio file.
 
         Raises:
             BadRequest: it is unusable, or the model cannot time words.
-            ServingError: see [`Front.hear`] and [`Engine.ask`].
+            ServingError: see [`Front.encode`] and [`Engine.ask`].
         """
-        if with_words and not self.front.ears.tells_times:
+        if with_words and not self.front.encoder.tells_times:
             raise BadRequest("This model cannot tell when words are said. Ask for response_format 'json' or 'text'.")
         chunks = await asyncio.to_thread(self._chunks_of, contents)
         answers, usages = [], []
         for start in range(0, len(chunks), CHUNKS_AT_ONCE):
             group = chunks[start : start + CHUNKS_AT_ONCE]
-            heard = await self.front.hear_features({chunk["key"]: chunk["read_features"] for chunk in group})
-            asked = [self._answer(chunk, heard[chunk["key"]], temperature, with_words) for chunk in group]
+            clips = await self.front.encode_features({chunk["key"]: chunk["read_features"] for chunk in group})
+            asked = [self._answer(chunk, clips[chunk["key"]], temperature, with_words) for chunk in group]
             for answer, usage in await asyncio.gather(*asked):
                 answers.append(answer)
                 usages.append(usage)
@@ -90,7 +90,7 @@ class Transcriber:
             for number, prompt in enumerate(prompts)
         ]
 
-    async def _answer(self, chunk: dict, clip: HeardClip, temperature: float, with_words: bool) -> tuple[dict, dict]:
+    async def _answer(self, chunk: dict, clip: EncodedClip, temperature: float, with_words: bool) -> tuple[dict, dict]:
         """Return the answer to a chunk in the form that the pipeline takes, and the engine's usage."""
         [turn] = user_turn(self.front.processor.transcription_instruction)
         content = [{**block, "key": chunk["key"]} if block["type"] == "audio" else block for block in turn["content"]]
@@ -106,5 +106,5 @@ class Transcriber:
         answer = {"tokens": torch.tensor(token_ids, dtype=torch.long)}
         answer |= {"start_s": chunk["start_s"], "keeps_s": chunk["keeps_s"]}
         if with_words or chunk["keeps_s"] is not None:
-            answer["times"] = self.front.ears.word_times(token_ids, clip)
+            answer["times"] = self.front.encoder.word_times(token_ids, clip)
         return answer, completion.get("usage") or {}

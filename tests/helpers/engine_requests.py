@@ -1,4 +1,4 @@
-"""Requests of all kinds for an engine behind our ears, and what `generate` answers to the same chats."""
+"""Requests of all kinds for an engine behind our encoder, and what `generate` answers to the same chats."""
 
 import base64
 import io

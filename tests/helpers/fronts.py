@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 import httpx
 
 from processing.serving.app import make_app
-from processing.serving.ears import Ears
+from processing.serving.clip_encoder import ClipEncoder
 from processing.serving.engine import Engine
 from processing.serving.engine_check import EngineFacts
 from processing.serving.front import Front
@@ -30,15 +30,16 @@ class Running:
 
 
 @asynccontextmanager
-async def running_front(ears_model, processor, engine_app, adapter=None, **settings):
+async def running_front(encoder_model, processor, engine_app, adapter=None, **settings):
     """A front before an engine's ASGI app (or a transport of httpx), which is not checked."""
-    ears_options = ("max_frames", "max_waiting", "cache_bytes", "num_decoders")
+    encoder_options = ("max_frames", "max_waiting", "cache_bytes", "num_decoders")
     settings = Settings(**{"engine": ENGINE_URL, "api_key": None, **settings})
     metrics = Metrics()
     transport = engine_app if isinstance(engine_app, httpx.AsyncBaseTransport) else httpx.ASGITransport(engine_app)
     engine = Engine(ENGINE_URL, metrics, settings.engine_api_key, settings.engine_timeout_s, transport)
-    ears = Ears(ears_model, processor, metrics, **{name: getattr(settings, name) for name in ears_options})
-    front = Front(NAME, settings, processor, ears, engine, EngineFacts("llm", adapter, 512), metrics)
+    options = {name: getattr(settings, name) for name in encoder_options}
+    encoder = ClipEncoder(encoder_model, processor, metrics, **options)
+    front = Front(NAME, settings, processor, encoder, engine, EngineFacts("llm", adapter, 512), metrics)
     app = make_app(front)
     async with app.router.lifespan_context(app):
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)

@@ -23,7 +23,7 @@ SENTENCES = {"bottles": "victor had three bottles and sold two", "digits": "four
 def start(model, processor, engine, folder):
     model.save_pretrained(folder / "model")
     processor.save_pretrained(folder / "model")
-    return start_front(folder / "model", engine, folder / "log", "--dtype", "float32", "--ears_timeout_s", 600)
+    return start_front(folder / "model", engine, folder / "log", "--dtype", "float32", "--encoder_timeout_s", 600)
 
 
 @pytest.fixture(scope="module", params=["llm", "speech"])

@@ -1,7 +1,8 @@
-"""Load what hears of a model: speech encoder, adapter and the LLM's embeddings, without the LLM's layers.
+"""Load of a model what encodes speech: encoder, adapter and the LLM's embeddings, without the LLM's layers.
 
 The result is a `BlspKdForCausalLM` whose LLM has no layers, so that `get_audio_features` is the model's own. The
-embeddings align the tokens of an answer to the speech, and serve to check the engine. Leaves out: batches (`ears.py`).
+embeddings align the tokens of an answer to the speech, and serve to check the engine. Leaves out: batches
+(`clip_encoder.py`).
 """
 
 import copy
@@ -17,10 +18,10 @@ from modeling_blsp_kd import BlspKdConfig, BlspKdForCausalLM
 from modeling_blsp_kd.backbones import fetch, load_audio_tower, load_language_model
 from modeling_blsp_kd.thin_checkpoints import own_weights
 
-PARTS_THAT_HEAR = ("audio_tower.", "adapter.")
+ENCODING_PARTS = ("audio_tower.", "adapter.")
 
 
-def load_ears(
+def load_without_llm(
     name_or_path: str | os.PathLike, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu"
 ) -> tuple[BlspKdForCausalLM, bool]:
     """Load a checkpoint, full or thin, without the layers of its LLM.
@@ -70,7 +71,7 @@ def _load_thin(name_or_path, bare: BlspKdConfig, dtype) -> BlspKdForCausalLM:
     llm, _ = fetch("language_model", backbones["language_model"], load_language_model, config=text_config, dtype=dtype)
     tower, _ = fetch("audio_tower", backbones["audio_tower"], load_audio_tower, config=speech_config, dtype=dtype)
     model = BlspKdForCausalLM(bare, audio_tower=tower, language_model=llm)
-    weights = {name: value for name, value in own_weights(name_or_path).items() if name.startswith(PARTS_THAT_HEAR)}
+    weights = {name: value for name, value in own_weights(name_or_path).items() if name.startswith(ENCODING_PARTS)}
     if missing := sorted(name for name in model.state_dict() if name.startswith("adapter.") and name not in weights):
         raise ValueError(f"{name_or_path} lacks weights of its adapter: {missing[:5]} ({len(missing)} in all).")
     if dtype != "auto":

@@ -1,7 +1,7 @@
-"""Hear clips: encode those that wait together, in a thread of their own, and remember what was heard.
+"""Encode the clips that wait together, in a thread of its own, and remember the results.
 
 A batch begins with the clip that waits longest and takes the waiting ones of the nearest lengths, up to a budget of
-encoder frames, padding included. Leaves out: reading audio (`speech_parts.py`), and the model (`ears_model.py`).
+encoder frames, padding included. Leaves out: reading audio (`speech_parts.py`), and the model (`model_without_llm.py`).
 """
 
 import asyncio
@@ -21,11 +21,11 @@ from modeling_blsp_kd.encoder_families import steps_per_frame, window_of
 from modeling_blsp_kd.token_times import text_token_times
 from processing import BlspKdProcessor
 
-from .clip_cache import ClipCache, HeardClip
+from .clip_cache import ClipCache, EncodedClip
 from .errors import BadRequest, Busy, ServerError
 from .metrics import Metrics
 
-# How long one clip is taken to need before any was heard, for Retry-After.
+# How long one clip is taken to need before any was encoded, for Retry-After.
 FIRST_GUESS_S = 0.5
 
 
@@ -39,11 +39,11 @@ class _Waiting:
     since: float = field(default_factory=time.monotonic)
 
 
-class Ears:
+class ClipEncoder:
     """Encoder and adapter of one model, for coroutines.
 
     Args:
-        model ([`BlspKdForCausalLM`]): of [`load_ears`].
+        model ([`BlspKdForCausalLM`]): of [`load_without_llm`].
         processor ([`BlspKdProcessor`]).
         metrics ([`Metrics`]).
         max_frames (`int`): the budget of a batch; a longer clip is encoded alone.
@@ -72,7 +72,7 @@ class Ears:
         self._changed = threading.Condition()
         self._is_closed = False
         self._decoders = ThreadPoolExecutor(num_decoders, thread_name_prefix="decoder")
-        self._thread = threading.Thread(target=self._encode_until_closed, name="ears", daemon=True)
+        self._thread = threading.Thread(target=self._encode_until_closed, name="encoder", daemon=True)
         self._thread.start()
 
     @property
@@ -106,7 +106,7 @@ class Ears:
         if num_new > self.max_waiting:
             raise BadRequest(f"A request may have {self.max_waiting} new clips, but this one has {num_new}.")
         if self._num_held + num_new > self.max_waiting:
-            raise Busy("Too many clips wait to be heard.", self._seconds_per_clip * self._num_held)
+            raise Busy("Too many clips wait to be encoded.", self._seconds_per_clip * self._num_held)
         self._hold(num_new)
         try:
             yield
@@ -117,8 +117,8 @@ class Ears:
         self._num_held += num_clips
         self.metrics.waiting_clips.set(self._num_held)
 
-    async def hear(self, key: str, read_features: Callable[[], np.ndarray]) -> HeardClip:
-        """Return what is heard in a clip. A cancelled call is not encoded any more, unless it already is.
+    async def encode(self, key: str, read_features: Callable[[], np.ndarray]) -> EncodedClip:
+        """Return an encoded clip. The clip of a cancelled call is not encoded any more, unless it already is.
 
         Args:
             key (`str`): hash of the clip's contents.
@@ -126,7 +126,7 @@ class Ears:
 
         Raises:
             Exception: of any kind, raised by `read_features`, or by the model.
-            ServerError: the ears are closed.
+            ServerError: the encoder is closed.
         """
         cached = self.cache.get(key)
         self.metrics.cache_lookups.labels("miss" if cached is None else "hit").inc()
@@ -140,11 +140,11 @@ class Ears:
                 raise ServerError("The server is shutting down.")
             self._waiting.append(waiting)
             self._changed.notify()
-        heard = await asyncio.wrap_future(waiting.future)
-        self.cache.put(key, heard)
-        return heard
+        encoded = await asyncio.wrap_future(waiting.future)
+        self.cache.put(key, encoded)
+        return encoded
 
-    def word_times(self, token_ids: list[int], clip: HeardClip) -> torch.Tensor:
+    def word_times(self, token_ids: list[int], clip: EncodedClip) -> torch.Tensor:
         """Return start and end of each token of an answer that repeats a clip: (L, 2), NaN where nothing is said."""
         answer = torch.tensor(token_ids, dtype=torch.long)
         times = torch.full((len(answer), 2), torch.nan)
@@ -192,9 +192,9 @@ class Ears:
     def _encode(self, batch: list[_Waiting]):
         begin = time.monotonic()
         for clip in batch:
-            self.metrics.ears_wait_s.observe(begin - clip.since)
+            self.metrics.encoder_wait_s.observe(begin - clip.since)
         try:
-            heard = self._forward([clip.features for clip in batch])
+            encoded = self._forward([clip.features for clip in batch])
         except Exception as error:
             if len(batch) == 1:
                 batch[0].future.set_exception(error)
@@ -204,18 +204,18 @@ class Ears:
             return
         elapsed_s = time.monotonic() - begin
         self._seconds_per_clip += 0.1 * (elapsed_s / len(batch) - self._seconds_per_clip)
-        self.metrics.ears_s.observe(elapsed_s)
+        self.metrics.encoder_s.observe(elapsed_s)
         self.metrics.batch_size.observe(len(batch))
-        for clip, result in zip(batch, heard):
+        for clip, result in zip(batch, encoded):
             clip.future.set_result(result)
 
     @torch.inference_mode()
-    def _forward(self, features: list[np.ndarray]) -> list[HeardClip]:
+    def _forward(self, features: list[np.ndarray]) -> list[EncodedClip]:
         inputs = {name: torch.from_numpy(each) for name, each in self.processor.pad_features(features).items()}
         inputs = {name: each.to(self.model.device) for name, each in inputs.items()}
         audio = self.model.get_audio_features(**inputs, output_token_times=self.tells_times)
-        heard = []
+        encoded = []
         for row, count in enumerate(audio.num_speech_tokens.tolist()):
             times = None if audio.token_times is None else audio.token_times[row, :count].cpu().clone()
-            heard.append(HeardClip(audio.pooler_output[row, :count].cpu().clone(), times))
-        return heard
+            encoded.append(EncodedClip(audio.pooler_output[row, :count].cpu().clone(), times))
+        return encoded

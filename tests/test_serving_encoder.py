@@ -1,4 +1,4 @@
-"""The ears of serving: loading them, batches, the queue, the cache, and what is refused; and the check of an engine."""
+"""The encoder of serving: loading, batches, the queue, the cache, and what is refused; and the check of an engine."""
 
 import asyncio
 import os
@@ -15,13 +15,13 @@ import httpx
 
 from modeling_blsp_kd import BlspKdForCausalLM
 from modeling_blsp_kd.encoder_families import steps_per_frame
-from processing.serving.clip_cache import ClipCache, HeardClip
-from processing.serving.ears import Ears
-from processing.serving.ears_model import load_ears
+from processing.serving.clip_cache import ClipCache, EncodedClip
+from processing.serving.clip_encoder import ClipEncoder
 from processing.serving.engine import Engine
 from processing.serving.engine_check import EngineFacts, MisfitError, check_engine
 from processing.serving.errors import BadRequest, Busy, EngineUnreachable, ServerError
 from processing.serving.metrics import Metrics
+from processing.serving.model_without_llm import load_without_llm
 from processing.serving.speech_parts import with_speech
 from processing.serving.subtitles import as_srt, as_vtt, segments_of
 from tests.helpers.engine_requests import TINY_WORLD, tiny_world
@@ -33,7 +33,7 @@ from tests.helpers.stand_in_engine import stand_in_engine
 # -- the model --------------------------------------------------------------------------------------------------------
 
 
-def heard_by(model, processor, duration_s=1.3):
+def encoded_by(model, processor, duration_s=1.3):
     inputs = {
         name: torch.from_numpy(values)
         for name, values in processor.extract_features([(clip(duration_s), SAMPLING_RATE)]).items()
@@ -42,70 +42,70 @@ def heard_by(model, processor, duration_s=1.3):
         return model.get_audio_features(**inputs, output_token_times=True)
 
 
-def assert_hears_the_same(folder, model, processor, **options):
-    ears, _ = load_ears(folder, **options)
-    of_ears, of_model = heard_by(ears, processor), heard_by(model, processor)
+def assert_encodes_the_same(folder, model, processor, **options):
+    loaded, _ = load_without_llm(folder, **options)
+    of_loaded, of_model = encoded_by(loaded, processor), encoded_by(model, processor)
     for name in ("pooler_output", "token_times", "num_speech_tokens"):
-        assert torch.equal(of_ears[name], of_model[name]), name
-    assert torch.equal(ears.get_input_embeddings().weight, model.get_input_embeddings().weight)
-    assert ears.generation_config.eos_token_id == model.generation_config.eos_token_id
-    names = [name for name, _ in ears.language_model.named_parameters()]
+        assert torch.equal(of_loaded[name], of_model[name]), name
+    assert torch.equal(loaded.get_input_embeddings().weight, model.get_input_embeddings().weight)
+    assert loaded.generation_config.eos_token_id == model.generation_config.eos_token_id
+    names = [name for name, _ in loaded.language_model.named_parameters()]
     assert not any("layers" in name or "head" in name for name in names) and len(names) <= 3, names
-    return ears
+    return loaded
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_neox"])
-def test_the_ears_of_a_checkpoint_hear_as_the_model_without_its_llm(family, processor, tmp_path):
+def test_a_checkpoint_without_its_llm_encodes_as_the_model(family, processor, tmp_path):
     model = make_model(family, plora=True)
     model.save_pretrained(tmp_path)
-    assert_hears_the_same(tmp_path, model, processor)
-    assert load_ears(tmp_path)[1]
+    assert_encodes_the_same(tmp_path, model, processor)
+    assert load_without_llm(tmp_path)[1]
 
 
 @pytest.mark.parametrize("plora", [False, True])
-def test_the_ears_of_a_thin_checkpoint(plora, backbones, processor, tmp_path):
+def test_a_thin_checkpoint_without_its_llm_encodes_as_the_model(plora, backbones, processor, tmp_path):
     make_thin_model(backbones, plora=plora).save_pretrained(tmp_path)
     model = BlspKdForCausalLM.from_pretrained(tmp_path)
-    assert_hears_the_same(tmp_path, model, processor)
-    assert load_ears(tmp_path)[1] is plora
+    assert_encodes_the_same(tmp_path, model, processor)
+    assert load_without_llm(tmp_path)[1] is plora
 
 
 def test_a_dtype_of_choice(processor, tmp_path):
     make_model().to(torch.bfloat16).save_pretrained(tmp_path)
     model = BlspKdForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
-    ears = assert_hears_the_same(tmp_path, model, processor, dtype="float32")
-    assert {parameter.dtype for parameter in ears.parameters()} == {torch.float32}
-    assert load_ears(tmp_path)[0].dtype == torch.bfloat16
+    loaded = assert_encodes_the_same(tmp_path, model, processor, dtype="float32")
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
+    assert load_without_llm(tmp_path)[0].dtype == torch.bfloat16
 
 
 # -- batches ----------------------------------------------------------------------------------------------------------
 
 
 class Held:
-    """Ears whose first batch waits until it is let go, and the number of frames of the clips in each batch."""
+    """An encoder whose first batch waits until it is let go, and the number of frames of the clips in each batch."""
 
     def __init__(self, processor, **options):
         self.batches, self.let_go, self.has_begun = [], threading.Event(), threading.Event()
-        self.ears = Ears(make_model(), processor, Metrics(), **options)
-        self.processor, forward = processor, self.ears._forward
+        self.encoder = ClipEncoder(make_model(), processor, Metrics(), **options)
+        self.processor, forward = processor, self.encoder._forward
 
         def held(features):
             self.batches.append(
-                [each.shape[-1] // steps_per_frame(self.ears.model.config.speech_config) for each in features]
+                [each.shape[-1] // steps_per_frame(self.encoder.model.config.speech_config) for each in features]
             )
             self.has_begun.set()
             assert self.let_go.wait(30)
             return forward(features)
 
-        self.ears._forward = held
+        self.encoder._forward = held
 
-    def hear(self, seconds, seed=0) -> asyncio.Task:
+    def encode(self, seconds, seed=0) -> asyncio.Task:
         contents = clip(seconds, seed)
         features = self.processor.extract_features([(contents, SAMPLING_RATE)])["input_features"][0]
-        return asyncio.ensure_future(self.ears.hear(f"{seconds} {seed}", lambda: features))
+        return asyncio.ensure_future(self.encoder.encode(f"{seconds} {seed}", lambda: features))
 
     async def waiting(self, count):
-        while len(self.ears._waiting) < count:
+        while len(self.encoder._waiting) < count:
             await asyncio.sleep(0.01)
 
     async def begun(self):
@@ -123,7 +123,7 @@ def held(processor):
     yield make
     for each in made:
         each.let_go.set()
-        each.ears.close()
+        each.encoder.close()
 
 
 @pytest.mark.numerical
@@ -132,17 +132,17 @@ def test_clips_that_wait_are_encoded_together_by_length_up_to_a_budget(held):
     here = held(max_frames=150)
 
     async def law():
-        first = here.hear(0.3)
+        first = here.encode(0.3)
         await here.begun()
         tasks = []
         for count, seconds in enumerate([1.0, 4.0, 0.5, 0.9, 1.1, 0.55], 1):
-            tasks.append(here.hear(seconds))
+            tasks.append(here.encode(seconds))
             await here.waiting(count)
         here.let_go.set()
-        heard = await asyncio.gather(first, *tasks)
+        encoded = await asyncio.gather(first, *tasks)
         assert here.batches == [[15], [50, 45], [200], [25, 27], [55]]
-        for clip_of, seconds in zip(heard, [0.3, 1.0, 4.0, 0.5, 0.9, 1.1, 0.55]):
-            alone = heard_by(here.ears.model, here.processor, seconds)
+        for clip_of, seconds in zip(encoded, [0.3, 1.0, 4.0, 0.5, 0.9, 1.1, 0.55]):
+            alone = encoded_by(here.encoder.model, here.processor, seconds)
             torch.testing.assert_close(clip_of.speech_tokens, alone.pooler_output[0])
             torch.testing.assert_close(clip_of.token_times, alone.token_times[0])
 
@@ -153,9 +153,9 @@ def test_a_clip_that_nobody_waits_for_is_not_encoded(held):
     here = held()
 
     async def law():
-        first = here.hear(0.3)
+        first = here.encode(0.3)
         await here.begun()
-        left, kept = here.hear(0.5), here.hear(0.7)
+        left, kept = here.encode(0.5), here.encode(0.7)
         await here.waiting(2)
         left.cancel()
         await asyncio.sleep(0)
@@ -170,17 +170,20 @@ def test_beyond_the_places_clips_are_refused(held):
     here = held(max_waiting=3)
 
     async def law():
-        with here.ears.reserve(["a", "b"]), pytest.raises(Busy, match="Try again later") as busy:
-            with here.ears.reserve(["c", "d"]):
+        with here.encoder.reserve(["a", "b"]), pytest.raises(Busy, match="Try again later") as busy:
+            with here.encoder.reserve(["c", "d"]):
                 pass
         assert int(busy.value.response().headers["Retry-After"]) >= 1
-        with here.ears.reserve(["c", "d", "d", "e"]):
+        with here.encoder.reserve(["c", "d", "d", "e"]):
             pass
-        with pytest.raises(BadRequest, match="may have 3 new clips, but this one has 4"), here.ears.reserve([*"abcd"]):
+        with (
+            pytest.raises(BadRequest, match="may have 3 new clips, but this one has 4"),
+            here.encoder.reserve([*"abcd"]),
+        ):
             pass
         here.let_go.set()
-        await here.hear(0.3)
-        with here.ears.reserve(["0.3 0", *"abc"]):  # the first is remembered
+        await here.encode(0.3)
+        with here.encoder.reserve(["0.3 0", *"abc"]):  # the first is remembered
             pass
 
     run(law())
@@ -188,24 +191,24 @@ def test_beyond_the_places_clips_are_refused(held):
 
 def test_one_clip_that_fails_takes_no_other_with_it(held):
     here = held()
-    forward = here.ears._forward
+    forward = here.encoder._forward
 
     def failing(features):
         if 70 in [each.shape[-1] for each in features]:
             raise RuntimeError("out of memory")
         return forward(features)
 
-    here.ears._forward = failing
+    here.encoder._forward = failing
 
     async def law():
-        first = here.hear(0.3)
+        first = here.encode(0.3)
         await here.begun()
-        tasks = [here.hear(seconds) for seconds in (0.5, 0.7, 0.9)]
+        tasks = [here.encode(seconds) for seconds in (0.5, 0.7, 0.9)]
         await here.waiting(3)
         here.let_go.set()
         good, broken, also_good = await asyncio.gather(*tasks, return_exceptions=True)
         await first
-        assert isinstance(good, HeardClip) and isinstance(also_good, HeardClip)
+        assert isinstance(good, EncodedClip) and isinstance(also_good, EncodedClip)
         assert isinstance(broken, RuntimeError)
 
     run(law())
@@ -214,7 +217,7 @@ def test_one_clip_that_fails_takes_no_other_with_it(held):
 @pytest.mark.parametrize("dtype, vectors", [("float32", [[float("nan"), 1]]), ("float16", [[1e6, 1]]), ("float32", [])])
 def test_vectors_that_are_not_finite_do_not_reach_the_engine(dtype, vectors):
     """The engine answers them with an empty text, and the next request that gets their memory, too."""
-    clips = {"a": HeardClip(torch.tensor(vectors).reshape(-1, 2), None)}
+    clips = {"a": EncodedClip(torch.tensor(vectors).reshape(-1, 2), None)}
     messages = [{"role": "user", "content": [{"type": "audio", "key": "a"}]}]
     with pytest.raises(ServerError, match="not finite numbers"):
         with_speech(messages, clips, getattr(torch, dtype))
@@ -224,21 +227,21 @@ def test_closing_encodes_what_waits(held):
     here = held()
 
     async def law():
-        first = here.hear(0.3)
+        first = here.encode(0.3)
         await here.begun()
-        second = here.hear(0.5)
+        second = here.encode(0.5)
         await here.waiting(1)
         here.let_go.set()
-        await asyncio.to_thread(here.ears.close)
-        assert all(isinstance(each, HeardClip) for each in await asyncio.gather(first, second))
-        assert not here.ears.is_open
+        await asyncio.to_thread(here.encoder.close)
+        assert all(isinstance(each, EncodedClip) for each in await asyncio.gather(first, second))
+        assert not here.encoder.is_open
 
     run(law())
 
 
 def test_the_cache_forgets_what_was_not_used_for_longest():
     def clip_of(num_rows):
-        return HeardClip(torch.zeros(num_rows, 25), None)
+        return EncodedClip(torch.zeros(num_rows, 25), None)
 
     cache = ClipCache(max_bytes=1000)
     for name in "abc":
