@@ -99,9 +99,11 @@ class Held:
 
         self.encoder._forward = held
 
+    def features(self, seconds, seed=0):
+        return self.processor.extract_features([(clip(seconds, seed), SAMPLING_RATE)])["input_features"][0]
+
     def encode(self, seconds, seed=0) -> asyncio.Task:
-        contents = clip(seconds, seed)
-        features = self.processor.extract_features([(contents, SAMPLING_RATE)])["input_features"][0]
+        features = self.features(seconds, seed)
         return asyncio.ensure_future(self.encoder.encode(f"{seconds} {seed}", lambda: features))
 
     async def waiting(self, count):
@@ -162,6 +164,67 @@ def test_a_clip_that_nobody_waits_for_is_not_encoded(held):
         here.let_go.set()
         await asyncio.gather(first, kept)
         assert here.batches == [[15], [35]]
+
+    run(law())
+
+
+def test_a_clip_that_two_requests_bring_at_the_same_time_is_encoded_once(held):
+    """A follow-up question, or the same recording from many clients, was decoded and encoded once for each."""
+    here = held()
+
+    async def law():
+        first = here.encode(0.3)
+        await here.begun()
+        leaves, stays = here.encode(0.5), here.encode(0.5)
+        await here.waiting(1)
+        leaves.cancel()  # that began the work
+        await asyncio.sleep(0)
+        comes = here.encode(0.5)
+        here.let_go.set()
+        [_, kept, joined] = await asyncio.gather(first, stays, comes)
+        assert leaves.cancelled() and joined is kept and here.batches == [[15], [25]]
+        alone = encoded_by(here.encoder.model, here.processor, 0.5)
+        torch.testing.assert_close(kept.speech_tokens, alone.pooler_output[0])
+        lookups = here.encoder.metrics.registry.get_sample_value
+        assert [lookups("blsp_kd_cache_lookups_total", {"result": each}) for each in ("miss", "shared")] == [2, 2]
+
+    run(law())
+
+
+@pytest.mark.parametrize("num_calls", [1, 2])
+def test_a_clip_that_all_have_left_may_come_again(num_calls, held):
+    here = held()
+
+    async def law():
+        first = here.encode(0.3)
+        await here.begun()
+        calls = [here.encode(0.5) for _ in range(num_calls)]
+        await here.waiting(1)
+        for call in calls:
+            call.cancel()
+        await asyncio.sleep(0)
+        again = here.encode(0.5)
+        await here.waiting(2)
+        here.let_go.set()
+        await asyncio.gather(first, again)
+        assert here.batches == [[15], [25]] and not here.encoder._in_work
+
+    run(law())
+
+
+def test_a_clip_that_fails_fails_for_all_who_wait_for_it_and_is_tried_again(held):
+    here = held()
+    here.let_go.set()
+
+    def broken():
+        raise ValueError("cannot be decoded")
+
+    async def law():
+        calls = [here.encoder.encode("key", broken) for _ in range(2)]
+        errors = await asyncio.gather(*calls, return_exceptions=True)
+        assert [str(error) for error in errors] == ["cannot be decoded"] * 2
+        features = here.features(0.5)
+        assert len((await here.encoder.encode("key", lambda: features)).speech_tokens) > 0
 
     run(law())
 

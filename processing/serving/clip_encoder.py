@@ -39,6 +39,14 @@ class _Waiting:
     since: float = field(default_factory=time.monotonic)
 
 
+@dataclass(eq=False)
+class _Work:
+    """A clip that is being encoded, and for how many calls."""
+
+    task: asyncio.Task
+    num_calls: int = 0
+
+
 class ClipEncoder:
     """Encoder and adapter of one model, for coroutines.
 
@@ -66,7 +74,8 @@ class ClipEncoder:
         self.max_frames, self.max_waiting = max_frames, max_waiting
         self.cache = ClipCache(cache_bytes)
         self._time_axis = window_of(model.config.speech_config)[1]
-        self._num_held = 0  # places that are taken; touched by the event loop alone
+        # Touched by the event loop alone: places that are taken, and clips in work by their hashes.
+        self._num_held, self._in_work = 0, dict[str, _Work]()
         self._seconds_per_clip = FIRST_GUESS_S
         self._waiting: list[_Waiting] = []
         self._changed = threading.Condition()
@@ -118,7 +127,9 @@ class ClipEncoder:
         self.metrics.waiting_clips.set(self._num_held)
 
     async def encode(self, key: str, read_features: Callable[[], np.ndarray]) -> EncodedClip:
-        """Return an encoded clip. The clip of a cancelled call is not encoded any more, unless it already is.
+        """Return an encoded clip. Calls for the same clip at the same time share the work.
+
+        If all of them are cancelled, the clip is not encoded any more, unless it already is.
 
         Args:
             key (`str`): hash of the clip's contents.
@@ -128,10 +139,24 @@ class ClipEncoder:
             Exception: of any kind, raised by `read_features`, or by the model.
             ServerError: the encoder is closed.
         """
-        cached = self.cache.get(key)
-        self.metrics.cache_lookups.labels("miss" if cached is None else "hit").inc()
+        cached, work = self.cache.get(key), self._in_work.get(key)
+        result = "hit" if cached is not None else "miss" if work is None else "shared"
+        self.metrics.cache_lookups.labels(result).inc()
         if cached is not None:
             return cached
+        if work is None:
+            work = self._in_work[key] = _Work(asyncio.ensure_future(self._encode_new(key, read_features)))
+        work.num_calls += 1
+        try:
+            # Shielded, because the cancellation of one call is not that of the others.
+            return await asyncio.shield(work.task)
+        finally:
+            work.num_calls -= 1
+            if work.num_calls == 0:
+                work.task.cancel()  # which does nothing if it is done
+                del self._in_work[key]
+
+    async def _encode_new(self, key: str, read_features: Callable[[], np.ndarray]) -> EncodedClip:
         features = await asyncio.get_running_loop().run_in_executor(self._decoders, read_features)
         num_frames = math.ceil(features.shape[self._time_axis - 1] / steps_per_frame(self.model.config.speech_config))
         waiting = _Waiting(features, num_frames)
