@@ -3,6 +3,7 @@
 The last tests kill the engine, and end the front.
 """
 
+import base64
 import os
 import signal
 import threading
@@ -16,8 +17,11 @@ if not os.environ.get("CI"):
 
 import httpx
 import openai
+import soundfile
 
+from modeling_blsp_kd.training.building import LOG_MEL_MAX
 from processing import BlspKdSpeechRecognitionPipeline
+from processing.speech_features import with_log_mel_max
 from tests.helpers.audio_files import encode
 from tests.helpers.engine_requests import TINY_WORLD, tiny_world
 from tests.helpers.fronts import audio_block
@@ -113,6 +117,57 @@ def test_openais_client_is_told_what_is_wrong(client):
         client.with_options(api_key="wrong").models.list()
     with pytest.raises(openai.BadRequestError, match="maximum context length is 512"):
         client.chat.completions.create(model=NAME, messages=[{"role": "user", "content": "the cat " * 1000}])
+
+
+@pytest.fixture(scope="module")
+def realtime(engines):
+    """OpenAI's client of a front whose model streams, which the tiny world's was not trained to do; and its session."""
+    folder, engine = engines
+    model, processor = tiny_world()
+    model.config.streaming = {"chunk_ms": 320}
+    processor.feature_extractor = with_log_mel_max(processor.feature_extractor, LOG_MEL_MAX)
+    for part in (model, processor):
+        part.save_pretrained(folder / "streaming")
+    options = ("--served_name", NAME, "--read_ahead_tokens", 2)
+    front = start_front(folder / "streaming", engine, folder / "realtime.log", *options, BLSP_KD_API_KEY=KEY)
+    try:
+        front.wait_until_ready("/ready")
+        with openai.OpenAI(base_url=f"{front.url}/v1", api_key=KEY, timeout=60, max_retries=0) as client:
+            yield front, client, processor.listen(model, instruction="Repeat the words.", sampling_rate=16_000)
+    finally:
+        front.kill()
+
+
+def test_openais_client_streams_speech_and_gets_the_answer_of_a_session(realtime):
+    front, client, session = realtime
+    samples, _ = soundfile.read(TINY_WORLD / "clips" / "bottles.flac", dtype="int16")
+    session.push(samples)
+    expected = "".join(session.answer(do_sample=False, max_new_tokens=8))
+    audio = {"input": {"format": {"type": "audio/pcm", "rate": 16_000}}}
+    with client.realtime.connect(model=NAME) as connection:
+        connection.session.update(
+            session={"type": "realtime", "audio": audio, "temperature": 0, "max_output_tokens": 8}
+        )
+        content = [{"type": "input_text", "text": "Repeat the words."}]
+        connection.conversation.item.create(item={"type": "message", "role": "user", "content": content})
+        for start in range(0, len(samples), 3200):
+            piece = samples[start : start + 3200].tobytes()
+            connection.input_audio_buffer.append(audio=base64.b64encode(piece).decode())
+        connection.input_audio_buffer.commit()
+        connection.response.create()
+        deltas = []
+        for event in connection:
+            assert event.type != "error", event
+            if event.type == "response.output_text.delta":
+                deltas.append(event.delta)
+            if event.type == "response.done":
+                break
+    assert "".join(deltas) == event.response.output[0].content[0].text == expected
+    assert event.response.usage.output_tokens > 0
+    metrics = httpx.get(f"{front.url}/metrics", trust_env=False).text
+    assert 'blsp_kd_realtime_read_ahead_total{status="200"}' in metrics
+    with pytest.raises(Exception, match="401"), client.with_options(api_key="wrong").realtime.connect(model=NAME):
+        pass
 
 
 def test_a_client_may_leave_a_stream(front, client):

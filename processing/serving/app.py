@@ -11,11 +11,13 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import Route, WebSocketRoute
 
 from .errors import BadRequest, ServerError, ServingError
 from .front import Front
 from .middleware import Gate
+from .realtime.connection import MAX_EVENT_BYTES
+from .realtime.sessions import Realtime
 from .requests import ClientGone
 from .routes import Routes
 
@@ -29,6 +31,7 @@ def make_app(front: Front) -> Starlette:
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         yield
+        realtime.close()
         await asyncio.to_thread(front.encoder.close)
         await front.engine.close()
 
@@ -48,12 +51,13 @@ def make_app(front: Front) -> Starlette:
     async def answer_unexpected(request: Request, error: Exception) -> Response:
         return ServerError(f"Something unexpected went wrong here: {type(error).__name__}.").response()
 
-    routes, get, post = Routes(front), ["GET"], ["POST"]
+    routes, realtime, get, post = Routes(front), Realtime(front), ["GET"], ["POST"]
     gate = Middleware(Gate, front.metrics, api_key=front.settings.api_key, max_requests=front.settings.max_requests)
     return Starlette(
         routes=[
             Route("/v1/chat/completions", routes.chat_completions, methods=post),
             Route("/v1/audio/transcriptions", routes.transcriptions, methods=post),
+            WebSocketRoute("/v1/realtime", realtime.serve),
             Route("/v1/models", routes.models, methods=get),
             Route("/v1/models/{name:path}", routes.model, methods=get),
             Route("/health", routes.health, methods=get),
@@ -79,6 +83,7 @@ def serve(front: Front):
         make_app(front),
         host=settings.host,
         port=settings.port,
+        ws_max_size=MAX_EVENT_BYTES,
         timeout_graceful_shutdown=round(settings.shutdown_s),
         log_level="info",
     )

@@ -6,7 +6,7 @@ Follows the OpenAI API of vLLM. Leaves out: whether engine and model fit togethe
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 
 import httpx
@@ -75,7 +75,7 @@ class Engine:
                 await response.aread()
         return response
 
-    async def pieces_of(self, response: httpx.Response, begin: float) -> AsyncIterator[bytes]:
+    async def pieces_of(self, response: httpx.Response, begin: float) -> AsyncGenerator[bytes, None]:
         """Yield a streamed answer as it comes; if it breaks off, the last piece is an event that tells the error.
 
         Args:

@@ -23,6 +23,14 @@ class Metrics:
             "engine_first_byte_seconds", "From a request to the engine to the first byte of its answer.", **seconds
         )
         self.engine_s = Histogram("engine_seconds", "From a request to the engine to the end of its answer.", **seconds)
+        self.sessions = Gauge("realtime_sessions", "Realtime sessions that are open.", **own)
+        self.session_s = Histogram("realtime_session_seconds", "How long a realtime session was open.", **seconds)
+        self.read_ahead = Counter(
+            "realtime_read_ahead", "Requests that had the engine read on while one spoke.", ["status"], **own
+        )
+        self.first_delta_s = Histogram(
+            "realtime_first_delta_seconds", "From the creation of a realtime response to its first text.", **seconds
+        )
         self.cancelled = Counter("cancelled_requests", "Requests whose client went away.", **own)
 
     def render(self) -> bytes:

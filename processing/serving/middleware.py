@@ -1,12 +1,14 @@
 """What holds for every request before a route sees it: the key, the number that is answered at once, and the count.
 
-A request counts until the last byte of its answer is sent, streams included.
+A request counts until the last byte of its answer is sent, streams included. Realtime sessions need the key, too, and
+are bounded by `realtime/sessions.py`.
 """
 
 import hmac
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.websockets import WebSocket
 
 from .errors import Busy, ServingError, Unauthorized
 from .metrics import Metrics
@@ -27,8 +29,16 @@ class Gate:
         self.num_running = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send):
-        if scope["type"] != "http" or not scope["path"].startswith(PROTECTED):
+        if scope["type"] not in ("http", "websocket") or not scope["path"].startswith(PROTECTED):
             await self.app(scope, receive, send)
+            return
+        if scope["type"] == "websocket":
+            try:
+                self._check_key(scope)
+            except ServingError as error:
+                await WebSocket(scope, receive, send).send_denial_response(error.response())
+            else:
+                await self.app(scope, receive, send)
             return
 
         async def counting(message: Message):
@@ -38,7 +48,9 @@ class Gate:
 
         self._hold(1)
         try:
-            self._check(scope)
+            self._check_key(scope)
+            if self.num_running > self.max_requests:
+                raise Busy(f"{self.max_requests} requests are being answered, as many as are at once.")
             await self.app(scope, receive, counting)
         except ServingError as error:
             await error.response()(scope, receive, counting)
@@ -49,13 +61,11 @@ class Gate:
         self.num_running += num_requests
         self.metrics.requests_running.set(self.num_running)
 
-    def _check(self, scope: Scope):
+    def _check_key(self, scope: Scope):
         if self.api_key is not None:
             given = Headers(scope=scope).get("authorization", "").removeprefix("Bearer ")
             if not hmac.compare_digest(given.encode(), self.api_key.encode()):
                 raise Unauthorized("The API key is missing or wrong. Send it as 'Authorization: Bearer KEY'.")
-        if self.num_running > self.max_requests:
-            raise Busy(f"{self.max_requests} requests are being answered, as many as are at once.")
 
     @staticmethod
     def _route_of(scope: Scope) -> str:

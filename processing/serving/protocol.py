@@ -42,14 +42,20 @@ class ChatRequest(BaseModel):
         Raises:
             BadRequest: it is no JSON object, or a field is wrong or refused.
         """
-        body = _object_of(contents)
+        body = object_of(contents)
         refused = [name for name in REFUSED_FIELDS if body.get(name) is not None]
         if refused:
             raise BadRequest(f"The field {refused[0]!r} is not accepted here. Leave it out.", refused[0])
-        return _validated(cls, {**body, "body": body})
+        return validated(cls, {**body, "body": body})
 
 
-def _object_of(contents: bytes) -> dict:
+def object_of(contents: bytes) -> dict:
+    """Return a JSON object.
+
+    Raises:
+        BadRequest: it is none.
+    """
+
     def refuse(constant: str):
         raise ValueError(f"{constant} is no JSON")
 
@@ -99,13 +105,18 @@ class TranscriptionRequest(BaseModel):
                 fields[name] = values[0]
             elif values[0] not in ("", "false"):
                 raise BadRequest(f"{WITHOUT_MEANING[name]} Leave out {name!r}.", name)
-        request = _validated(cls, fields)
+        request = validated(cls, fields)
         if request.timestamp_granularities and request.response_format != "verbose_json":
             raise BadRequest("timestamp_granularities needs response_format 'verbose_json'.", "timestamp_granularities")
         return request
 
 
-def _validated(kind: type, fields: dict) -> Any:
+def validated(kind: type, fields: dict) -> Any:
+    """Return fields as an object of `kind`, a pydantic model.
+
+    Raises:
+        BadRequest: a field is missing, wrong or unknown.
+    """
     try:
         return kind(**fields)
     except ValidationError as error:

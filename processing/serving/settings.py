@@ -45,6 +45,12 @@ class Settings(BaseModel):
     encoder_timeout_s: POSITIVE = Field(60.0, description="until a request's clips are encoded")
     engine_timeout_s: POSITIVE = Field(300.0, description="of silence of the engine")
     engine_wait_s: POSITIVE = Field(600.0, description="until the engine answers at the start")
+    max_sessions: COUNT = Field(16, description="realtime sessions that may be open; beyond, status 429")
+    max_session_s: POSITIVE = Field(3600.0, description="of a realtime session")
+    session_idle_s: POSITIVE = Field(60.0, description="of silence of a realtime client")
+    read_ahead_tokens: COUNT = Field(
+        16, description="new speech tokens after which the engine reads on while one speaks (a block of its cache)"
+    )
     shutdown_s: POSITIVE = Field(30.0, description="for running requests after SIGTERM")
     api_key: str | None = Field(
         default_factory=lambda: os.environ.get("BLSP_KD_API_KEY"),
