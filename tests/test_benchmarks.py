@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.benchmarks import __main__ as benchmark_command
-from tests.benchmarks import report
+from tests.benchmarks import report, serving
 from tests.benchmarks.__main__ import BENCHMARKS
 
 REPOSITORY = Path(__file__).parents[1]
@@ -115,3 +115,21 @@ def test_the_summary_shows_figures_that_were_measured():
     assert len(figures) > 40
     measured = (REPOSITORY / "docs" / "benchmarks.md").read_text()
     assert [figure for figure in figures if figure not in measured] == []
+
+
+def test_the_figures_of_serving():
+    """Of made-up rounds: the ratio is that within a repeat, and what failed is told and no time."""
+
+    def rounds(seconds, *errors):
+        answers = [{"first_s": 0.5, "all_s": 1.0, "text": "yes", "error": None}] * (4 - len(errors))
+        answers += [{"first_s": 0.0, "all_s": 0.0, "text": "", "error": error} for error in errors]
+        return [{"seconds": each, "cpu_seconds": each / 2, "answers": answers} for each in seconds]
+
+    servers = {serving.FRONT: rounds([1.0, 2.0, 1.0]), serving.PEER: rounds([2.0, 8.0, 3.0], "status 500: no")}
+    where = report.machine(torch.device("cpu"), torch.float32, "wall")
+    where |= {"usable_cores": 1, "engine": "vllm", "load_average_after": 0.0}
+    text = serving.markdown(where, [{"llm": "tiny", "clients": 8, "servers": servers}])
+    assert "| tiny | 8 | requests/s | 4 [2-4] | 1.33 [0.5-2] | 3 [2-4] |" in text
+    assert "| tiny | 8 | requests/s of CPU | 8 [4-8] | 2.67 [1-4] | 3 [2-4] |" in text
+    assert "| tiny | 8 | first token, s | 0.5, 0.5 | 0.5, 0.5 | |" in text
+    assert "| tiny | 8 | answered | 12 of 12 | 9 of 12 | 9 equal |" in text and "Failed: status 500: no" in text
