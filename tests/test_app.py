@@ -4,6 +4,7 @@ The browser tests need Chromium on the PATH (Debian: apt-get install chromium) a
 skipped, unless the environment variable CI is set: then they fail.
 """
 
+import contextlib
 import html
 import os
 import re
@@ -182,8 +183,9 @@ def url(listener, clips):
     hook.remove()
 
 
-@pytest.fixture(scope="module")
-def browser():
+@contextlib.contextmanager
+def launch_browser(*options):
+    """Start Chromium with a microphone that beeps (unless an option says otherwise), and no question about its use."""
     names = ("chromium", "chromium-browser", "google-chrome")
     executable = next(filter(None, map(shutil.which, names)), None)
     try:
@@ -194,11 +196,17 @@ def browser():
         missing = f"The browser tests need playwright and one of {', '.join(names)} on the PATH."
         pytest.fail(missing) if os.environ.get("CI") else pytest.skip(missing)
     with sync_playwright() as playwright:
-        # A microphone that beeps, and no question whether it may be used.
         microphone = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
-        browser = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox", *microphone])
+        arguments = ["--no-sandbox", *microphone, *options]
+        browser = playwright.chromium.launch(executable_path=executable, args=arguments)
         yield browser
         browser.close()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with launch_browser() as browser:
+        yield browser
 
 
 @pytest.fixture

@@ -66,9 +66,7 @@ class Listener:
             hearing = hear(self.model, self.processor, audio, instruction, (transcript or "").strip() or None)
             picture = as_html(hearing)
         except (OSError, TypeError, ValueError) as error:
-            # A visitor must not learn the folder of uploads on this machine.
-            problem = str(error).replace(str(path), Path(path or "").name)
-            yield answer, picture, f'<p class="problem" role="alert">{html.escape(problem)}</p>'
+            yield answer, picture, problem_of(error, path)
         else:
             yield answer, picture, ""
 
@@ -100,6 +98,12 @@ class Listener:
                 answer += text
                 yield answer
             generated.result()
+
+
+def problem_of(error: Exception, path: str | None = None) -> str:
+    """Return an error as HTML, without the folder of uploads on this machine, which visitors must not learn."""
+    text = str(error) if path is None else str(error).replace(path, Path(path).name)
+    return f'<p class="problem" role="alert">{html.escape(text)}</p>'
 
 
 def as_html(hearing: Hearing) -> str:

@@ -2,7 +2,8 @@
 
     serve("outputs/default", "examples/tiny_world/clips")
 
-Needs the extra `demo`; fetches nothing from other servers while it runs. `listener.py` answers, this file lays out.
+Needs the extra `demo`; fetches nothing from other servers while it runs. `listener.py` answers clips, `talk.py` talks
+with visitors if the model streams, and this file lays out.
 Host and port are those of GRADIO_SERVER_NAME and GRADIO_SERVER_PORT.
 """
 
@@ -16,9 +17,12 @@ from modeling_blsp_kd.devices import fast_dtype
 from processing.manifests import read_objects
 
 from .listener import MAX_DURATION_S, NARROW_BELOW_PX, Listener
+from .talk import Talker, understood
 
 MAX_FILE_SIZE = "20mb"
 MAX_WAITING = 16
+# How often a browser sends what was said, and how long it may do so without a stop, seconds.
+PIECE_S, MAX_TALK_S = 0.3, 600
 
 ABOUT = """# An LLM with ears
 Say something or choose a clip, tell the LLM what to do with it, and see its answer and what it heard."""
@@ -62,48 +66,87 @@ def build_page(listener: Listener, clips: list[dict]) -> gr.Blocks:
     instructions = list(dict.fromkeys(row["instruction"] for row in clips))
     with gr.Blocks(title="An LLM with ears", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gr.Markdown(ABOUT)
-        with gr.Row():
-            with gr.Column():
-                audio = gr.Audio(
-                    label=f"Audio, up to {MAX_DURATION_S:g} s",
-                    sources=["upload", "microphone"],
-                    type="filepath",
-                    editable=False,
-                    buttons=[],
-                )
-                gr.Markdown("No microphone? Choose a clip:", visible=bool(examples))
-                with gr.Row():
-                    choices = [gr.Button(f"“{row['text']}”", size="sm", min_width=220) for row in examples.values()]
-            with gr.Column():
-                instruction = gr.Dropdown(
-                    instructions,
-                    value=instructions[0] if instructions else "",
-                    label="Instruction (choose one, or write your own)",
-                    allow_custom_value=True,
-                )
-                transcript = gr.Textbox(
-                    label="Transcript (if you know it: shows how close hearing comes to reading)", max_lines=3
-                )
-                ask = gr.Button("Ask", variant="primary")
-                problem = gr.HTML()
-                answer = gr.Textbox(label="Answer", interactive=False, max_lines=8)
-        picture = gr.HTML()
-
-        for choice, row in zip(choices, examples.values()):
-            choice.click(
-                lambda row=row: (row["file_name"], row["instruction"], row["text"]),
-                outputs=[audio, instruction, transcript],
-                show_progress="hidden",
-                api_visibility="private",
-            )
-        ask.click(
-            listener.respond,
-            inputs=[audio, instruction, transcript],
-            outputs=[answer, picture, problem],
-            show_progress="minimal",
-            api_name="answer",
-        )
+        if listener.model.config.streaming is not None:
+            with gr.Tab("Talk"):
+                _lay_out_talk(Talker(listener.model, listener.processor, listener.max_new_tokens), instructions)
+        with gr.Tab("Clips") if listener.model.config.streaming is not None else gr.Column():
+            _lay_out_clips(listener, examples, instructions)
     return page.queue(max_size=MAX_WAITING, default_concurrency_limit=1)
+
+
+def _lay_out_clips(listener: Listener, examples: dict[str, dict], instructions: list[str]):
+    """Lay out a clip, what to do with it, the answer, and the picture."""
+    with gr.Row():
+        with gr.Column():
+            audio = gr.Audio(
+                label=f"Audio, up to {MAX_DURATION_S:g} s",
+                sources=["upload", "microphone"],
+                type="filepath",
+                editable=False,
+                buttons=[],
+            )
+            gr.Markdown("No microphone? Choose a clip:", visible=bool(examples))
+            with gr.Row():
+                choices = [gr.Button(f"“{row['text']}”", size="sm", min_width=220) for row in examples.values()]
+        with gr.Column():
+            instruction = _instruction(instructions)
+            transcript = gr.Textbox(
+                label="Transcript (if you know it: shows how close hearing comes to reading)", max_lines=3
+            )
+            ask = gr.Button("Ask", variant="primary")
+            problem = gr.HTML()
+            answer = gr.Textbox(label="Answer", interactive=False, max_lines=8)
+    picture = gr.HTML()
+
+    for choice, row in zip(choices, examples.values()):
+        choice.click(
+            lambda row=row: (row["file_name"], row["instruction"], row["text"]),
+            outputs=[audio, instruction, transcript],
+            show_progress="hidden",
+            api_visibility="private",
+        )
+    ask.click(
+        listener.respond,
+        inputs=[audio, instruction, transcript],
+        outputs=[answer, picture, problem],
+        show_progress="minimal",
+        api_name="answer",
+    )
+
+
+def _lay_out_talk(talker: Talker, instructions: list[str]):
+    """Lay out a microphone that is read while one speaks, what was understood so far, and the answer."""
+    talk, num_ended = gr.State(), gr.State(0)
+    with gr.Row():
+        with gr.Column():
+            microphone = gr.Audio(label="Microphone", sources=["microphone"], type="filepath", streaming=True)
+            instruction = _instruction(instructions)
+        with gr.Column():
+            so_far = gr.HTML(understood(None), label="Understood so far")
+            problem = gr.HTML()
+            answer = gr.Textbox(label="Answer", interactive=False, max_lines=8)
+    hidden: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+    microphone.start_recording(lambda: (None, 0, "", ""), outputs=[talk, num_ended, problem, answer], **hidden)
+    microphone.stream(
+        talker.push,
+        inputs=[microphone, instruction, talk],
+        outputs=[talk, num_ended, so_far, problem],
+        stream_every=PIECE_S,
+        time_limit=MAX_TALK_S,
+        **hidden,
+    )
+    # When one has stopped speaking, or recording.
+    for stops in (num_ended.change, microphone.stop_recording):
+        stops(talker.answer, inputs=talk, outputs=[answer, problem], **hidden)
+
+
+def _instruction(instructions: list[str]) -> gr.Dropdown:
+    return gr.Dropdown(
+        instructions,
+        value=instructions[0] if instructions else "",
+        label="Instruction (choose one, or write your own)",
+        allow_custom_value=True,
+    )
 
 
 def launch(page: gr.Blocks, clips_folder: str | Path, **options) -> Any:
