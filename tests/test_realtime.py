@@ -134,6 +134,27 @@ def test_two_turns_are_answered_as_a_session_in_this_process_does(world, front, 
     run(law())
 
 
+def test_a_turn_is_transcribed_if_a_client_asks_for_that(world, front):
+    model, processor = world
+    session = processor.listen(model, instruction=processor.transcription_instruction, sampling_rate=RATE)
+    session.push(samples_of("soup"))
+    expected = "".join(session.answer(do_sample=False))
+    event = "conversation.item.input_audio_transcription"
+
+    async def law():
+        async with front() as served, connected(served.app, PATH) as client:
+            update(client, audio={"transcription": {"model": NAME}})
+            speak(client, samples_of("soup"))
+            client.send("input_audio_buffer.commit")
+            item = (await client.until("input_audio_buffer.committed"))["item_id"]
+            done = await client.until(f"{event}.completed")
+            assert done["transcript"] == expected and done["item_id"] == item and done["usage"]["output_tokens"] > 0
+            deltas = [each["delta"] for each in client.received if each["type"] == f"{event}.delta"]
+            assert len(deltas) > 1 and "".join(deltas) == expected
+
+    run(law())
+
+
 def test_silence_ends_a_turn_if_a_client_asks_for_that(front):
     silence = samples_of("bottles")[:1] * 0
 
@@ -192,7 +213,10 @@ def test_what_is_wrong_is_told_in_an_error_event_and_the_session_goes_on(front):
         ({"type": "response.create", "response": {"tools": []}}, "tools"),
         ({"type": "session.update", "session": {"voice": "x"}}, "voice"),
         ({"type": "session.update", "session": {"model": "other"}}, "not served"),
-        ({"type": "session.update", "session": {"audio": {"input": {"transcription": {}}}}}, "transcription"),
+        (
+            {"type": "session.update", "session": {"audio": {"input": {"transcription": {"language": "en"}}}}},
+            "language",
+        ),
         ({"type": "conversation.item.delete", "item_id": "x"}, "no item"),
         ({"type": "conversation.item.create", "item": {"type": "function_call"}}, "item"),
         ({"type": "output_audio_buffer.clear"}, "Unknown type"),

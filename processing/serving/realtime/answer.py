@@ -6,7 +6,8 @@ Leaves out: the conversation, and when it is answered (`session.py`).
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
 from typing import Any
 
 from transformers.utils import logging
@@ -48,7 +49,7 @@ class Answer:
         place = {"response_id": self.id, "item_id": self.item_id, "output_index": 0, "content_index": 0}
         try:
             await self._send("response.created", response=self.shown("in_progress"))
-            async for chunk in self._chunks(await request()):
+            async for chunk in chunks_of(self.front, await request()):
                 usage = chunk.get("usage") or usage
                 for choice in chunk.get("choices", []):
                     if text := choice["delta"].get("content"):
@@ -61,14 +62,14 @@ class Answer:
         except asyncio.CancelledError:
             status, details = "cancelled", {"type": "cancelled", "reason": "client_cancelled"}
         except ServingError as error:
-            status, details = "failed", _failed(error)
+            status, details = "failed", failure(error)
         except Exception as error:
             logger.exception("A realtime response failed.")
             status = "failed"
-            details = _failed(ServerError(f"Something unexpected went wrong here: {type(error).__name__}."))
+            details = failure(ServerError(f"Something unexpected went wrong here: {type(error).__name__}."))
         if self._pieces:
             await self._send("response.output_text.done", **place, text=self.text)
-        return {"status": status, "status_details": details, "usage": _usage(usage)}
+        return {"status": status, "status_details": details, "usage": usage_of(usage)}
 
     def shown(self, status: str, **fields: Any) -> dict:
         """Return the response in the form of the protocol."""
@@ -82,36 +83,36 @@ class Answer:
             await self._send("response.output_item.done", response_id=self.id, output_index=0, item=each)
         await self._send("response.done", response=self.shown(status, **fields, output=output))
 
-    async def _chunks(self, body: dict) -> AsyncIterator[dict]:
-        """Yield the chunks of the engine's answer.
 
-        Raises:
-            ServingError: there is none, or it breaks off.
-        """
-        engine, begin = self.front.engine, time.monotonic()
-        stream = await engine.open_stream(body)
-        if stream.status_code != 200:
-            raise EngineRefused(stream.status_code, stream.content)
-        pieces, rest = engine.pieces_of(stream, begin), b""
-        try:
-            async for piece in pieces:
-                *lines, rest = (rest + piece).split(b"\n")
-                for line in lines:
-                    data = line.removeprefix(b"data:").strip()
-                    if line.startswith(b"data:") and data != b"[DONE]":
-                        chunk = json.loads(data)
-                        if "error" in chunk:
-                            raise ServerError(str(chunk["error"].get("message")))
-                        yield chunk
-        finally:
-            await pieces.aclose()
+async def chunks_of(front: Front, body: dict) -> AsyncGenerator[dict, None]:
+    """Yield the chunks of the engine's answer to a request.
+
+    Raises:
+        ServingError: there is none, or it breaks off.
+    """
+    engine, begin = front.engine, time.monotonic()
+    stream = await engine.open_stream(body)
+    if stream.status_code != 200:
+        raise EngineRefused(stream.status_code, stream.content)
+    rest = b""
+    async with aclosing(engine.pieces_of(stream, begin)) as pieces:
+        async for piece in pieces:
+            *lines, rest = (rest + piece).split(b"\n")
+            for line in lines:
+                data = line.removeprefix(b"data:").strip()
+                if line.startswith(b"data:") and data != b"[DONE]":
+                    chunk = json.loads(data)
+                    if "error" in chunk:
+                        raise ServerError(str(chunk["error"].get("message")))
+                    yield chunk
 
 
-def _failed(error: ServingError) -> dict:
+def failure(error: ServingError) -> dict:
+    """Return an error in the form of a response's details."""
     return {"type": "failed", "error": {"type": error.kind, "code": str(error.status), "message": str(error)}}
 
 
-def _usage(usage: dict | None) -> dict | None:
+def usage_of(usage: dict | None) -> dict | None:
     """Return the engine's usage in the form of the protocol."""
     if usage is None:
         return None

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from processing.spoken_inputs import user_turn
+
 from ..clip_cache import EncodedClip
 from ..errors import BadRequest
 from ..front import Front
@@ -15,6 +17,8 @@ from ..speech_parts import read_messages
 
 # Key of the speech that is not committed yet.
 CURRENT = "current"
+# Fields of a request whose answer is streamed.
+STREAMED: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}}
 
 
 def new_id(kind: str) -> str:
@@ -122,6 +126,13 @@ class Conversation:
             else:
                 messages.append({"role": "user", "content": [*item["blocks"]]})
         return self.front.request_to_engine(body, messages, clips)
+
+    def transcript_request(self, item_id: str) -> dict:
+        """Return the request to the engine that asks for what is said in an item."""
+        [turn] = user_turn(self.front.processor.transcription_instruction)
+        content = [{**block, "key": item_id} if block["type"] == "audio" else block for block in turn["content"]]
+        body = {**STREAMED, "temperature": 0}
+        return self.front.request_to_engine(body, [{**turn, "content": content}], {item_id: self._clips[item_id]})
 
 
 def shown(item: dict, is_complete: bool = True) -> dict:

@@ -40,10 +40,16 @@ class TurnDetection(_Fields):
     interrupt_response: StrictBool = True
 
 
+class Transcription(_Fields):
+    """A transcript of each turn, by the model itself."""
+
+    model: str | None = None
+
+
 class AudioInput(_Fields):
     format: PcmFormat = PcmFormat()
     turn_detection: TurnDetection | None = None
-    transcription: None = None
+    transcription: Transcription | None = None
     noise_reduction: None = None
 
 

@@ -13,9 +13,10 @@ from typing import Any
 from ..errors import BadRequest, ServingError
 from ..front import Front
 from .answer import Answer
-from .conversation import Conversation, shown
+from .conversation import STREAMED, Conversation, shown
 from .events import SessionOptions
 from .live_speech import LiveSpeech
+from .transcript import transcribe
 
 
 class Session:
@@ -36,6 +37,7 @@ class Session:
         self.conversation = Conversation(front)
         self._answering: asyncio.Task | None = None
         self._reading_ahead: asyncio.Task | None = None
+        self._transcribing: set[asyncio.Task] = set()
         self._begin_turn()
         self._handlers: dict[str, Callable[[Any], Awaitable[None]]] = {
             "session.update": self._update,
@@ -66,13 +68,15 @@ class Session:
 
     def stop(self):
         """Stop what is running, because the client has gone."""
-        for task in (self._answering, self._reading_ahead):
+        for task in (self._answering, self._reading_ahead, *self._transcribing):
             if task is not None:
                 task.cancel()
 
     async def _update(self, event: Any):
         options = self.options.updated(event.session)
-        self.front.check_model(options.model)
+        transcription = options.audio.input.transcription
+        for name in (options.model, transcription and transcription.model):
+            self.front.check_model(name)
         self.conversation.check_texts(options.instructions)
         if options.audio != self.options.audio:
             if self._speech.duration_s > 0:
@@ -131,6 +135,11 @@ class Session:
         self._begin_turn()
         await self._send("input_audio_buffer.committed", previous_item_id=previous, item_id=item["id"])
         await self._tell(item, previous)
+        if self.options.audio.input.transcription is not None:
+            request = self.conversation.transcript_request(item["id"])
+            task = asyncio.create_task(transcribe(self.front, self._send, item["id"], request))
+            self._transcribing.add(task)
+            task.add_done_callback(self._transcribing.discard)
 
     async def _clear(self, event: Any):
         self._begin_turn()
@@ -166,7 +175,7 @@ class Session:
         given = {} if event is None else event.response.model_dump(exclude_none=True)
         options = self.options.updated(given)
         self.conversation.check_texts(options.instructions)
-        body: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}}
+        body = dict(STREAMED)
         if isinstance(options.max_output_tokens, int):
             body["max_tokens"] = options.max_output_tokens
         if options.temperature is not None:
