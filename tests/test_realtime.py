@@ -10,6 +10,7 @@ import io
 import json
 import os
 
+import httpx
 import pytest
 import soundfile
 import torch
@@ -198,6 +199,51 @@ def test_a_cancelled_answer_stays_as_far_as_it_was_said(front, engine_app):
             engine_app.state.before_answer = None
             client.send("response.create")
             assert (await client.until("response.done"))["response"]["status"] in ("completed", "incomplete")
+
+    run(law())
+
+
+def test_an_engine_that_fails_ends_the_answer_and_not_the_session(world, without_llm):
+    broken = httpx.MockTransport(lambda request: httpx.Response(500, text="out of memory"))
+
+    async def law():
+        async with running_front(without_llm, world[1], broken, read_ahead_tokens=1) as served:
+            async with connected(served.app, PATH) as client:
+                update(client)
+                speak(client, samples_of("soup"))
+                client.send("input_audio_buffer.commit")
+                await client.until("input_audio_buffer.committed")
+                for _ in range(2):
+                    client.send("response.create")
+                    response = (await client.until("response.done"))["response"]
+                    assert response["status"] == "failed" and response["output"] == []
+                    error = response["status_details"]["error"]
+                    assert error["code"] == "502" and "out of memory" in error["message"]
+            assert b'realtime_read_ahead_total{status="502"}' in served.front.metrics.render()
+
+    run(law())
+
+
+def test_a_client_that_leaves_stops_its_answer(front, engine_app):
+    async def law():
+        stopped = asyncio.Event()
+
+        async def wait(body):
+            try:
+                await asyncio.Event().wait()
+            finally:
+                stopped.set()
+
+        async with front() as served:
+            async with connected(served.app, PATH) as client:
+                say(client, "the red cat")
+                engine_app.state.before_answer = wait
+                client.send("response.create")
+                await client.until("response.created")
+                while len(engine_app.state.requests) == 0:
+                    await asyncio.sleep(0.01)
+            await asyncio.wait_for(stopped.wait(), timeout=10)
+            assert b"blsp_kd_realtime_sessions 0.0" in served.front.metrics.render()
 
     run(law())
 
