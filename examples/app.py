@@ -4,7 +4,8 @@
 
 The model is a folder or a Hub id (default: the environment variable MODEL_ID, as in a Space). A visitor without a
 microphone chooses one of `--clips`. Host and port are those of GRADIO_SERVER_NAME and GRADIO_SERVER_PORT.
-Needs the extra `demo`. Supports one clip and one turn.
+Needs the extra `demo`. Clips are answered one by one. With a streaming model (docs/streaming.md) the page also listens
+to the microphone while one speaks, over several turns.
 """
 
 import argparse

@@ -170,6 +170,14 @@ def test_silence_ends_a_turn_if_a_client_asks_for_that(front):
             order = ["speech_started", "speech_stopped", "committed"]
             places = [kinds.index(f"input_audio_buffer.{name}") for name in order]
             assert places == sorted(places) and places[-1] < kinds.index("response.created")
+            started, stopped, committed = (client.received[place] for place in places)
+            assert started["item_id"] == stopped["item_id"] == committed["item_id"]
+            assert (
+                0
+                < started["audio_start_ms"]
+                < stopped["audio_end_ms"]
+                < 1000 * samples_of("bottles").size / RATE + 1000
+            )
 
     run(law())
 

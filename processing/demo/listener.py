@@ -1,6 +1,6 @@
 """Answer one clip for the demo page: text that grows while the LLM generates it, then the picture of `picture.py`.
 
-Needs no Gradio. Supports one clip and one turn; a conversation of several turns is not supported.
+Needs no Gradio. Supports one clip and one turn; conversations are in `talk.py`.
 """
 
 import base64

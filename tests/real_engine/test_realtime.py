@@ -31,7 +31,7 @@ def served(request, models, engine, tmp_path_factory):
     folder = tmp_path_factory.mktemp("realtime")
     for part in (model, processor):
         part.save_pretrained(folder / "model")
-    options = ("--dtype", "float32", "--read_ahead_tokens", 4)
+    options = ("--dtype", "float32", "--read_ahead_tokens", 4, "--engine_timeout_s", 1800)
     front = start_front(folder / "model", engine, folder / "log", *options)
     try:
         front.wait_until_ready()
@@ -53,7 +53,7 @@ def test_the_turn_is_in_the_cache_when_it_ends_and_the_answer_is_that_of_a_sessi
     heard = session.push(samples)
     expected = "".join(session.answer(do_sample=False, max_new_tokens=MAX_TOKENS))
     assert len(heard.speech_tokens) > 2 * BLOCK
-    with openai.OpenAI(base_url=f"{front.url}/v1", api_key="none", timeout=600, max_retries=0) as client:
+    with openai.OpenAI(base_url=f"{front.url}/v1", api_key="none", timeout=1800, max_retries=0) as client:
         with client.realtime.connect(model=client.models.list().data[0].id) as connection:
             connection.session.update(
                 session={

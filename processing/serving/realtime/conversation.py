@@ -58,8 +58,8 @@ class Conversation:
         )
         return self._items[-1]
 
-    def add_speech(self, speech_tokens: torch.Tensor) -> dict:
-        """Add what a user has said, (U, D), and return its item.
+    def add_speech(self, item_id: str, speech_tokens: torch.Tensor) -> dict:
+        """Add what a user has said, (U, D), under a new id, and return its item.
 
         Raises:
             BadRequest: the LLM's context does not hold the speech of the conversation.
@@ -71,7 +71,6 @@ class Conversation:
                 f"The conversation's speech takes {num_tokens} positions, but the LLM's context holds {capacity}: "
                 "delete items, or begin anew."
             )
-        item_id = new_id("item")
         self._clips[item_id] = EncodedClip(speech_tokens, None)
         self._items.append({"id": item_id, "role": "user", "blocks": [{"type": "audio", "key": item_id}]})
         return self._items[-1]

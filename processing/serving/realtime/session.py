@@ -13,7 +13,7 @@ from typing import Any
 from ..errors import BadRequest, ServingError
 from ..front import Front
 from .answer import Answer
-from .conversation import STREAMED, Conversation, shown
+from .conversation import STREAMED, Conversation, new_id, shown
 from .events import SessionOptions
 from .live_speech import LiveSpeech
 from .transcript import transcribe
@@ -38,6 +38,7 @@ class Session:
         self._answering: asyncio.Task | None = None
         self._reading_ahead: asyncio.Task | None = None
         self._transcribing: set[asyncio.Task] = set()
+        self._earlier_s = 0.0  # of audio, in turns that are over
         self._begin_turn()
         self._handlers: dict[str, Callable[[Any], Awaitable[None]]] = {
             "session.update": self._update,
@@ -105,25 +106,35 @@ class Session:
     def _begin_turn(self):
         rate = self.options.audio.input.format.rate
         self._speech = LiveSpeech(self.front.encoder.model, self.front.processor, rate, self.options.rule)
+        self._item_id = new_id("item")  # that the turn will have
         self._num_read = 0  # speech tokens of the turn that the engine has read
+
+    def _end_turn(self):
+        self._earlier_s += self._speech.duration_s
+        self._begin_turn()
+
+    @property
+    def _now_ms(self) -> int:
+        """Return how much audio the session has had."""
+        return round(1000 * (self._earlier_s + self._speech.duration_s))
 
     async def _append(self, event: Any):
         speech, detection = self._speech, self.options.audio.input.turn_detection
         had_begun, max_s = speech.num_tokens > 0, self.front.settings.max_duration_s
         await self._encode(speech.push, event.samples())
         if speech.duration_s > max_s:
-            self._begin_turn()
+            self._end_turn()
             if speech.num_tokens:  # else there was nothing but silence
                 raise BadRequest(f"A turn may last {max_s:g} s, so the buffer is cleared. Commit it earlier.")
             return
         if detection is not None and speech.num_tokens and not had_begun:
-            await self._send("input_audio_buffer.speech_started")
+            await self._send("input_audio_buffer.speech_started", item_id=self._item_id, audio_start_ms=self._now_ms)
             if detection.interrupt_response:
                 await self._stop_response()
         if detection is None or not speech.has_ended:
             self._read_ahead()
             return
-        await self._send("input_audio_buffer.speech_stopped", audio_end_ms=round(1000 * speech.duration_s))
+        await self._send("input_audio_buffer.speech_stopped", item_id=self._item_id, audio_end_ms=self._now_ms)
         await self._commit()
         if detection.create_response and not self.is_answering:
             await self._create_response()
@@ -131,8 +142,8 @@ class Session:
     async def _commit(self, event: Any = None):
         speech_tokens = await self._encode(self._speech.finish)
         previous = self.conversation.last_id
-        item = self.conversation.add_speech(speech_tokens)
-        self._begin_turn()
+        item = self.conversation.add_speech(self._item_id, speech_tokens)
+        self._end_turn()
         await self._send("input_audio_buffer.committed", previous_item_id=previous, item_id=item["id"])
         await self._tell(item, previous)
         if self.options.audio.input.transcription is not None:
@@ -142,7 +153,7 @@ class Session:
             task.add_done_callback(self._transcribing.discard)
 
     async def _clear(self, event: Any):
-        self._begin_turn()
+        self._end_turn()
         await self._send("input_audio_buffer.cleared")
 
     async def _encode(self, function: Callable, *arguments: Any) -> Any:
