@@ -84,7 +84,6 @@ def main():
     index = keep_teacher(rows, llm.eval(), BlspKdDataCollator(processor), options.output_dir, keep)
     size = sum(path.stat().st_size for path in Path(options.output_dir).glob("*.safetensors"))
     state.print(f"{index}: {len(rows)} rows, {size / 1e6:.1f} MB")
-    state.destroy_process_group()
 
 
 if __name__ == "__main__":

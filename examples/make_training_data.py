@@ -48,7 +48,6 @@ def main(arguments: list[str] | None = None):
     else:
         state.print(f"{made.output}: {made.num_rows} rows, made by {made.num_processes} process(es)")
         state.print(f"{made.rejects}: {made.num_rejects} rejects")
-    state.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from .training.non_finite_steps import stop_or_skip
 from .training.on_policy import OnPolicyOptions
 from .training.output_head import check_output_head
 from .training.parameter_groups import check_groups, optimizer_with_groups
+from .training.process_group import end_with_interpreter
 from .training.saving import AtomicSaving
 from .training.sigterm import SigtermCallback
 from .training.supported_arguments import (
@@ -57,7 +58,7 @@ class BlspKdTrainer(AtomicSaving, CountedBatches, ExactOrder):
     when it is complete, and is verified before it is resumed from (`training/atomic_checkpoints.py`). It holds the sums
     since the last log, too, so that the logged means of a resumed run are those of an uninterrupted one. On SIGTERM the
     step (with several processes: the next one at the latest) and its evaluation are finished, a checkpoint is saved,
-    and `train` raises `SystemExit(143)`.
+    and `train` raises `SystemExit(143)`. The process group ends with the interpreter (`training/process_group.py`).
 
     Args:
         non_finite_loss (`str`): what becomes of a step whose loss or gradient is NaN or infinite. "stop": an error that
@@ -88,6 +89,7 @@ class BlspKdTrainer(AtomicSaving, CountedBatches, ExactOrder):
         if args is not None:
             check_training_arguments(args)
         super().__init__(model, args, *rest, **kwargs)
+        end_with_interpreter()
         check_parts_of_trainer(self)
         check_non_finite_loss(non_finite_loss, self.accelerator.distributed_type)
         check_groups(self, encoder_learning_rate)

@@ -3,6 +3,7 @@
 Steps do not train here; they note which rows they get, and disturb the random state as dropout does.
 """
 
+import atexit
 import json
 import os
 import subprocess
@@ -179,6 +180,7 @@ def test_two_processes_share_the_rows_and_resume(tmp_path, processor):
     run = subprocess.run([*command, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr[-3000:]
     ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert [(tmp_path / f"{rank} at exit").read_text() for rank in range(2)] == ["no group", "no group"]
     streams, budgets = [rank.pop("stream") for rank in ranks], [rank.pop("budget") for rank in ranks]
     for name in ranks[0]:
         check([rank[name] for rank in ranks])
@@ -194,8 +196,13 @@ def test_two_processes_share_the_rows_and_resume(tmp_path, processor):
     assert len(read) == NUM_ROWS and set(read.values()) <= {2, 3}, "nearly three passes"
 
 
+def note_group(path: Path):
+    path.write_text("a group" if torch.distributed.is_initialized() else "no group")
+
+
 def main(folder: Path):
     """One of two processes."""
+    atexit.register(note_group, folder / f"{os.environ['RANK']} at exit")  # runs after those that are registered later
     processor = BlspKdProcessor.from_pretrained(folder / "processor")
     runs = {
         "random": runs_of(folder / "random", processor, 2, train_sampling_strategy="random", **WORKERS),

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, WhisperFeatureExtractor
 
 from modeling_blsp_kd.devices import fast_dtype
+from modeling_blsp_kd.training.process_group import end_with_interpreter
 from processing.chat_templates import read_options
 from processing.processing_blsp_kd import BlspKdProcessor
 
@@ -107,6 +108,7 @@ def join_processes(options: AnswerOptions) -> PartialState:
     # process that is done waits for the slowest one.
     use_cpu = options.use_cpu or not torch.accelerator.is_available()
     state = PartialState(cpu=use_cpu, timeout=timedelta(days=7))
+    end_with_interpreter()
     if state.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
         raise RuntimeError(
             f"{os.environ['WORLD_SIZE']} processes were launched, but accelerate joined {state.num_processes}: all "

@@ -22,6 +22,7 @@ from modeling_blsp_kd import BlspKdForCausalLM
 from modeling_blsp_kd.kept_teacher import KeptTeacher, keep_top
 from modeling_blsp_kd.llm_outputs import LlmStates, OutputHead
 from modeling_blsp_kd.training.output_head import check_output_head
+from modeling_blsp_kd.training.process_group import end_with_interpreter
 from processing.data_collator import BlspKdDataCollator, is_spoken_row
 from processing.teacher_distributions import KeptDistributions, compared_positions
 
@@ -76,6 +77,7 @@ def keep_teacher(
         ValueError: the folder has shards of other rows or settings, or the LLM does not suit.
     """
     folder, state = Path(folder), PartialState()
+    end_with_interpreter()
     folder.mkdir(parents=True, exist_ok=True)
     if lacking := [row for row in rows if not row.get("response")]:
         raise ValueError(
