@@ -42,7 +42,7 @@ def pytest_configure(config):
 
 def pytest_ignore_collect(collection_path, config):
     # Tests that need a download are not even imported unless they are asked for.
-    opt_in = {"hf_common": "hf_common", "real_engine": "vllm"}
+    opt_in = {"hf_common": "hf_common", "real_engine": "vllm", "test_llama_cpp.py": "llama_cpp"}
     wanted = [opt_in[part] for part in collection_path.parts if part in opt_in]
     return True if wanted and config.getoption("markexpr") not in wanted else None
 
