@@ -55,28 +55,29 @@ class LlamaCpp:
         self.api.llama_memory_clear(self.api.llama_get_memory(self.context), True)
         self.position = 0
 
-    def read(self, ids: list[int] | None = None, vectors: torch.Tensor | None = None):
+    def read(self, ids_or_vectors: list[int] | torch.Tensor):
         """Read token ids, or vectors (U, D), at the next positions.
 
         Raises:
             ValueError: they do not fit.
         """
-        num_new = len(ids) if vectors is None else len(vectors)
+        num_new, is_speech = len(ids_or_vectors), isinstance(ids_or_vectors, torch.Tensor)
         if self.position + num_new > NUM_POSITIONS:
             raise ValueError(f"Prompt and answer need more than {NUM_POSITIONS} positions. Take a shorter clip.")
         loras = (self.api.llama_adapter_lora_p_ctypes * 1)(self.lora)
-        num_loras = int(vectors is not None and self.lora is not None)
+        num_loras = int(is_speech and self.lora is not None)
         self.api.llama_set_adapters_lora(self.context, loras, num_loras, (ctypes.c_float * 1)(1.0))
-        batch = self.api.llama_batch_init(num_new, 0 if vectors is None else self.width, 1)
+        batch = self.api.llama_batch_init(num_new, self.width if is_speech else 0, 1)
         batch.n_tokens = num_new
         for index in range(num_new):
-            if vectors is None:
-                batch.token[index] = ids[index]
             batch.pos[index], batch.logits[index] = self.position + index, index == num_new - 1
             batch.n_seq_id[index], batch.seq_id[index][0] = 1, 0
-        if vectors is not None:
-            rows = np.ascontiguousarray(vectors.float().cpu().numpy())
+        if isinstance(ids_or_vectors, torch.Tensor):
+            rows = np.ascontiguousarray(ids_or_vectors.float().cpu().numpy())
             ctypes.memmove(batch.embd, rows.ctypes.data, rows.nbytes)
+        else:
+            for index, token in enumerate(ids_or_vectors):
+                batch.token[index] = token
         status = self.api.llama_decode(self.context, batch)
         self.api.llama_batch_free(batch)
         if status != 0:
@@ -105,9 +106,9 @@ def answer(llm: LlamaCpp, model, processor, conversation: list[dict], max_new_to
     start = 0
     for place in [index for index, token in enumerate(ids) if token == placeholder] + [len(ids)]:
         if place > start:
-            llm.read(ids=ids[start:place])
+            llm.read(ids[start:place])
         if place < len(ids):
-            llm.read(vectors=next(clips))
+            llm.read(next(clips))
         start = place + 1
     ends = torch.as_tensor(model.generation_config.eos_token_id).flatten().tolist()
     for _ in range(max_new_tokens):
@@ -115,7 +116,7 @@ def answer(llm: LlamaCpp, model, processor, conversation: list[dict], max_new_to
         yield token
         if token in ends:
             return
-        llm.read(ids=[token])
+        llm.read([token])
 
 
 def main():
