@@ -76,6 +76,6 @@ def test_the_turn_is_in_the_cache_when_it_ends_and_the_answer_is_that_of_a_sessi
             while (event := connection.recv()).type != "response.done":
                 assert event.type != "error", event
     assert event.response.output[0].content[0].text == expected
-    # All blocks but those that the last tokens opened; the answer may also wait for a reading ahead that still runs.
+    # All blocks but the open one, and one more that the engine may not have reached when the turn ended.
     read, cached = event.response.usage.input_tokens, cached_positions(engine) - before
-    assert cached >= (read - 4 - 2 * BLOCK) // BLOCK * BLOCK > 0, (read, cached)
+    assert read > 2 * BLOCK and cached >= (read - BLOCK) // BLOCK * BLOCK, (read, cached)

@@ -80,7 +80,7 @@ def listen(session, speech: Speech, minutes: float, probe_every: int, each_probe
                 unexpected.append(f"turn {num_turns}: {error!r:.300}")
             session.reset()
         num_turns += 1
-        if num_turns % probe_every == 0:
+        if num_turns % probe_every == 0 or heard_s >= 60 * minutes:
             session.reset()
             session.instruction = INSTRUCTIONS[0]
             for begin in range(0, len(probe), 1600):
