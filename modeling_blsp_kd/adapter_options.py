@@ -103,6 +103,19 @@ AdapterOptions = CFormerOptions | SubsamplerOptions
 ADAPTERS: dict[str, type[AdapterOptions]] = {"cformer": CFormerOptions, "subsampler": SubsamplerOptions}
 
 
+def check_frozen_encoder(options: AdapterOptions):
+    """Check that something learns the token counts although the encoder is frozen.
+
+    Raises:
+        ValueError: CIF reads its weights off the encoder.
+    """
+    if options.reads_encoder:
+        raise ValueError(
+            "With num_pre_layers=0 CIF reads its weights off the encoder, so while that is frozen nothing would learn "
+            "the token counts. Set freeze_speech_encoder=False, or have a pre-CIF layer or a frame_stride above 1."
+        )
+
+
 def read_adapter(given: Any, speech_config: Any) -> AdapterOptions:
     """Return the options of an adapter that is given by its name, or by a dict with its name as `type`.
 

@@ -28,8 +28,8 @@ from .config_options import (
     require,
 )
 from .distillation_options import DistillationOptions
-from .encoder_families import ENCODER_FAMILIES
-from .model_files import CHECK_CONFIG, explained
+from .encoder_families import ENCODER_FAMILIES, check_padding
+from .model_files import CHECK_CONFIG, check_config, explained
 from .streaming_options import StreamingOptions, read_streaming
 
 logger = logging.get_logger(__name__)
@@ -60,7 +60,6 @@ CHECKED_OPTIONS = (
     "part_dtypes",
 )
 SPEECH_ENCODERS = tuple(ENCODER_FAMILIES)
-SPEECH_PADDINGS = ("do_not_pad", "max_length")
 # Where `pipeline` finds the code of its tasks, which the processor saves beside itself.
 CUSTOM_PIPELINES = {
     "audio-text-to-text": {"impl": "pipeline_blsp_kd.BlspKdPipeline", "pt": ["AutoModelForCausalLM"]},
@@ -191,13 +190,7 @@ class BlspKdConfig(PreTrainedConfig):
         is_id = token_id is None or is_count(token_id, 0)
         require(is_id, "audio_token_id must be a token id of at least 0", token_id)
         require(isinstance(freeze, bool), "freeze_speech_encoder must be True or False", freeze)
-        require(padding in SPEECH_PADDINGS, f"speech_padding must be one of {SPEECH_PADDINGS}", padding)
-        model_type = self.speech_config.model_type
-        if padding == "max_length" and not ENCODER_FAMILIES[model_type].is_padded:
-            raise ValueError(
-                f"speech_padding='max_length' is for Whisper, whose encoder was trained on 30 s; {model_type!r} takes "
-                "any length. Leave speech_padding at 'do_not_pad'."
-            )
+        check_padding(padding, self.speech_config)
         check_backbones(given["backbones"])
         check_part_dtypes(given["part_dtypes"])
         return {**copy.deepcopy(given), **checked}
@@ -226,12 +219,7 @@ class BlspKdConfig(PreTrainedConfig):
     def get_config_dict(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> tuple[dict, dict]:
         with explained(f"The config of {pretrained_model_name_or_path} cannot be read"):
             config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        # For a missing file transformers gives an empty dict, which would stand for its defaults.
-        if not isinstance(config_dict, dict) or not config_dict:
-            raise OSError(
-                f"{pretrained_model_name_or_path} has no config.json, or none with options. Name the folder or "
-                "repository of a BLSP-KD model, as save_pretrained writes it."
-            )
+        check_config(pretrained_model_name_or_path, config_dict)
         return config_dict, kwargs
 
     @classmethod

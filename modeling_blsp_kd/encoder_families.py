@@ -10,12 +10,15 @@ Shapes: W windows of clips, T frames.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedConfig
 
+from .config_options import require
+
 Length = TypeVar("Length", int, torch.Tensor)
+SPEECH_PADDINGS = ("do_not_pad", "max_length")
 WINDOW_S = 30.0
 SAMPLING_RATE = 16_000
 MEL_HOP_S = 0.01
@@ -99,6 +102,20 @@ ENCODER_FAMILIES = {
         why_not_causal="its features are normalised over the clip, and its convolutions see later frames in each layer",
     ),
 }
+
+
+def check_padding(padding: Any, config: PreTrainedConfig):
+    """Check how clips are padded for an encoder, the config's `speech_padding`.
+
+    Raises:
+        ValueError: there is no such padding, or the encoder was not trained with it.
+    """
+    require(padding in SPEECH_PADDINGS, f"speech_padding must be one of {SPEECH_PADDINGS}", padding)
+    if padding == "max_length" and not ENCODER_FAMILIES[config.model_type].is_padded:
+        raise ValueError(
+            f"speech_padding='max_length' is for Whisper, whose encoder was trained on 30 s; {config.model_type!r} "
+            "takes any length. Leave speech_padding at 'do_not_pad'."
+        )
 
 
 def window_of(config: PreTrainedConfig) -> tuple[int, int]:

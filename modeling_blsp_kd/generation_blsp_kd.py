@@ -15,9 +15,10 @@ from transformers import Cache, GenerationConfig, GenerationMixin
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import ModelOutput
 
+from .configuration_blsp_kd import own_options
 from .conversation_cache import check_cache, note_mask
 from .speech_prompt import ExpandedPrompt, check_text_only, suppress_token, unspoken_token_id
-from .token_times import text_token_times
+from .token_times import answer_token_times
 from .transcription import longest_transcript, without_prompts
 from .versions import CACHE_NAME, CACHE_NAMES, one_cache
 
@@ -142,10 +143,17 @@ class BlspKdGenerationMixin(GenerationMixin):
             return sequences
         output.sequences = sequences
         if return_timestamps:
-            times = self._time_answers(answers, audio, prompt.is_speech.any(1), settings)
+            embed = self.get_input_embeddings()
+            times = answer_token_times(embed, answers, audio, prompt.is_speech.any(1), settings)
             num_before = sequences.shape[1] - answers.shape[1]
             output["token_timestamps"] = nn.functional.pad(times, (0, 0, num_before, 0), value=torch.nan)
         return output
+
+    def adjust_generation_fn(self, *args, **kwargs):
+        super().adjust_generation_fn(*args, **kwargs)
+        # transformers also puts there what `from_pretrained` was given for the config, and would save it.
+        for name in own_options():
+            self.generation_config.__dict__.pop(name, None)
 
     def _check_timestamps(self, input_features):
         if not self.adapter.one_to_one:
@@ -158,28 +166,6 @@ class BlspKdGenerationMixin(GenerationMixin):
                 "return_timestamps needs the audio: pass input_features (the processor's), also when the conversation "
                 "goes on from a cache."
             )
-
-    def _time_answers(self, answers, audio, has_audio, settings: dict) -> torch.Tensor:
-        """Return when the tokens of R answers were said: (R, L', 2).
-
-        Args:
-            answers (R, L'): R / B of each prompt.
-            audio ([`BlspKdAudioOutput`]): of the prompts that have one, in their order.
-            has_audio (B,) bool.
-            settings (`dict`): `eos_token_id` and `pad_token_id` of this call.
-        """
-        ends = [torch.as_tensor(ids).flatten().tolist() for ids in settings.values() if ids is not None]
-        is_said = ~torch.isin(answers, answers.new_tensor(sum(ends, [])))
-        clip_of = torch.where(has_audio, has_audio.cumsum(0) - 1, -1).repeat_interleave(len(answers) // len(has_audio))
-        times = torch.full((*answers.shape, 2), torch.nan, device=answers.device)
-        for row, clip in enumerate(clip_of.tolist()):
-            if clip < 0 or not bool(is_said[row].any()):
-                continue
-            count = int(audio.num_speech_tokens[clip])
-            said = self.get_input_embeddings()(answers[row, is_said[row]])
-            of_tokens = text_token_times(said, audio.pooler_output[clip, :count], audio.token_times[clip, :count])
-            times[row, is_said[row]] = of_tokens.to(times)
-        return times
 
     def _expand_inputs(
         self, given: dict, clips: dict, cache, output_token_times: bool

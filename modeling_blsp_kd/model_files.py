@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig
@@ -29,6 +30,18 @@ def explained(problem: str, remedy: str = REMEDY) -> Iterator[None]:
         raise
     except Exception as error:
         raise ValueError(f"{problem}: {type(error).__name__}: {str(error)[:500]}. {remedy}") from error
+
+
+def check_config(name_or_path: str | os.PathLike, content: Any):
+    """Raise an OSError unless something was read from a config file.
+
+    For a missing one transformers gives an empty dict, which would stand for its defaults.
+    """
+    if not isinstance(content, dict) or not content:
+        raise OSError(
+            f"{name_or_path} has no config.json, or none with options. Name the folder or repository of a BLSP-KD "
+            "model, as save_pretrained writes it."
+        )
 
 
 def check_folder(name_or_path: str | os.PathLike, subfolder: str = "", variant: str | None = None):
@@ -97,22 +110,24 @@ def _check_shards(index: Path, is_safetensors: bool):
             )
 
 
-def misfits(name_or_path: str | os.PathLike, weights: Iterable[tuple]) -> str:
-    """Describe weights that do not fit their config, each given as (name, stored shape, shape in the model)."""
-    listed = [f"{name} is {stored} instead of {own}" for name, stored, own in sorted(weights)]
-    return (
-        f"The weights of {name_or_path} do not fit its config: {'; '.join(listed[:5])} ({len(listed)} in all). Load "
-        "them with their own config, or save the model anew."
-    )
+def check_fit(name_or_path: str | os.PathLike | None, misfits: Iterable[tuple]):
+    """Raise a ValueError if there are weights that do not fit: (name, stored shape, shape in the model) of each."""
+    listed = [f"{name} is {stored} instead of {own}" for name, stored, own in sorted(misfits)]
+    if listed:
+        raise ValueError(
+            f"The weights of {name_or_path} do not fit its config: {'; '.join(listed[:5])} ({len(listed)} in all). "
+            "Load them with their own config, or save the model anew."
+        )
 
 
-def lacks(name_or_path: str | os.PathLike, missing: list[str]) -> str:
-    """Describe weights that a config asks for, by their names, and that the files do not hold."""
-    return (
-        f"{name_or_path} lacks weights that the config asks for, which would be random: {missing[:5]} ({len(missing)} "
-        "in all). Load it with its own config; only plora may be switched while loading. Another adapter or LLM is "
-        "joined, and trained, by from_backbones."
-    )
+def check_complete(name_or_path: str | os.PathLike, missing: Iterable[str]):
+    """Raise a ValueError if there are weights that a config asks for and that the files do not hold, by their names."""
+    if listed := sorted(missing):
+        raise ValueError(
+            f"{name_or_path} lacks weights that the config asks for, which would be random: {listed[:5]} "
+            f"({len(listed)} in all). Load it with its own config; only plora may be switched while loading. Another "
+            "adapter or LLM is joined, and trained, by from_backbones."
+        )
 
 
 def _of_variant(name: str, variant: str | None) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import logging
 
@@ -31,6 +31,15 @@ def leave_out_of_peft_model(model: PreTrainedModel, state_dict: dict, prefix: st
 
 def _shapes(weights: dict[str, torch.Tensor]) -> set[tuple]:
     return {(name, tuple(tensor.shape)) for name, tensor in weights.items()}
+
+
+def check_parallelism(config: PreTrainedConfig):
+    """Raise a ValueError if the layers of a model are split among processes, by its config."""
+    if getattr(getattr(config, "distributed_config", None), "tp_plan", None) is not None:
+        raise ValueError(
+            "Tensor parallelism does not know the layers that partial LoRA wraps. Use a device_map, FSDP or data "
+            "parallelism, or a model with plora off."
+        )
 
 
 class PartialLora:

@@ -13,15 +13,16 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig, PreTrainedModel
 
+from .adapter_options import check_frozen_encoder
 from .backbone_names import identify
 from .backbones import for_language_model_only, load_audio_tower, load_language_model, without_folder
 from .configuration_blsp_kd import BlspKdConfig
 from .ctc import CTC_HEAD
-from .model_files import check_folder, lacks, misfits
-from .plora import ADAPTER_NAME, PartialLora
+from .model_files import check_complete, check_fit, check_folder
+from .plora import ADAPTER_NAME, PartialLora, check_parallelism
 from .plora_switching import load_as_stored, switch
 from .speech_encoder import TrueLengthWhisperEncoder
-from .stored_dtypes import convert_frozen, dtypes_of_parts, match_statistics, without_part_dtypes_if_told
+from .stored_dtypes import convert_frozen, convert_trained, note_dtypes, without_part_dtypes_if_told
 from .thin_checkpoints import is_thin, load_thin, trained_names
 from .versions import CACHE_NAMES
 
@@ -96,12 +97,8 @@ class BlspKdPreTrainedModel(PreTrainedModel):
             audio_token_id=audio_token_id,
             **config_options,
         )
-        if config.adapter_options.reads_encoder and config.freeze_speech_encoder:
-            raise ValueError(
-                "With num_pre_layers=0 CIF reads its weights off the encoder, so while that is frozen nothing would "
-                "learn the token counts. Set freeze_speech_encoder=False, or have a pre-CIF layer or a frame_stride "
-                "above 1."
-            )
+        if config.freeze_speech_encoder:
+            check_frozen_encoder(config.adapter_options)
         model = cls(config, audio_tower=audio_tower, language_model=language_model)
         model.upcast_trained()
         if language_model.can_generate():
@@ -152,30 +149,23 @@ class BlspKdPreTrainedModel(PreTrainedModel):
             model.freeze_backbones()
             model.config.part_dtypes = None  # the loaded weights now have these dtypes
         model._skip_backbones_on_save()
-        distributed = getattr(model.config, "distributed_config", None)
-        if model.plora is not None and getattr(distributed, "tp_plan", None) is not None:
-            raise ValueError(
-                "Tensor parallelism does not know the layers that partial LoRA wraps. Use a device_map, FSDP or data "
-                "parallelism, or a model with plora off."
-            )
+        if model.plora is not None:
+            check_parallelism(model.config)
         return result
 
     @staticmethod
     def _finalize_model_loading(model, load_config, loading_info):
+        name_or_path = load_config.pretrained_model_name_or_path
         # transformers would first allocate weights that do not fit, however large, and its error names no weight.
-        wrong = [(name, tuple(stored), tuple(own)) for name, stored, own in loading_info.mismatched_keys]
-        if wrong and not load_config.ignore_mismatched_sizes:
-            raise ValueError(misfits(load_config.pretrained_model_name_or_path, wrong))
+        if not load_config.ignore_mismatched_sizes:
+            misfits = [(name, tuple(stored), tuple(own)) for name, stored, own in loading_info.mismatched_keys]
+            check_fit(name_or_path, misfits)
         loading_info = PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
         # Partial LoRA without weights changes nothing, and an auxiliary CTC head may begin in any stage of training.
-        # Callers who pass a state dict know what is in it.
-        missing = sorted(
-            name
-            for name in loading_info.missing_keys
-            if f".{ADAPTER_NAME}." not in name and not name.startswith(CTC_HEAD)
-        )
-        if missing and load_config.pretrained_model_name_or_path is not None:
-            raise ValueError(lacks(load_config.pretrained_model_name_or_path, missing))
+        missing = {name for name in loading_info.missing_keys if f".{ADAPTER_NAME}." not in name}
+        missing = {name for name in missing if not name.startswith(CTC_HEAD)}
+        if name_or_path is not None:  # callers who pass a state dict know what is in it
+            check_complete(name_or_path, missing)
         if "audio_tower.embed_positions.weight" in missing:
             model.audio_tower.initialize_positions()  # transformers has called `initialize_weights` of the whole alone
         return loading_info
@@ -190,23 +180,11 @@ class BlspKdPreTrainedModel(PreTrainedModel):
             ValueError: the backbones cannot be saved, because only the LLM was quantised.
         """
         backbones = self.config.backbones
-        only_llm_quantised = hasattr(self.language_model, "hf_quantizer") and not hasattr(self, "hf_quantizer")
-        if only_llm_quantised and (full or backbones is None):
-            raise ValueError(
-                "The LLM alone was quantised when this model was built, so a full checkpoint of it could not be loaded "
-                "again. Build it with from_backbones(..., thin=True), or save a model of the original LLM and quantise "
-                "that when loading."
-            )
         if full:
             self.config.backbones = None
         try:
             self._skip_backbones_on_save()
-            if self.config.backbones is None:
-                saved = kwargs.get("state_dict")
-                self.config.part_dtypes = dtypes_of_parts(self.state_dict() if saved is None else saved)
-            else:  # what loading makes of the backbones; the weights here have their own dtypes
-                self.config.speech_config.dtype = self.audio_tower.dtype
-                self.config.text_config.dtype = self.language_model.dtype
+            note_dtypes(self, kwargs.get("state_dict"))
             super().save_pretrained(save_directory, *args, **kwargs)
         finally:
             self.config.backbones, self.config.part_dtypes = backbones, None
@@ -246,17 +224,13 @@ class BlspKdPreTrainedModel(PreTrainedModel):
 
     def upcast_trained(self) -> "BlspKdPreTrainedModel":
         """Convert trained weights to float32, as optimisers need it, and return the model."""
-        for parameter in self.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
-        match_statistics(self)
+        convert_trained(self, torch.float32)
         return self
 
     def cast_frozen(self, dtype: torch.dtype | str) -> "BlspKdPreTrainedModel":
         """Make what is frozen `dtype` ("auto": leave it), except a quantised LLM, and return the model."""
-        if dtype == "auto":
-            return self
-        convert_frozen(self, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+        if dtype != "auto":
+            convert_frozen(self, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
         return self
 
     def merge_and_unload(self, *args, **kwargs):

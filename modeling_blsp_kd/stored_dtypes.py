@@ -32,6 +32,28 @@ def dtypes_of_parts(state_dict: dict[str, torch.Tensor]) -> dict[str, str] | Non
     return {part: str(functools.reduce(torch.promote_types, dtypes))[6:] for part, dtypes in found.items()}
 
 
+def note_dtypes(model: PreTrainedModel, state_dict: dict[str, torch.Tensor] | None = None):
+    """Write the dtypes that loading needs into the config of a model that is being saved.
+
+    Args:
+        state_dict (`dict`, *optional*): what is saved of a full checkpoint; omitted, the model's own.
+
+    Raises:
+        ValueError: the checkpoint is full, but the LLM alone was quantised.
+    """
+    config = model.config
+    if config.backbones is not None:  # what loading makes of the backbones; the weights here have their own dtypes
+        config.speech_config.dtype, config.text_config.dtype = model.audio_tower.dtype, model.language_model.dtype
+        return
+    if hasattr(model.language_model, "hf_quantizer") and not hasattr(model, "hf_quantizer"):
+        raise ValueError(
+            "The LLM alone was quantised when this model was built, so a full checkpoint of it could not be loaded "
+            "again. Build it with from_backbones(..., thin=True), or save a model of the original LLM and quantise "
+            "that when loading."
+        )
+    config.part_dtypes = dtypes_of_parts(model.state_dict() if state_dict is None else state_dict)
+
+
 def build_in(model: PreTrainedModel, part_dtypes: dict[str, str] | None):
     """Convert the weights of a newly built model to the dtypes in a checkpoint's config."""
     if part_dtypes is None or is_deepspeed_zero3_enabled():  # ZeRO-3 holds shards of weights, in its own dtype
@@ -47,10 +69,18 @@ def convert_frozen(model: PreTrainedModel, dtype: torch.dtype):
     for name, parameter in model.named_parameters():
         if not (parameter.requires_grad or is_quantised and name.startswith("language_model.")):
             parameter.data = parameter.data.to(dtype)
-    match_statistics(model)
+    _match_statistics(model)
 
 
-def match_statistics(model: PreTrainedModel):
+def convert_trained(model: PreTrainedModel, dtype: torch.dtype):
+    """Convert the weights that are trained."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+    _match_statistics(model)
+
+
+def _match_statistics(model: PreTrainedModel):
     """Convert the batch statistics of the speech encoder to the dtype of the weights beside them."""
     for module in model.audio_tower.modules():
         weight = next(module.parameters(recurse=False), None)

@@ -21,7 +21,7 @@ from .backbone_names import HUB_OPTIONS, ON_OTHER_REVISION, with_other_names
 from .backbones import fetch, load_audio_tower, load_language_model, without_folder
 from .config_options import require
 from .ctc import CTC_HEAD
-from .model_files import misfits
+from .model_files import check_fit
 
 # Arguments that place the LLM, the only large part.
 PLACING_OPTIONS = ("low_cpu_mem_usage", "max_memory", "offload_buffers", "offload_folder", "use_safetensors")
@@ -154,8 +154,7 @@ def load_thin(
             f"{unexpected[:5]} ({len(missing)} and {len(unexpected)} in all). Load it with its own config."
         )
     kinds = [(name, _kind_of(tensor), _kind_of(current[name])) for name, tensor in weights.items()]
-    if wrong := [each for each in kinds if each[1] != each[2]]:
-        raise ValueError(misfits(name_or_path, wrong))
+    check_fit(name_or_path, [each for each in kinds if each[1] != each[2]])
     model.load_state_dict(
         {
             name: tensor.to(

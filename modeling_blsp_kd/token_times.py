@@ -5,11 +5,13 @@ times are biased (arXiv 2301.12343): a token is complete only some time after it
 too. A frame is silent when it is nearer to the clip's quietest one than to its loudest by a given share, so loud noise
 counts as speech. Leaves out: grouping tokens to words, which needs a tokenizer (the processor's `word_timestamps`).
 
-Shapes: N clips, W windows of clips, T encoder frames, U speech tokens of a clip, J text tokens.
+Shapes: N clips, W windows of clips, T encoder frames, U speech tokens of a clip, J text tokens; B prompts, R answers.
 """
 
 import torch
+from torch import nn
 from torch.nn.functional import cosine_similarity, pad
+from transformers.utils import ModelOutput
 
 from .devices import computes_in_float64
 
@@ -169,3 +171,33 @@ def find_silence(frame_loudness: torch.Tensor, frame_mask: torch.Tensor, silence
     quietest = frame_loudness.masked_fill(~frame_mask, torch.inf).amin(1, keepdim=True)
     loudest = frame_loudness.masked_fill(~frame_mask, -torch.inf).amax(1, keepdim=True)
     return (frame_loudness < quietest + silence * (loudest - quietest)) | ~frame_mask
+
+
+def answer_token_times(
+    embed: nn.Module,
+    answers: torch.LongTensor,
+    audio: ModelOutput,
+    has_audio: torch.BoolTensor,
+    settings: dict,
+) -> torch.Tensor:
+    """Return when the tokens of R answers were said: (R, L', 2), NaN where nothing is.
+
+    Args:
+        embed (`nn.Module`): the LLM's embeddings.
+        answers (R, L'): R / B of each prompt.
+        audio ([`BlspKdAudioOutput`]): of the prompts that have one, in their order.
+        has_audio (B,).
+        settings (`dict`): `eos_token_id` and `pad_token_id` of this call.
+    """
+    ends = [torch.as_tensor(ids).flatten().tolist() for ids in settings.values() if ids is not None]
+    is_said = ~torch.isin(answers, answers.new_tensor(sum(ends, [])))
+    clip_of = torch.where(has_audio, has_audio.cumsum(0) - 1, -1).repeat_interleave(len(answers) // len(has_audio))
+    times = torch.full((*answers.shape, 2), torch.nan, device=answers.device)
+    for row, clip in enumerate(clip_of.tolist()):
+        if clip < 0 or not bool(is_said[row].any()):
+            continue
+        count = int(audio.num_speech_tokens[clip])
+        said = embed(answers[row, is_said[row]])
+        of_tokens = text_token_times(said, audio.pooler_output[clip, :count], audio.token_times[clip, :count])
+        times[row, is_said[row]] = of_tokens.to(times)
+    return times

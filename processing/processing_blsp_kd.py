@@ -1,18 +1,17 @@
 """`BlspKdProcessor`: convert text with audio placeholders, and audio clips, to the inputs of `BlspKdForCausalLM`.
 
 Combines a feature extractor, a tokenizer and the LLM's chat template, as in transformers' audio LLMs. Unlike them it
-keeps one placeholder per audio, because the model predicts how many positions an audio takes. `data_collator.py` makes
-training batches.
+keeps one placeholder per audio, because the model predicts how many positions an audio takes. Leaves out: joining,
+loading and saving it (`processor_parts.py`), and training batches (`data_collator.py`).
 """
 
-import os
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.feature_extraction_utils import BatchFeature, FeatureExtractionMixin
-from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, Unpack
+from transformers.processing_utils import ProcessingKwargs, Unpack
 from transformers.tokenization_utils_base import BatchEncoding
 
 from .chat_audio import (
@@ -23,15 +22,16 @@ from .chat_audio import (
     separate_clips,
     without_names,
 )
-from .chat_templates import check_options, knows, warn_of_thoughts, with_audio_blocks
+from .chat_templates import check_options, knows
 from .pipeline_blsp_kd import BlspKdPipeline  # noqa: F401 (the files that this one imports are saved with a processor)
 from .processor_parts import (
+    AUDIO_TOKEN,
+    TRANSCRIPTION_INSTRUCTION,
+    PretrainedProcessor,
     as_clips,
     check_arguments,
     check_transcription_instruction,
-    errors_that_name_the_files,
     options_of_call,
-    parts_of_backbones,
     tokenize_alone,
 )
 from .speech_features import features_of_clips, padded_features
@@ -39,11 +39,8 @@ from .speech_session import SpeechSession
 from .spoken_inputs import user_turn
 from .word_timestamps import words_with_times
 
-AUDIO_TOKEN = "<|audio|>"
-TRANSCRIPTION_INSTRUCTION = "Repeat the words."
 
-
-class BlspKdProcessor(ProcessorMixin):
+class BlspKdProcessor(PretrainedProcessor):
     """Prepares prompts with audio.
 
     Args:
@@ -78,50 +75,6 @@ class BlspKdProcessor(ProcessorMixin):
         self.audio_token = audio_token
         self.audio_token_id = tokenizer.convert_tokens_to_ids(audio_token)
         super().__init__(feature_extractor, tokenizer, chat_template=chat_template)
-
-    @classmethod
-    def from_backbones(
-        cls,
-        speech_model: str | os.PathLike,
-        text_model: str | os.PathLike,
-        audio_token: str = AUDIO_TOKEN,
-        transcription_instruction: str = TRANSCRIPTION_INSTRUCTION,
-        chat_template_kwargs: dict | None = None,
-        global_log_mel_max: float | None = None,
-        **kwargs,
-    ) -> "BlspKdProcessor":
-        """Join the feature extractor of a speech model with the tokenizer and chat template of an LLM.
-
-        Args:
-            speech_model, text_model (`str` or `os.PathLike`): Hub ids or folders.
-            audio_token (`str`): added to the tokenizer if missing. The LLM's embeddings are not resized, because the
-                placeholder is never embedded.
-            transcription_instruction (`str`), chat_template_kwargs (`dict`): see [`BlspKdProcessor`].
-            global_log_mel_max (`float`, *optional*): a fixed maximum (log10 of power) to take the floor of Whisper's
-                log-mel from, which a streaming model needs: 1.5, as Voxtral Realtime has. Omitted: that of each clip.
-            kwargs: passed to both `from_pretrained` calls (so not `revision`, because the repositories differ).
-
-        Raises:
-            ValueError: the chat template drops the placeholder, or does not use an option.
-        """
-        feature_extractor, tokenizer = parts_of_backbones(
-            speech_model, text_model, audio_token, global_log_mel_max, **kwargs
-        )
-        chat_template, default, options = with_audio_blocks(tokenizer, audio_token, chat_template_kwargs)
-        processor = cls(feature_extractor, tokenizer, chat_template, audio_token, transcription_instruction, options)
-        warn_of_thoughts(default, processor)
-        return processor
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args, **kwargs) -> "BlspKdProcessor":
-        """Load a processor; see `ProcessorMixin.from_pretrained` for all arguments.
-
-        Raises:
-            OSError: a file is missing.
-            ValueError: a file is broken, or holds what the processor cannot work with.
-        """
-        with errors_that_name_the_files(pretrained_model_name_or_path):
-            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     @property
     def model_input_names(self) -> list[str]:
@@ -267,15 +220,6 @@ class BlspKdProcessor(ProcessorMixin):
             ValueError: there is not one pair of times per token.
         """
         return words_with_times(self.tokenizer, token_ids, token_timestamps)
-
-    def save_pretrained(self, *args, **kwargs) -> list[str]:
-        if hasattr(self.tokenizer, "legacy"):
-            # transformers does not save `legacy` with a Llama tokenizer, which would then give other ids.
-            self.tokenizer.init_kwargs["legacy"] = self.tokenizer.legacy
-        saved = super().save_pretrained(*args, **kwargs)
-        # transformers sets `auto_map` on the processor when it saves its code; saving must not change the processor.
-        self.__dict__.pop("auto_map", None)
-        return saved
 
 
 BlspKdProcessor.register_for_auto_class()

@@ -1,4 +1,8 @@
-"""The parts of a processor: its feature extractor, its tokenizer that threads share, and the arguments of a call."""
+"""The parts of `BlspKdProcessor`: feature extractor, tokenizer and chat template, joined, loaded and saved.
+
+Also the tokenizer that threads share, and the arguments of a call. Leaves out: prompts and clips
+(`processing_blsp_kd.py`).
+"""
 
 import numbers
 import os
@@ -6,14 +10,17 @@ import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 from transformers import AutoFeatureExtractor, AutoTokenizer, PreTrainedTokenizerBase
-from transformers.feature_extraction_utils import FeatureExtractionMixin
-from transformers.processing_utils import AudioKwargs, ProcessingKwargs, TextKwargs
+from transformers.processing_utils import AudioKwargs, ProcessingKwargs, ProcessorMixin, TextKwargs
 from transformers.tokenization_utils_base import BatchEncoding
 
+from .chat_templates import warn_of_thoughts, with_audio_blocks
 from .speech_features import with_log_mel_max
+
+AUDIO_TOKEN = "<|audio|>"
+TRANSCRIPTION_INSTRUCTION = "Repeat the words."
 
 # Tokenizers store the padding and truncation of a call, so two threads must not use one at the same time.
 _tokenizing = threading.Lock()
@@ -31,24 +38,68 @@ def tokenize_alone(tokenizer: PreTrainedTokenizerBase, texts: str | list[str], *
         return tokenizer(texts, **kwargs)
 
 
-def parts_of_backbones(
-    speech_model: str | os.PathLike,
-    text_model: str | os.PathLike,
-    audio_token: str,
-    global_log_mel_max: float | None = None,
-    **kwargs,
-) -> tuple[FeatureExtractionMixin, PreTrainedTokenizerBase]:
-    """Load feature extractor and tokenizer, and complete the tokenizer; see [`~BlspKdProcessor.from_backbones`]."""
-    feature_extractor = AutoFeatureExtractor.from_pretrained(speech_model, **kwargs)
-    if global_log_mel_max is not None:
-        feature_extractor = with_log_mel_max(feature_extractor, global_log_mel_max)
-    tokenizer = AutoTokenizer.from_pretrained(text_model, **kwargs)
-    if audio_token not in tokenizer.get_vocab():
-        tokenizer.add_special_tokens({"additional_special_tokens": [audio_token]}, replace_extra_special_tokens=False)
-    if tokenizer.pad_token is None:
-        # Padding is masked, so any token works.
-        tokenizer.pad_token = tokenizer.eos_token
-    return feature_extractor, tokenizer
+class PretrainedProcessor(ProcessorMixin):
+    """The base of [`BlspKdProcessor`], which joins, loads and saves its parts."""
+
+    @classmethod
+    def from_backbones(
+        cls,
+        speech_model: str | os.PathLike,
+        text_model: str | os.PathLike,
+        audio_token: str = AUDIO_TOKEN,
+        transcription_instruction: str = TRANSCRIPTION_INSTRUCTION,
+        chat_template_kwargs: dict | None = None,
+        global_log_mel_max: float | None = None,
+        **kwargs,
+    ) -> Self:
+        """Join the feature extractor of a speech model with the tokenizer and chat template of an LLM.
+
+        Args:
+            speech_model, text_model (`str` or `os.PathLike`): Hub ids or folders.
+            audio_token (`str`): added to the tokenizer if missing. The LLM's embeddings are not resized, because the
+                placeholder is never embedded.
+            transcription_instruction (`str`), chat_template_kwargs (`dict`): see [`BlspKdProcessor`].
+            global_log_mel_max (`float`, *optional*): a fixed maximum (log10 of power) to take the floor of Whisper's
+                log-mel from, which a streaming model needs: 1.5, as Voxtral Realtime has. Omitted: that of each clip.
+            kwargs: passed to both `from_pretrained` calls (so not `revision`, because the repositories differ).
+
+        Raises:
+            ValueError: the chat template drops the placeholder, or does not use an option.
+        """
+        feature_extractor = AutoFeatureExtractor.from_pretrained(speech_model, **kwargs)
+        if global_log_mel_max is not None:
+            feature_extractor = with_log_mel_max(feature_extractor, global_log_mel_max)
+        tokenizer = AutoTokenizer.from_pretrained(text_model, **kwargs)
+        if audio_token not in tokenizer.get_vocab():
+            added = {"additional_special_tokens": [audio_token]}
+            tokenizer.add_special_tokens(added, replace_extra_special_tokens=False)
+        if tokenizer.pad_token is None:
+            # Padding is masked, so any token works.
+            tokenizer.pad_token = tokenizer.eos_token
+        chat_template, default, options = with_audio_blocks(tokenizer, audio_token, chat_template_kwargs)
+        processor = cls(feature_extractor, tokenizer, chat_template, audio_token, transcription_instruction, options)
+        warn_of_thoughts(default, processor)
+        return processor
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args, **kwargs) -> Self:
+        """Load a processor; see `ProcessorMixin.from_pretrained` for all arguments.
+
+        Raises:
+            OSError: a file is missing.
+            ValueError: a file is broken, or holds what the processor cannot work with.
+        """
+        with errors_that_name_the_files(pretrained_model_name_or_path):
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    def save_pretrained(self, *args, **kwargs) -> list[str]:
+        if hasattr(self.tokenizer, "legacy"):
+            # transformers does not save `legacy` with a Llama tokenizer, which would then give other ids.
+            self.tokenizer.init_kwargs["legacy"] = self.tokenizer.legacy
+        saved = super().save_pretrained(*args, **kwargs)
+        # transformers sets `auto_map` on the processor when it saves its code; saving must not change the processor.
+        self.__dict__.pop("auto_map", None)
+        return saved
 
 
 @contextmanager

@@ -1,8 +1,11 @@
 """Convert an input of a pipeline (a clip, a clip with an instruction, or a chat) to chat messages and their clips.
 
-Follows the inputs of transformers' pipelines and chat templates. The processor makes features and prompts.
+Follows the inputs of transformers' pipelines and chat templates. Servers read the audio of their clients here, too,
+within a budget. The processor makes features and prompts.
 """
 
+import base64
+import binascii
 from collections.abc import Iterable
 from numbers import Number
 from typing import Any
@@ -11,6 +14,7 @@ import numpy as np
 import torch
 from transformers.utils.chat_template_utils import Chat, is_valid_message
 
+from .audio_decoding import audio_info
 from .audio_loading import MAX_DURATION_S, load_audio
 from .chat_audio import read_block
 from .url_fetching import fetch_audio
@@ -127,3 +131,77 @@ def load_clip(
     if isinstance(url, str):
         clip = fetch_audio(url, allowed_url_prefixes) if "://" in url else url
     return load_audio(clip, sampling_rate, source_rate, max_duration_s)
+
+
+class AudioBudget:
+    """The audio that a request to a server may still send, and its reader, which opens no path and no URL.
+
+    Args:
+        max_bytes (`int`): of all its audio files.
+        max_duration_s (`float`): of all its clips.
+    """
+
+    def __init__(self, max_bytes: int, max_duration_s: float):
+        self.max_bytes, self.max_duration_s = max_bytes, max_duration_s
+        self.num_bytes, self.duration_s = 0, 0.0
+
+    def read_block(self, block: Any) -> dict:
+        """Return a block of a chat, of type "text" or "audio", with the contents of the file in the place of base64.
+
+        Raises:
+            ValueError, TypeError: the block is of another type, or its audio is no file or base64 of one, or too much.
+        """
+        read, clip = read_block(block) if isinstance(block, dict) else ({}, None)
+        if read.get("type") == "text" and isinstance(read.get("text"), str):
+            return {"type": "text", "text": read["text"]}
+        if read.get("type") != "audio":
+            raise ValueError(
+                f"A block of a message is {{'type': 'text', 'text': ...}} or {{'type': 'audio', 'audio': base64}}, "
+                f"got {block!r:.200}."
+            )
+        values = list(clip.values()) if isinstance(clip, dict) else [clip]
+        if len(values) != 1 or values[0] is None:
+            raise ValueError(f"An audio block needs one 'audio', base64 of a file, but has {sorted(map(str, block))}.")
+        return {"type": "audio", "audio": self.read(values[0])}
+
+    def read(self, audio: Any) -> bytes:
+        """Return the contents of an audio file, sent as they are or as base64.
+
+        A string is never taken for a path or a URL: that would open the server's files and network to its clients.
+        """
+        if isinstance(audio, str):
+            self._spend_bytes(3 * len(audio) // 4)
+            contents = _of_base64(audio)
+        elif isinstance(audio, (bytes, bytearray)):
+            self._spend_bytes(len(audio))
+            contents = bytes(audio)
+        else:
+            raise TypeError(f"Audio must be a file's contents or base64 of them, got {type(audio).__name__}.")
+        try:
+            self.duration_s += audio_info(contents).duration_s
+        except ValueError:
+            return contents  # the pipeline says what is wrong with it
+        if self.duration_s > self.max_duration_s:
+            raise ValueError(
+                f"The audio lasts {self.duration_s:.1f} s, but at most {self.max_duration_s:g} s are served. Split it."
+            )
+        return contents
+
+    def _spend_bytes(self, num_bytes: int):
+        self.num_bytes += num_bytes
+        if self.num_bytes > self.max_bytes:
+            raise ValueError(
+                f"The audio takes more than {self.max_bytes} bytes, which is the limit. Compress or split it."
+            )
+
+
+def _of_base64(text: str) -> bytes:
+    if text.startswith("data:"):
+        text = text.partition(",")[2]
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ValueError(
+            f"The audio {text[:40]!r} ({len(text)} characters) is not valid base64: {error}. Paths and URLs are not "
+            "opened: send the file itself."
+        ) from error

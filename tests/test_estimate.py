@@ -13,6 +13,7 @@ from modeling_blsp_kd import BlspKdConfig
 from modeling_blsp_kd.training import estimate, step_cost
 from modeling_blsp_kd.training.command_line import unfold_recipe
 from modeling_blsp_kd.training.options import Arguments, ModelOptions
+from modeling_blsp_kd.training.step_operations import count_operations
 from processing.training_rows.options import DataOptions
 from tests.benchmarks.memory_estimate import ASSUME, compare, make_config
 
@@ -40,7 +41,7 @@ def test_operations_of_the_llm_are_those_of_its_products():
     config = make_config("tiny", {"freeze_speech_encoder": True})
     model = step_cost.without_contents(lambda: estimate.build_model(config, torch.float32, checkpoints=False))
     batch = estimate.make_batch(config, 3, 2.0, ASSUME)
-    operations = step_cost.count_operations(model, batch, bf16=False)
+    operations = count_operations(model, batch, bf16=False)
     text, (num_rows, length) = config.text_config, batch["teacher_input_ids"].shape
     weights = sum(
         weight.numel() for name, weight in model.language_model.model.named_parameters() if "proj.weight" in name

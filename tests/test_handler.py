@@ -378,7 +378,9 @@ def test_the_clips_of_phones_count_together(handler, monkeypatch):
 @pytest.mark.parametrize("as_text", [True, False])
 def test_a_huge_body_is_refused_before_it_is_decoded(handler, as_text, monkeypatch):
     monkeypatch.setattr(handler_file, "MAX_AUDIO_BYTES", 2 * len(CONTENTS) - 1)
-    monkeypatch.setattr(handler, "audio_info", lambda file: pytest.fail("it was read"))
+    monkeypatch.setattr(
+        sys.modules[handler.audio_budget.__module__], "audio_info", lambda file: pytest.fail("it was read")
+    )
     audio = "A" * 8 * len(CONTENTS) if as_text else bytes(2 * len(CONTENTS))
     with pytest.raises(ValueError, match=r"The audio takes more than \d+ bytes, which is the limit"):
         handler({"inputs": audio})

@@ -1,5 +1,6 @@
 """Partial LoRA put on or taken off while loading; any other override that would leave weights random is refused."""
 
+import json
 import logging
 
 import pytest
@@ -135,6 +136,16 @@ def test_by_other_entries(plora, folders, inputs):
     assert len(loading["missing_keys" if plora else "unexpected_keys"]) == 28
     model = AutoModelForCausalLM.from_pretrained(folder, plora=plora)
     assert torch.equal(logits(model, inputs), expected) and (model.plora is not None) == plora
+
+
+def test_options_of_the_config_stay_out_of_the_generation_config(folders, tmp_path):
+    """`plora=False` was saved as `"plora": null` there, and so was every other option that was given."""
+    given = {"plora": False, "distillation": {"quantity": 0.5}, "freeze_speech_encoder": False}
+    BlspKdForCausalLM.from_pretrained(folders / "full-True", **given).save_pretrained(tmp_path)
+    before, after = (
+        json.loads((each / "generation_config.json").read_text()) for each in (folders / "full-True", tmp_path)
+    )
+    assert after == before
 
 
 def test_what_is_stored_anyway_is_not_touched(folders, inputs, messages):

@@ -1,10 +1,9 @@
-"""Publishing: a folder that is complete or absent, a card that tells what is so, an upload that is whole or nothing.
+"""Publishing: a folder that is complete or absent, and a card that tells what is so. `test_upload.py` uploads it.
 
 The model card of the default run is what `publish.py` writes: after training it anew, publish it to a folder named
 blsp-kd-tiny-world, and copy README.md to model_card.md and publication.json to tests/data/default_publication.json.
 """
 
-import hashlib
 import importlib.util
 import json
 import re
@@ -12,11 +11,10 @@ import shutil
 import sys
 from pathlib import Path
 
-import huggingface_hub.constants
 import pytest
 import soundfile
 import torch
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -26,13 +24,12 @@ from processing import BlspKdPipeline, BlspKdProcessor, BlspKdSpeechRecognitionP
 from processing.publishing.card import TEMPLATE, make_card
 from processing.publishing.facts import count_parameters
 from processing.publishing.publication import complete_or_nothing
-from processing.publishing.upload import UploadError, upload
 from processing.publishing.verify import compare, run_script
 from processing.spoken_inputs import user_turn
 from tests.helpers.models import make_model, make_thin_model, text_config
 from tests.helpers.prompts import SAMPLING_RATE, clip
-from tests.helpers.shipping import PACKAGE_FOLDERS, assert_tells_no_path
-from tests.helpers.stand_in_hub import REPO_ID, StandInHub
+from tests.helpers.shipping import PACKAGE_FOLDERS, assert_tells_no_path, contents
+from tests.helpers.stand_in_hub import REPO_ID, StandInHub, assert_holds
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "examples" / "publish.py"
@@ -88,14 +85,6 @@ def run_publish(monkeypatch, *arguments, memory=MEMORY):
     monkeypatch.setattr(sys, "argv", ["publish.py", *map(str, arguments)])
     monkeypatch.setattr(publish, "measure_memory", lambda *arguments: memory)
     publish.main()
-
-
-def contents(folder) -> dict[str, str]:
-    return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
 
 
 @pytest.fixture(scope="module")
@@ -446,117 +435,6 @@ def test_a_folder_of_other_things_is_refused_before_any_work(checkpoint, tmp_pat
         run_publish(monkeypatch, checkpoint, checkpoint)
     with pytest.raises(SystemExit, match="is no checkpoint"):
         run_publish(monkeypatch, tmp_path, tmp_path / "made")
-
-
-# -- upload -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def server(monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
-    with StandInHub().running() as server:
-        yield server
-
-
-def push(server, folder, **options):
-    return upload(folder, REPO_ID, api=HfApi(endpoint=server.url, token="hf_test"), **options)
-
-
-def assert_holds(server, folder):
-    assert {name: content for name, content in server.files.items() if name != ".gitattributes"} == {
-        name: (folder / name).read_bytes() for name in contents(folder)
-    }
-
-
-@pytest.fixture
-def newer(published, tmp_path):
-    """Another publication of the same name: other weights, one sample less."""
-    with complete_or_nothing(tmp_path / "newer") as (made, record):
-        for name in set(contents(published)) - {"publication.json", "samples/2.wav"}:
-            (made / name).parent.mkdir(exist_ok=True)
-            (made / name).write_bytes((published / name).read_bytes() + b" " * (name != "samples/1.wav"))
-        record["facts"] = {}
-    return tmp_path / "newer"
-
-
-def test_it_is_uploaded_in_one_commit(server, published):
-    info = push(server, published, private=True)
-    assert server.private is True and info.commit_url.startswith(server.url)
-    assert len(server.committed) == 1
-    assert_holds(server, published)
-
-
-def test_a_newer_one_replaces_it_and_leaves_other_files_alone(server, published, newer):
-    push(server, published)
-    server.files["notes.md"] = b"somebody's work"
-    push(server, newer)
-    assert server.committed[1]["samples/2.wav"] == "deletedFile" and len(server.committed) == 2
-    assert server.files.pop("notes.md") == b"somebody's work"
-    assert_holds(server, newer)
-
-
-def test_repeating_it_sends_nothing(server, published):
-    push(server, published)
-    sent = list(server.put)
-    push(server, published)
-    assert len(server.committed) == 1 and server.put == sent
-
-
-@pytest.mark.parametrize(
-    "method, path, fault, advice",
-    [
-        ("POST", "repos/create", 401, "hf auth login"),
-        ("POST", "preupload", 403, "right to write"),
-        ("POST", "objects/batch", 403, "right to write"),
-        ("PUT", "large", 413, "larger than the server takes"),
-        ("PUT", "large", "before", "See above what failed"),
-        ("PUT", "large", 500, "See above what failed"),
-        ("POST", "commit", 409, "Somebody else"),
-        ("POST", "commit", 412, "Somebody else"),
-        ("POST", "commit", "before", "See above what failed"),
-        ("POST", "commit", "after", "See above what failed"),
-    ],
-)
-def test_a_failed_upload_leaves_the_old_or_the_new_state(method, path, fault, advice, server, published, newer):
-    if "create" not in path:  # else the repository would be found
-        push(server, published)
-    old, local = dict(server.files), contents(newer)
-    server.fail(method, path, fault)
-    with pytest.raises(UploadError, match=advice) as caught:
-        push(server, newer)
-    assert "Repeat the command" in str(caught.value) and contents(newer) == local
-    if fault == "after":
-        assert_holds(server, newer)
-    else:
-        assert server.files == old
-    server.faults.clear()
-    sent = list(server.put)
-    push(server, newer)
-    assert_holds(server, newer)
-    assert len(server.put) == len(set(server.put)), "no large file is sent twice"
-    if path == "commit":
-        assert server.put == sent, "all of them had arrived"
-
-
-def test_one_dropped_connection_is_survived(server, published):
-    server.fail("PUT", "large", "before", times=1)
-    push(server, published)
-    assert_holds(server, published)
-
-
-def test_a_commit_of_somebody_else_meanwhile_is_not_overwritten(server, published, newer, monkeypatch):
-    push(server, published)
-    create_commit = HfApi.create_commit
-
-    def later(self, *arguments, **options):
-        server.num_commits += 1
-        return create_commit(self, *arguments, **options)
-
-    monkeypatch.setattr(HfApi, "create_commit", later)
-    with pytest.raises(UploadError, match="Somebody else has changed"):
-        push(server, newer)
-    assert_holds(server, published)
 
 
 # -- the command ------------------------------------------------------------------------------------------------------

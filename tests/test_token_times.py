@@ -14,7 +14,14 @@ from transformers import PreTrainedTokenizerFast, TextStreamer
 
 from examples.experiments import measure_timestamps
 from modeling_blsp_kd.encoder_families import frame_starts_s
-from modeling_blsp_kd.token_times import align, find_silence, loudness, text_token_times, token_times
+from modeling_blsp_kd.token_times import (
+    align,
+    answer_token_times,
+    find_silence,
+    loudness,
+    text_token_times,
+    token_times,
+)
 from processing import BlspKdProcessor
 from tests.helpers.encoders import ENCODERS, model_of, processor_of
 from tests.helpers.models import make_config, make_model
@@ -218,7 +225,8 @@ def test_a_word_that_is_spoken_of_gets_its_own_time(processor):
         (torch.cat([said[[2, 5]], torch.tensor([2])]), [2, 5, None]),
         (torch.tensor([2, 0, 0]), [None] * 3),
     ):
-        times = model._time_answers(answer[None], heard, torch.tensor([True]), settings)[0]
+        embed = model.get_input_embeddings()
+        times = answer_token_times(embed, answer[None], heard, torch.tensor([True]), settings)[0]
         for time, place in zip(times, places):
             if place is None:
                 assert time.isnan().all()

@@ -5,12 +5,9 @@ Everything that options can get wrong fails here, before the first step.
 
 import json
 import logging
-from collections.abc import Iterable, Iterator
-from itertools import islice
 from pathlib import Path
 
 import torch
-from torch.utils.data import BatchSampler
 from transformers import AutoConfig, PreTrainedModel
 from transformers.integrations import unset_hf_deepspeed_config
 
@@ -20,7 +17,7 @@ from processing.data_collator import split_prompt
 from processing.manifests import read_manifest
 from processing.speech_features import with_log_mel_max
 from processing.training_rows.clips import check_clips
-from processing.training_rows.data_sets import RowsInMemory, StreamedRows
+from processing.training_rows.data_sets import RowsInMemory
 from processing.training_rows.loading import evaluation_data, load_rows, training_data
 from processing.training_rows.options import DataOptions
 from processing.training_rows.responses import add_responses
@@ -30,7 +27,7 @@ from ..distillation_step import NEED_STUDENT, wanted_losses
 from ..modeling_blsp_kd import BlspKdForCausalLM
 from ..trainer import BlspKdTrainer
 from .batch_order import data_seed
-from .calibration import calibrate_adapter
+from .calibration import calibrate_adapter, calibration_batches
 from .command_line import read_backbone_options
 from .on_policy import OnPolicyOptions
 from .options import TINY_SPEECH_MODEL, Arguments, ModelOptions, encoder_learning_rate
@@ -43,7 +40,6 @@ TINY_ADAPTERS = {"cformer": {"num_pre_layers": 1, "num_post_layers": 2}, "subsam
 
 # Of speech at full scale, log10 of power; that of Voxtral Realtime.
 LOG_MEL_MAX = 1.5
-NUM_CALIBRATION_ROWS, CALIBRATION_BATCH = 64, 8
 
 
 def check_options(model_options: ModelOptions, data_options: DataOptions, args: Arguments) -> None:
@@ -157,17 +153,6 @@ def on_policy_options(data_options: DataOptions, args: Arguments) -> OnPolicyOpt
     if not args.on_policy_share:
         return None
     return OnPolicyOptions(args.on_policy_share, args.on_policy_temperature, data_options.max_response_tokens)
-
-
-def calibration_batches(train_dataset: RowsInMemory | StreamedRows, collator: BlspKdDataCollator) -> Iterator[dict]:
-    """Yield batches of some training rows, spread over the data set, or the first ones of a stream."""
-    if isinstance(train_dataset, StreamedRows):
-        batches: Iterable = train_dataset.batch_sampler(CALIBRATION_BATCH)
-    else:
-        step = max(1, len(train_dataset) // NUM_CALIBRATION_ROWS)
-        batches = BatchSampler(range(0, len(train_dataset), step), CALIBRATION_BATCH, drop_last=False)
-    for batch in islice(batches, NUM_CALIBRATION_ROWS // CALIBRATION_BATCH):
-        yield collator(train_dataset.__getitems__(batch))
 
 
 def build_processor(options: ModelOptions) -> BlspKdProcessor:

@@ -5,14 +5,21 @@ has corrected this, the quantity loss and its gradient outweigh all else. Untrai
 from the LLM's embeddings. One number corrects each, and a few batches suffice to find it. Other weights stay random.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
+from torch.utils.data import BatchSampler
+
+from processing import BlspKdDataCollator
+from processing.training_rows.data_sets import RowsInMemory, StreamedRows
 
 from ..frozen import frozen
 from ..modeling_blsp_kd import BlspKdForCausalLM
 from ..speech_windows import is_within
+
+NUM_ROWS, BATCH_SIZE = 64, 8
 
 
 @dataclass(frozen=True)
@@ -76,6 +83,17 @@ def calibrate_adapter(model: BlspKdForCausalLM, batches: Iterable[dict[str, torc
         scale = _root_mean_square(embeddings) / _root_mean_square(speech_tokens)
         model.adapter.scale_speech_tokens(scale)
     return Calibration(shift, scale)
+
+
+def calibration_batches(train_dataset: RowsInMemory | StreamedRows, collator: BlspKdDataCollator) -> Iterator[dict]:
+    """Yield batches of some training rows, spread over the data set, or the first ones of a stream."""
+    if isinstance(train_dataset, StreamedRows):
+        batches: Iterable = train_dataset.batch_sampler(BATCH_SIZE)
+    else:
+        step = max(1, len(train_dataset) // NUM_ROWS)
+        batches = BatchSampler(range(0, len(train_dataset), step), BATCH_SIZE, drop_last=False)
+    for batch in islice(batches, NUM_ROWS // BATCH_SIZE):
+        yield collator(train_dataset.__getitems__(batch))
 
 
 def _audio(model, batch, num_speech_tokens=None):

@@ -1,7 +1,8 @@
 """Estimate what a training costs, before anything is downloaded: parameters, memory of a GPU, and time.
 
-`step_cost.py` runs a step without contents; sharding and time are arithmetic on top. `examples/estimate.py` is the
-command. Leaves out: speech encoders other than Whisper, and the time to load data, evaluate and save.
+`step_cost.py` and `step_operations.py` run a step without contents; sharding and time are arithmetic on top.
+`examples/estimate.py` is the command. Leaves out: speech encoders other than Whisper, and the time to load data,
+evaluate and save.
 """
 
 from dataclasses import dataclass
@@ -13,7 +14,8 @@ from transformers import AutoConfig, PreTrainedModel
 
 from ..configuration_blsp_kd import BlspKdConfig
 from ..modeling_blsp_kd import BlspKdForCausalLM
-from .step_cost import Memory, count_operations, peak_memory, without_contents
+from .step_cost import Memory, peak_memory, without_contents
+from .step_operations import count_operations
 
 GB = 1e9
 

@@ -180,9 +180,7 @@ class _Sheet:
         middles_s = (np.arange(len(alphas)) + 0.5) * self.hearing.frame_duration_s
         axes.fill_between(middles_s, alphas, color=BLUE, alpha=0.25, linewidth=0)
         axes.plot(middles_s, alphas, color=BLUE, linewidth=1.2)
-        axes.set_xlim(*self._stretch(tokens))
-        axes.set_xticks([])
-        axes.set_ylim(0, 1.1 * max(0.5, float(alphas.max())))
+        axes.set(xlim=self._stretch(tokens), xticks=[], ylim=(0, 1.1 * max(0.5, float(alphas.max()))))
         axes.set_yticks([0, 0.5], ["0", "0.5"])
         axes.set_ylabel("alpha", fontsize=SMALL_FONT_SIZE)
         self._draw_boundaries(axes, tokens, "black")
@@ -197,14 +195,12 @@ class _Sheet:
         for column, end_s in enumerate(self.token_ends_s[tokens.start : tokens.stop], start=1):
             place = (end_s - start_s) / (stop_s - start_s) * len(tokens)
             axes.plot([place, column], [1, 0], color="#888888", linewidth=0.8, clip_on=False)
-        axes.set_xlim(0, len(tokens))
-        axes.set_ylim(0, 1)
+        axes.set(xlim=(0, len(tokens)), ylim=(0, 1))
         axes.axis("off")
 
     def _draw_table(self, axes, tokens):
         hearing = self.hearing
-        axes.set_xlim(0, len(tokens))
-        axes.set_ylim(self.head_height + len(hearing.predictions[0]) * CELL_HEIGHT, 0)
+        axes.set(xlim=(0, len(tokens)), ylim=(self.head_height + len(hearing.predictions[0]) * CELL_HEIGHT, 0))
         axes.axis("off")
         shades = colormaps["Blues"]
         for column, token in enumerate(tokens):
@@ -238,8 +234,7 @@ class _Sheet:
     def _draw_kl(self, axes, tokens):
         kl_to_text = self.kl_to_text
         highest = max(0.1, float(kl_to_text.max()))
-        axes.set_xlim(0, len(tokens))
-        axes.set_ylim(0, 1.6 * highest)
+        axes.set(xlim=(0, len(tokens)), xticks=[], ylim=(0, 1.6 * highest))
         for column, token in enumerate(tokens):
             axes.bar(column + 0.5, kl_to_text[token], width=0.6, color=ORANGE)
             axes.text(
@@ -250,7 +245,6 @@ class _Sheet:
                 va="bottom",
                 fontsize=SMALL_FONT_SIZE,
             )
-        axes.set_xticks([])
         axes.set_yticks([0, highest], ["0", f"{highest:.1f}"])
         axes.set_ylabel("KL", fontsize=SMALL_FONT_SIZE)
         axes.spines[["top", "right"]].set_visible(False)

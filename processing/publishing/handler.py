@@ -15,11 +15,8 @@ A data URL may stand for base64, and OpenAI's `input_audio` for the block of a c
 query string, are those of `PARAMETERS` below.
 """
 
-import base64
-import binascii
 import json
 import os
-from collections.abc import Callable
 from numbers import Real
 from typing import Any
 
@@ -67,9 +64,8 @@ class EndpointHandler:
         self.answers = pipeline("audio-text-to-text", model=path, trust_remote_code=True, dtype=fast_dtype())
         pipelines = self.answers.model.config.custom_pipelines
         transcribing = get_class_from_dynamic_module(pipelines["automatic-speech-recognition"]["impl"], path)
-        # The model's own code reads the blocks of chats, and measures files.
-        self.read_block = get_class_from_dynamic_module("chat_audio.read_block", path)
-        self.audio_info = get_class_from_dynamic_module("audio_decoding.audio_info", path)
+        # The model's own code reads audio.
+        self.audio_budget = get_class_from_dynamic_module("spoken_inputs.AudioBudget", path)
         self.transcribes = transcribing(model=self.answers.model, processor=self.answers.processor)
 
     def __call__(self, data: dict) -> dict:
@@ -86,7 +82,7 @@ class EndpointHandler:
                 "A request needs 'inputs': an audio file, base64 of one, an object with 'audio', or a chat."
             )
         parameters = read_parameters(data.get("parameters"))
-        inputs = read_inputs(data["inputs"], self.read_block, self.audio_info)
+        inputs = read_inputs(data["inputs"], self.audio_budget(MAX_AUDIO_BYTES, MAX_DURATION_S))
         if isinstance(inputs, dict) and "instruction" in inputs:
             if "instruction" in parameters:
                 raise ValueError("The instruction is given twice, in 'inputs' and in 'parameters'. Give it once.")
@@ -188,14 +184,13 @@ def _from_query(value):
     return value
 
 
-def read_inputs(inputs: Any, read_block: Callable, audio_info: Callable) -> Any:
+def read_inputs(inputs: Any, budget: Any) -> Any:
     """Return an audio, `{"audio", "instruction"}`, or a chat, with the contents of audio files in the place of base64.
 
     Args:
         inputs: of the request.
-        read_block, audio_info: the functions of `chat_audio.py` and `audio_decoding.py`.
+        budget: the `AudioBudget` of `spoken_inputs.py` that the request has.
     """
-    budget = AudioBudget(audio_info)
     if isinstance(inputs, (bytes, bytearray, str)):
         return {"audio": budget.read(inputs)}
     if isinstance(inputs, dict):
@@ -210,95 +205,18 @@ def read_inputs(inputs: Any, read_block: Callable, audio_info: Callable) -> Any:
         audio = {"audio": budget.read(inputs["audio"])}
         return audio if instruction is None else {**audio, "instruction": instruction}
     if isinstance(inputs, list) and inputs and all(isinstance(item, dict) and "role" in item for item in inputs):
-        return [_read_message(message, read_block, budget) for message in inputs]
+        return [_read_message(message, budget) for message in inputs]
     raise ValueError(
         "'inputs' must be an audio file, base64 of one, an object with 'audio', or a chat (a list of messages with "
         f"'role' and 'content'), got {type(inputs).__name__}. One request takes one input."
     )
 
 
-def _read_message(message: dict, read_block, budget: "AudioBudget") -> dict:
+def _read_message(message: dict, budget) -> dict:
     unknown = sorted(map(str, set(message) - {"role", "content"}))
     content = message.get("content")
     if unknown or not isinstance(message["role"], str) or not isinstance(content, (str, list)):
         raise ValueError(f"A message has a 'role' and a 'content' (text or a list of blocks), got {message!r:.200}.")
     if isinstance(content, list):
-        content = [read_text_or_audio(block, read_block, budget) for block in content]
+        content = [budget.read_block(block) for block in content]
     return {"role": message["role"], "content": content}
-
-
-def read_text_or_audio(block: Any, read_block: Callable, budget: "AudioBudget") -> dict:
-    """Return a block of a chat, of type "text" or "audio", with the contents of the file in the place of base64.
-
-    Raises:
-        ValueError, TypeError: the block is of another type, or its audio is no file or base64 of one, or too much.
-    """
-    read, clip = read_block(block) if isinstance(block, dict) else ({}, None)
-    if read.get("type") == "text" and isinstance(read.get("text"), str):
-        return {"type": "text", "text": read["text"]}
-    if read.get("type") != "audio":
-        raise ValueError(
-            f"A block of a message is {{'type': 'text', 'text': ...}} or {{'type': 'audio', 'audio': base64}}, "
-            f"got {block!r:.200}."
-        )
-    values = list(clip.values()) if isinstance(clip, dict) else [clip]
-    if len(values) != 1 or values[0] is None:
-        raise ValueError(f"An audio block needs one 'audio', base64 of a file, but has {sorted(map(str, block))}.")
-    return {"type": "audio", "audio": budget.read(values[0])}
-
-
-class AudioBudget:
-    """The bytes and seconds of audio that a request may still use.
-
-    Args:
-        audio_info (`Callable`): the function of `audio_decoding.py`.
-        max_bytes (`int`, *optional*), max_duration_s (`float`, *optional*): omitted, those of this file.
-    """
-
-    def __init__(self, audio_info: Callable, max_bytes: int | None = None, max_duration_s: float | None = None):
-        self.audio_info = audio_info
-        self.max_bytes = MAX_AUDIO_BYTES if max_bytes is None else max_bytes
-        self.max_duration_s = MAX_DURATION_S if max_duration_s is None else max_duration_s
-        self.num_bytes, self.duration_s = 0, 0.0
-
-    def read(self, audio: Any) -> bytes:
-        """Return the contents of an audio file, sent as they are or as base64.
-
-        A string is never taken for a path or a URL: that would open the server's files and network to its clients.
-        """
-        if isinstance(audio, str):
-            self._spend_bytes(3 * len(audio) // 4)
-            contents = _of_base64(audio)
-        elif isinstance(audio, (bytes, bytearray)):
-            self._spend_bytes(len(audio))
-            contents = bytes(audio)
-        else:
-            raise TypeError(f"Audio must be a file's contents or base64 of them, got {type(audio).__name__}.")
-        try:
-            self.duration_s += self.audio_info(contents).duration_s
-        except ValueError:
-            return contents  # the pipeline says what is wrong with it
-        if self.duration_s > self.max_duration_s:
-            raise ValueError(
-                f"The audio lasts {self.duration_s:.1f} s, but at most {self.max_duration_s:g} s are served. Split it."
-            )
-        return contents
-
-    def _spend_bytes(self, num_bytes: int):
-        self.num_bytes += num_bytes
-        if self.num_bytes > self.max_bytes:
-            raise ValueError(
-                f"The audio takes more than {self.max_bytes} bytes, which is the limit. Compress or split it."
-            )
-
-
-def _of_base64(text: str) -> bytes:
-    if text.startswith("data:"):
-        text = text.partition(",")[2]
-    try:
-        return base64.b64decode("".join(text.split()), validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise ValueError(
-            f"The audio {text[:40]!r} ({len(text)} characters) is not valid base64: {error}. Paths and URLs are not "
-            "opened: send the file itself."
-        ) from error

@@ -11,10 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from processing.audio_decoding import audio_info
 from processing.chat_audio import check_unicode, read_block
-from processing.publishing.handler import AudioBudget, read_text_or_audio
-from processing.spoken_inputs import check_text
+from processing.spoken_inputs import AudioBudget, check_text
 from processing.url_fetching import fetch_audio
 
 from .clip_cache import EncodedClip
@@ -37,7 +35,7 @@ def key_of(contents: bytes) -> str:
 
 
 def budget_of(settings: Settings) -> AudioBudget:
-    return AudioBudget(audio_info, settings.max_audio_bytes, settings.max_duration_s)
+    return AudioBudget(settings.max_audio_bytes, settings.max_duration_s)
 
 
 def read_messages(messages: list, settings: Settings, audio_token: str) -> ReadMessages:
@@ -57,7 +55,7 @@ def read_messages(messages: list, settings: Settings, audio_token: str) -> ReadM
         if isinstance(content, str):
             texts.append(content)
         elif isinstance(content, list):
-            blocks = [read_text_or_audio(_fetched(block, settings), read_block, budget) for block in content]
+            blocks = [budget.read_block(_fetched(block, settings)) for block in content]
             texts += [block["text"] for block in blocks if block["type"] == "text"]
             message = {**message, "content": [_with_key(block, clips) for block in blocks]}
         elif content is not None:  # as in a turn that calls tools

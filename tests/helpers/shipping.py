@@ -1,5 +1,6 @@
-"""The names that a published folder may not hold, and a Python that sees nothing of this project."""
+"""What a published folder may not hold, its files by checksum, and a Python that sees nothing of this project."""
 
+import hashlib
 import re
 from pathlib import Path
 
@@ -22,6 +23,14 @@ UNSHIPPABLE = {
 
 def unshippable(text) -> list[str]:
     return [problem for problem, pattern in UNSHIPPABLE.items() if pattern.search(text)]
+
+
+def contents(folder) -> dict[str, str]:
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def run_python(code, *arguments, folder, **options):

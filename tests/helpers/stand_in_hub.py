@@ -11,6 +11,7 @@ import re
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import yaml
 
@@ -56,6 +57,12 @@ class StandInHub:
         finally:
             server.shutdown()
             server.server_close()
+
+
+def assert_holds(hub: StandInHub, folder: Path):
+    """Assert that the repository holds the files of a folder, and no others."""
+    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert {name: content for name, content in hub.files.items() if name != ".gitattributes"} == files
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -17,13 +17,12 @@ from transformers import AutoModelForCausalLM, WhisperFeatureExtractor
 from modeling_blsp_kd import BlspKdConfig, BlspKdForCausalLM
 from modeling_blsp_kd.speech_encoder import TrueLengthWhisperEncoder
 from processing import BlspKdProcessor
-from processing.audio_decoding import audio_info
 from processing.audio_loading import MAX_DURATION_S, load_audio
-from processing.chat_audio import read_block
 from processing.evaluation.rows import check_rows
 from processing.manifests import OutsideFolderError
-from processing.publishing.handler import EndpointHandler, read_inputs
+from processing.publishing.handler import MAX_AUDIO_BYTES, EndpointHandler, read_inputs
 from processing.response_generation.sources import ManifestSource, check_audio
+from processing.spoken_inputs import AudioBudget
 from tests.helpers.audio_files import encode, encode_by_ffmpeg
 from tests.helpers.models import SMALL_CFORMER, speech_config, text_config
 from tests.helpers.prompts import SAMPLING_RATE, clip, make_tokenizer
@@ -132,7 +131,7 @@ def audio_kind(material: Material, name: str) -> Kind:
         if way == "file":
             audio = write(material.scratch / f"clip.{name}", contents)
         elif way == "endpoint":
-            audio = read_inputs(contents, read_block, audio_info)["audio"]
+            audio = read_inputs(contents, AudioBudget(MAX_AUDIO_BYTES, MAX_DURATION_S))["audio"]
         else:
             audio = contents
         waveform = load_audio(audio, SAMPLING_RATE)

@@ -157,10 +157,9 @@ class Piper:
 
     def __init__(self, assets: Path | None = None):
         folder = _folder(assets, "piper")
-        self.models = {path.stem: path for path in sorted(folder.glob("*.onnx"))}
-        if not self.models:
+        if not (models := {path.stem: path for path in sorted(folder.glob("*.onnx"))}):
             raise MissingSynthesizer(f"{folder} holds no voice of Piper (NAME.onnx with NAME.onnx.json).")
-        self.voices = tuple(self.models)
+        self.models, self.voices = models, tuple(models)
 
     def draw(self, rng: random.Random) -> dict:
         return {"voice": rng.choice(self.voices), "speed": round(rng.uniform(0.8, 1.25), 3)}
@@ -219,8 +218,7 @@ def _onnx(path: Path):
 
 
 def _program(name: str, how_to_install: str) -> str:
-    program = shutil.which(name)
-    if program is None:
+    if (program := shutil.which(name)) is None:
         raise MissingSynthesizer(f"The program {name} is not on the PATH: {how_to_install}.")
     return program
 
