@@ -17,7 +17,17 @@ def fused_kl(student_hidden: torch.Tensor, teacher_hidden: torch.Tensor, *option
     return _LinearKL.apply(student_hidden, teacher_hidden, *options)
 
 
-class _LinearKL(torch.autograd.Function):
+class GradientInForward(torch.autograd.Function):
+    """A value of each row, whose forward pass saves the gradient over its first argument, the rows."""
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_values):
+        (gradient,) = ctx.saved_tensors
+        return ((gradient * grad_values[:, None]).to(gradient.dtype), *[None] * (len(ctx.needs_input_grad) - 1))
+
+
+class _LinearKL(GradientInForward):
     """A divergence of each row from hidden states, with the gradient made in the forward pass.
 
     Rows are taken in chunks. Their logits, student's and teacher's from one product, fill a buffer that serves all
@@ -62,12 +72,6 @@ class _LinearKL(torch.autograd.Function):
                 torch.addmm(gradient[rows], student, weight, beta=0.0, alpha=scale / temperature, out=gradient[rows])
         ctx.save_for_backward(gradient)
         return kl
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_kl):
-        (gradient,) = ctx.saved_tensors
-        return ((gradient * grad_kl[:, None]).to(gradient.dtype), *[None] * 10)
 
 
 def _compare_logits_(

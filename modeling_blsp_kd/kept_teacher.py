@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 from .divergences import compare_
+from .fused_kl import GradientInForward
 
 CHUNK_ROWS = 192
 
@@ -75,7 +75,7 @@ def _tail_of_(log_probs: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     return torch.logsumexp(log_probs.scatter_(1, ids, -torch.inf), dim=1, keepdim=True)
 
 
-class _LinearKLToKept(torch.autograd.Function):
+class _LinearKLToKept(GradientInForward):
     """A divergence of each row from the student's hidden states and what is kept of the teacher.
 
     Like the kernel in `fused_kl.py`: the logits of a chunk of rows become their gradient, in the forward pass.
@@ -108,12 +108,6 @@ class _LinearKLToKept(torch.autograd.Function):
             del logits, slope, of_logits  # before those of the next rows are made
         ctx.save_for_backward(gradient)
         return kl
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_kl):
-        (gradient,) = ctx.saved_tensors
-        return ((gradient * grad_kl[:, None]).to(gradient.dtype), *[None] * 10)
 
 
 def kl_to_kept(student_hidden: torch.Tensor, kept: KeptTeacher, *options: Any) -> torch.Tensor:
