@@ -4,10 +4,10 @@
     taskset -c 1 python -m tests.benchmarks.serving --repeats 3      # servers and clients on one core
     python -m tests.benchmarks.serving --engine stand-in --small     # seconds: does it run?
 
-All servers listen on loopback in the same run and take turns, so that other work on the machine meets them alike; what
-it cannot meet is the CPU time of the servers, which is told, too. They get the very same requests, each with a clip of
-its own and a streamed greedy answer in float32. Clients ask their next question when they have the answer to the last.
-Leaves out: bounds and faults (`tests/reliability/serving.py`).
+All servers listen on loopback in the same run and take turns. The clock favours the front, which is three processes, if
+the machine has other work; the CPU time of the servers hardly depends on it and is told, too. All get the very same
+requests, each with a clip of its own and a streamed greedy answer in float32. Clients ask their next question when they
+have the answer to the last. Leaves out: bounds and faults (`tests/reliability/serving.py`).
 """
 
 # ruff: noqa: T201 (a command talks to the terminal)
@@ -42,7 +42,7 @@ from modeling_blsp_kd.speech_encoder import TrueLengthWhisperEncoder
 from processing import BlspKdProcessor
 from processing.serving.engine_files import write_engine_files
 from tests.helpers.engine_requests import TINY_WORLD, chats_of_all_kinds, input_audio, tiny_world
-from tests.helpers.real_engine import RealEngine, make_environment
+from tests.helpers.real_engine import PACKAGES, RealEngine, make_environment
 from tests.helpers.servers import Server, start_front, start_stand_in, start_transformers_serve
 
 from .report import machine
@@ -109,8 +109,8 @@ def random_model(folder: Path) -> tuple[BlspKdForCausalLM, BlspKdProcessor]:
     return model, processor
 
 
-def make_models(folder: Path, names: list[str]):
-    """Yield the name of each LLM, and the folder that its model is saved in."""
+def make_models(folder: Path, names: list[str]) -> Iterator[tuple[str, Path, list[str]]]:
+    """Yield the name of each LLM, the folder that its model is saved in, and the command of its engine."""
     for name in names:
         model, processor = tiny_world() if name == "tiny" else random_model(folder / "backbones")
         model.save_pretrained(folder / name)
@@ -282,13 +282,15 @@ def main():
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--engine", choices=("vllm", "stand-in"), default="vllm")
-    parser.add_argument("--llms", default="tiny,135M", help="names, with a comma between")
+    parser.add_argument("--llms", default="tiny,135M", help="tiny, 135M, or both with a comma between")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--requests_per_client", type=int, default=2)
     parser.add_argument("--small", action="store_true", help="the tiny LLM and few clients; the figures mean nothing")
     parser.add_argument("--output", type=Path, default=Path("outputs/benchmarks"), help="folder for the results")
     options = parser.parse_args()
     llms, clients, repeats = options.llms.split(","), list(CLIENTS), options.repeats
+    if unknown := set(llms) - {"tiny", "135M"}:
+        parser.error(f"--llms takes tiny and 135M, not {', '.join(sorted(unknown))}")
     if options.small:
         llms, clients, repeats = ["tiny"], [1, 2], 1
     if options.engine == "vllm":
@@ -298,7 +300,7 @@ def main():
     where = machine(torch.device("cpu"), torch.float32, "wall")
     where["usable_cores"] = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     where["versions"] = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "uvicorn")}
-    where["engine"] = options.engine
+    where["engine"] = PACKAGES[0] if options.engine == "vllm" else options.engine
     options.output.mkdir(parents=True, exist_ok=True)
     results = []
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as running:
@@ -312,8 +314,7 @@ def main():
                 running.callback(server.kill)
                 return server.wait_until_ready(route)
 
-            with running.pop_all():  # the servers of the LLM before
-                pass
+            running.close()  # the servers of the LLM before
             arguments = ["--model", *command[2:]]
             start_engine = RealEngine if options.engine == "vllm" else start_stand_in
             engine = run(start_engine(arguments, logs[0]))
