@@ -28,10 +28,9 @@ NUM_CHATS, MAX_NEW_TOKENS = 40, 24
 # not used: token ids come from our processor.
 CONVERT = """
 import runpy, sys
-sys.path[:0] = [sys.argv[1], sys.argv[1] + "/gguf-py"]
 from conversion import base
 base.TextModel.get_vocab_base_pre = lambda self, tokenizer: "gpt-2"
-sys.argv = [sys.argv[1] + "/" + sys.argv[2], *sys.argv[3:]]
+sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
@@ -49,11 +48,13 @@ def world(tmp_path_factory):
     llm = folder / "llm"
     tiny_world()[0].language_model.save_pretrained(llm)
     AutoTokenizer.from_pretrained(TINY_WORLD / "llm").save_pretrained(llm)
+    searched = (SOURCES, f"{SOURCES}/gguf-py", os.environ.get("PYTHONPATH", ""))
     for script, *arguments in (
         ("convert_hf_to_gguf.py", llm, "--outfile", folder / "llm.gguf"),
         ("convert_lora_to_gguf.py", folder / "speech", "--base", llm, "--outfile", folder / "speech.gguf"),
     ):
-        subprocess.run([sys.executable, "-c", CONVERT, SOURCES, script, *arguments, "--outtype", "f32"], check=True)
+        command = [sys.executable, "-c", CONVERT, f"{SOURCES}/{script}", *arguments, "--outtype", "f32"]
+        subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(searched)})
     return folder, model, processor
 
 

@@ -110,6 +110,10 @@ class Held:
         while len(self.encoder._waiting) < count:
             await asyncio.sleep(0.01)
 
+    async def cancelled(self, count):
+        while sum(clip.future.cancelled() for clip in self.encoder._waiting) < count:
+            await asyncio.sleep(0.01)
+
     async def begun(self):
         await asyncio.to_thread(self.has_begun.wait, 30)
 
@@ -160,7 +164,7 @@ def test_a_clip_that_nobody_waits_for_is_not_encoded(held):
         left, kept = here.encode(0.5), here.encode(0.7)
         await here.waiting(2)
         left.cancel()
-        await asyncio.sleep(0)
+        await here.cancelled(1)
         here.let_go.set()
         await asyncio.gather(first, kept)
         assert here.batches == [[15], [35]]
@@ -202,7 +206,7 @@ def test_a_clip_that_all_have_left_may_come_again(num_calls, held):
         await here.waiting(1)
         for call in calls:
             call.cancel()
-        await asyncio.sleep(0)
+        await here.cancelled(1)
         again = here.encode(0.5)
         await here.waiting(2)
         here.let_go.set()

@@ -313,6 +313,7 @@ def test_a_clip_whose_client_left_is_not_encoded(front):
             await eventually(lambda: len(encoder._waiting) == 1)
             second.left.set()
             await asyncio.wait_for(second.task, 10)
+            await eventually(lambda: encoder._waiting[0].future.cancelled())
             let_go.set()
             await asyncio.wait_for(first.task, 30)
             await asyncio.to_thread(encoder.close)
