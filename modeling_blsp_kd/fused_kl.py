@@ -22,7 +22,7 @@ class GradientInForward(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_values):
+    def backward(ctx: Any, grad_values: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return ((gradient * grad_values[:, None]).to(gradient.dtype), *[None] * (len(ctx.needs_input_grad) - 1))
 
