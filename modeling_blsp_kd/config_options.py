@@ -102,6 +102,19 @@ class Options:
             require(is_omitted or is_fit(value), f"{self.where.split()[-1]} option {name} {expected}", value)
 
 
+def read_switch(given: Any, name: str) -> dict | None:
+    """Return the options of a part that is switched by True, False (or None), or a dict; None if it is off.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    if given is None or given is False:
+        return None
+    given = {} if given is True else given
+    require(isinstance(given, dict), f"{name} must be True, False or a dict of options", given)
+    return given
+
+
 @dataclass(frozen=True)
 class PartialLoraOptions(Options):
     """Options of `plora={...}`, named as in `peft.LoraConfig`.
@@ -133,10 +146,9 @@ def read_plora(given: Any) -> PartialLoraOptions | None:
     Raises:
         ValueError: it is none of these, or an option is unknown or means nothing.
     """
-    if given is None or given is False:
+    given = read_switch(given, "plora")
+    if given is None:
         return None
-    given = {} if given is True else given
-    require(isinstance(given, dict), "plora must be True, False or a dict of options", given)
     if given.get("use_dora"):
         raise ValueError("plora does not support use_dora: DoRA rescales the LLM's own weights, at text positions too.")
     if given.get("lora_bias") or given.get("bias", "none") != "none":

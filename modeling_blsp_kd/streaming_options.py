@@ -12,7 +12,7 @@ import torch
 
 from .adapter_options import AdapterOptions, CFormerOptions
 from .blockwise_attention import Blocks
-from .config_options import Options, is_count, is_positive_count, require
+from .config_options import Options, is_count, is_positive_count, read_switch, require
 from .encoder_families import ENCODER_FAMILIES, frame_duration_s
 
 
@@ -123,8 +123,5 @@ def read_streaming(given: Any) -> StreamingOptions | None:
     Raises:
         ValueError: it is none of these, or an option is unknown or means nothing.
     """
-    if given is None or given is False:
-        return None
-    given = {} if given is True else given
-    require(isinstance(given, dict), "streaming must be True, False or a dict of options", given)
-    return StreamingOptions.read(given)
+    given = read_switch(given, "streaming")
+    return None if given is None else StreamingOptions.read(given)

@@ -12,7 +12,7 @@ from modeling_blsp_kd.training.batch_counts import count_items
 from modeling_blsp_kd.training.building import warn_of_endless_answers
 from processing.evaluation.systems import paper_losses
 from tests.helpers.literal_losses import literal_sums, literal_weights
-from tests.helpers.models import make_model
+from tests.helpers.models import embed_the_transcript, make_model
 from tests.helpers.trainers import NUM_ROWS, make_trainer
 
 pytestmark = pytest.mark.numerical
@@ -52,18 +52,8 @@ def test_text_after_text_is_aligned_in_every_layer(collator, rows):
     for distance in ("cosine", "mse"):
         options = {"layer_alignment": 1.0, "alignment_layers": [0, 1, 2], "alignment_distance": distance}
         model = make_model(distillation=options)
-        batch, hear = collator(rows), model.get_audio_features
-
-        def hear_the_transcript(*args, model=model, batch=batch, hear=hear, **kwargs):
-            audio = hear(*args, **kwargs)
-            embeds = torch.zeros_like(audio.pooler_output)
-            for row in range(len(rows)):
-                ids = batch["teacher_input_ids"][row][batch["teacher_is_content"][row]]
-                embeds[row, : len(ids)] = model.get_input_embeddings()(ids)
-            audio.pooler_output = embeds
-            return audio
-
-        model.get_audio_features = hear_the_transcript
+        batch = collator(rows)
+        embed_the_transcript(model, batch)
         total, count = model(**batch).loss_parts["layer_alignment"]
         assert abs(total / count) < 1e-6
 

@@ -8,7 +8,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMultimodal
 
 from modeling_blsp_kd import BlspKdConfig, BlspKdForCausalLM
 from tests.helpers.literal_losses import literal_divergence, literal_rows
-from tests.helpers.models import FAMILIES, SMALL_CFORMER, base_llm, make_config, make_model
+from tests.helpers.models import FAMILIES, SMALL_CFORMER, base_llm, embed_the_transcript, make_config, make_model
 from tests.helpers.prompts import spoken_prompts
 
 pytestmark = pytest.mark.numerical
@@ -113,17 +113,7 @@ def test_the_same_prompt_in_speech_and_text_gives_zero_kl(collator, rows):
     """Speech tokens that are the transcript's own embeddings leave nothing to distil: shifts and positions agree."""
     model = make_model()
     batch = collator(rows)
-
-    def hear_the_transcript(*args, **kwargs):
-        audio = BlspKdForCausalLM.get_audio_features(model, *args, **kwargs)
-        embeds = torch.zeros_like(audio.pooler_output)
-        for row in range(len(rows)):
-            ids = batch["teacher_input_ids"][row][batch["teacher_is_content"][row]]
-            embeds[row, : len(ids)] = model.get_input_embeddings()(ids)
-        audio.pooler_output = embeds
-        return audio
-
-    model.get_audio_features = hear_the_transcript
+    embed_the_transcript(model, batch)
     means = part_means(model(**batch))
     assert abs(means["response_kl"]) < 1e-6 and abs(means["input_kl"]) < 1e-6
 

@@ -97,3 +97,18 @@ def base_llm(model):
     }
     base.load_state_dict(state)
     return base.eval()
+
+
+def embed_the_transcript(model, batch):
+    """Have `get_audio_features` give the LLM's embeddings of each row's own content tokens, as if speech were text."""
+    encode = model.get_audio_features
+
+    def get_audio_features(*args, **kwargs):
+        audio = encode(*args, **kwargs)
+        embeds = torch.zeros_like(audio.pooler_output)
+        for row, (ids, is_content) in enumerate(zip(batch["teacher_input_ids"], batch["teacher_is_content"])):
+            embeds[row, : is_content.sum()] = model.get_input_embeddings()(ids[is_content])
+        audio.pooler_output = embeds
+        return audio
+
+    model.get_audio_features = get_audio_features
