@@ -204,6 +204,15 @@ async def crowd(world: World) -> tuple[list[Outcome], list[str]]:
         front.kill()
 
 
+def errors_outside(outcomes: list[Outcome], killed: float, back: float, name: str) -> list[str]:
+    """Describe the errors of requests that ended before a server was killed, or began after it was back."""
+    return [
+        f"an error of a request while the {name} was there: {each.detail}"
+        for each in outcomes
+        if each.kind == ERROR and (each.end < killed or each.begin > back)
+    ]
+
+
 async def engine_killed(world: World) -> tuple[list[Outcome], list[str]]:
     """The engine is killed and started again: errors in between, never a wrong answer, and right ones afterwards."""
     async with Load(world.front, world.questions, num_clients=8) as load:
@@ -217,11 +226,7 @@ async def engine_killed(world: World) -> tuple[list[Outcome], list[str]]:
         await load.until(ANSWERED, 16, since=back)
     outcomes = load.outcomes
     wrong = never(outcomes, WRONG, HUNG, REFUSED)
-    wrong += [
-        f"an error of a request while the engine was there: {each.detail}"
-        for each in outcomes
-        if each.kind == ERROR and (each.end < killed or each.begin > back)
-    ]
+    wrong += errors_outside(outcomes, killed, back, "engine")
     return outcomes, wrong + await ask_all(world.front, world.questions)
 
 
@@ -263,11 +268,7 @@ async def front_killed(world: World) -> tuple[list[Outcome], list[str]]:
         await load.until(ANSWERED, 16, since=back)
     outcomes = load.outcomes
     wrong = never(outcomes, WRONG, HUNG, REFUSED)
-    wrong += [
-        f"an error of a request while the front was there: {each.detail}"
-        for each in outcomes
-        if each.kind == ERROR and (each.end < killed or each.begin > back)
-    ]
+    wrong += errors_outside(outcomes, killed, back, "front")
     if any(each.begin < killed and each.end > seen for each in outcomes):
         wrong.append("a request of before the kill did not end until long after it")
     return outcomes, wrong + await ask_all(world.front, world.questions)
