@@ -12,7 +12,7 @@ import pytest
 import soundfile
 import torch
 from safetensors.torch import load_file
-from transformers import GenerationConfig, pipeline
+from transformers import GenerationConfig, HfArgumentParser, pipeline
 
 from examples import infer, train
 from modeling_blsp_kd import BlspKdForCausalLM
@@ -256,6 +256,22 @@ def test_a_further_stage_may_add_partial_lora_and_keeps_one_that_is_there(tmp_pa
     third = build_model(replace(further, start_from=str(tmp_path / "second")), None)
     for name, value in second.state_dict().items():
         assert torch.equal(third.state_dict()[name], value), name
+
+
+def test_partial_lora_is_switched_or_given_options():
+    parser = HfArgumentParser((ModelOptions,))
+    given = {"true": True, "1": True, "False": False, '{"r": 8}': {"r": 8}}
+    for text, expected in given.items():
+        assert parser.parse_args_into_dataclasses(["--plora", text])[0].plora == expected
+    assert parser.parse_args_into_dataclasses(["--plora"])[0].plora is True
+    assert parser.parse_args_into_dataclasses([])[0].plora is False
+    for wrong in ("yes, please", "8", "null"):
+        with pytest.raises(
+            ValueError, match=f"--plora must be true, false, or a JSON object of options, got '{wrong}'"
+        ):
+            ModelOptions(plora=wrong)
+    options = ModelOptions(plora='{"r": 8, "target_modules": ["q_proj"]}', freeze_speech_encoder=True)
+    assert build_model(options, build_processor(options)).config.plora["r"] == 8
 
 
 def test_a_manifest_row_without_text_is_named(tmp_path):

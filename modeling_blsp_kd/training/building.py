@@ -191,7 +191,7 @@ def build_model(
         backbones = given.pop("backbones", None)
         config = model_class.config_class.from_pretrained(options.start_from, **training, backbones=backbones)
         if options.plora and not config.plora:
-            config.plora = True
+            config.plora = options.plora
         if hasattr(config.speech_config, "apply_spec_augment"):
             config.speech_config.update(SPEC_AUGMENT if options.spec_augment else {"apply_spec_augment": False})
         # As stored, so that weights that are trained further are not rounded to the dtype of the rest.

@@ -1,11 +1,13 @@
 """Command lines: the options that several scripts share, and `--help` and recipes of options that are dataclasses."""
 
 import json
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, RawDescriptionHelpFormatter
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
+from transformers.hf_argparser import string_to_bool
 
 from ..backbone_names import ON_OTHER_REVISION
 
@@ -60,3 +62,17 @@ def read_backbone_options(options: Any) -> dict[str, Any]:
     if options.on_other_revision is not None:
         given["on_other_revision"] = options.on_other_revision
     return given
+
+
+def read_switch_option(given: Any, name: str) -> bool | dict[str, Any]:
+    """Return what an option says that takes true, false (as transformers reads them), or options in JSON.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    with suppress(ArgumentTypeError):
+        return string_to_bool(given)
+    with suppress(json.JSONDecodeError):
+        if isinstance(read := json.loads(given), dict):
+            return read
+    raise ValueError(f"--{name} must be true, false, or a JSON object of options, got {given!r}.")

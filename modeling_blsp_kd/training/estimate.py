@@ -78,7 +78,7 @@ def model_config(recipe: dict, configs: Path | None = None) -> BlspKdConfig:
     if "start_from" in recipe:
         config = BlspKdConfig.from_pretrained(recipe["start_from"], **stage)
         if recipe.get("plora") and not config.plora:
-            config.plora = True
+            config.plora = recipe["plora"]
     else:
         text_config = read_config(recipe["text_model"])
         config = BlspKdConfig(

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers import TrainingArguments
 
-from .command_line import BACKBONES_HELP, ON_OTHER_REVISION_HELP
+from .command_line import BACKBONES_HELP, ON_OTHER_REVISION_HELP, read_switch_option
 from .parameter_groups import OPTIMIZERS_WITH_OWN_GROUPS
 from .supported_arguments import check_training_arguments
 
@@ -65,7 +65,15 @@ class ModelOptions:
             "Whisper's 50 frames a second this saves some hundred steps."
         },
     )
-    plora: bool = field(default=False, metadata={"help": "Adapt the LLM at speech positions (partial LoRA)."})
+    plora: str = field(  # read into a bool or a dict
+        default="false",
+        metadata={
+            "help": "Adapt the LLM at speech positions (partial LoRA): true, false, or JSON options, for example "
+            "'{\"r\": 8}'.",
+            "nargs": "?",
+            "const": "true",
+        },
+    )
     freeze_speech_encoder: bool = field(default=False, metadata={"help": "Train the adapter (and PLoRA) only."})
     start_from: str | None = field(
         default=None,
@@ -110,6 +118,7 @@ class ModelOptions:
     )
 
     def __post_init__(self):
+        self.plora = read_switch_option(self.plora, "plora")  # type: ignore[assignment]  # the parser needs str
         defaults = {option.name: option.default for option in fields(self)}
         given = [name for name in OF_A_MODEL if getattr(self, name) != defaults[name]]
         if self.start_from and given:
