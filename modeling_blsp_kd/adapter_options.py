@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Self
 
 from .config_options import Options, is_count, is_positive_count, is_share, require
 from .encoder_families import ENCODER_FAMILIES
+from .expected_embeddings import OUTPUTS
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class CFormerOptions(Options):
         attention_window (`int`, *optional*): joined frames, at least 1. The pre-CIF layers attend within stretches of
             this length, which begin half a stretch earlier in every other layer, so that their cost grows with the
             length of a clip, not with its square. Omitted: they attend to the whole clip (at most 30 s).
+        output (`str`): what the LLM reads: `"projection"`, the last layer's output in the LLM's width, or
+            `"expected_embedding"`, the LLM's token embeddings averaged by softmax, see `expected_embeddings.py`.
     """
 
     where: ClassVar[str] = "the cformer adapter"
@@ -38,6 +41,7 @@ class CFormerOptions(Options):
     dropout: float = 0.0
     frame_stride: int = 1
     attention_window: int | None = None
+    output: str = "projection"
 
     def __post_init__(self):
         self.check(
@@ -47,6 +51,7 @@ class CFormerOptions(Options):
         self.check(is_positive_count, "must be an integer of at least 1", "frame_stride")
         self.check(is_positive_count, "must be None or an integer of at least 1", "attention_window", or_none=True)
         self.check(is_share, "must lie in [0, 1)", "dropout")
+        self.check(lambda value: value in OUTPUTS, f"must be one of {OUTPUTS}", "output")
 
     @property
     def reads_encoder(self) -> bool:

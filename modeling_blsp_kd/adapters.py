@@ -27,7 +27,7 @@ class AdapterOutput(ModelOutput):
     """The output of an adapter for N clips; T frames of the longest clip, U largest number of speech tokens.
 
     Args:
-        speech_tokens (`torch.FloatTensor` of shape (N, U, D)): vectors for the LLM's input.
+        speech_tokens (`torch.FloatTensor` of shape (N, U, D)): in the LLM's width, see [`llm_vectors`].
         num_speech_tokens (`torch.LongTensor` of shape (N,)): how many of them each clip has.
         alphas (`torch.FloatTensor` of shape (N, T), *optional*): unscaled CIF weight of each frame.
         alpha_sum (`torch.FloatTensor` of shape (N,), *optional*): their sum, the predicted token count.
@@ -112,6 +112,7 @@ class CFormer(nn.Module):
         attention_window (`int` or None): length in joined frames of the stretches that the layers before CIF attend
             within; stretches shift by half from layer to layer. None: they attend to all.
         attn_implementation (`str`): attention of these layers, as in transformers.
+        output (`str`): what becomes of the speech tokens outside of this module, see `expected_embeddings.py`.
         has_ctc_head (`bool`): tell the characters of the transcript from the frames before CIF, see `ctc.py`.
     """
 
@@ -129,11 +130,12 @@ class CFormer(nn.Module):
         attn_implementation: str,
         frame_stride: int = 1,
         attention_window: int | None = None,
+        output: str = "projection",
         has_ctc_head: bool = False,
     ):
         super().__init__()
         self.frame_stacking = FrameStacking(input_dim, frame_stride) if frame_stride > 1 else None
-        self.attention_window = attention_window
+        self.attention_window, self.output = attention_window, output
         self.layer_config = WhisperConfig(
             d_model=input_dim,
             encoder_attention_heads=num_attention_heads,

@@ -175,12 +175,11 @@ def distillation_loss(
         states_of_response = student_states.last[predicts_response]  # type: ignore[union-attr]  # see `wanted`
         parts["response_ce"] = linear_cross_entropy(states_of_response, targets, head.weight, **head.options)
     if "transcript_ce" in wanted:
-        is_token = is_within(audio.num_speech_tokens, audio.pooler_output.shape[1])
-        speech_tokens = audio.pooler_output[is_token]
+        token_states = audio.token_states[is_within(audio.num_speech_tokens, audio.token_states.shape[1])]
         targets = prompts.teacher_input_ids[prompts.teacher_is_content]
         # The LLM's token embeddings double as the output matrix of the recogniser.
         embeddings = gathered_weight(language_model.get_input_embeddings())
-        parts["transcript_ce"] = linear_cross_entropy(speech_tokens, targets, embeddings)
+        parts["transcript_ce"] = linear_cross_entropy(token_states, targets, embeddings)
     num_aligned = None
     if "ctc" in wanted:
         if prompts.transcript_bytes is None:

@@ -30,6 +30,7 @@ from .configuration_blsp_kd import BlspKdConfig
 from .conversation_cache import mask_after_cache
 from .distillation_step import ComparedPrompts, distillation_loss, wanted_losses
 from .encoder_families import frame_duration_s, frame_starts_s, steps_per_frame, window_of
+from .expected_embeddings import llm_vectors
 from .frozen import frozen
 from .generation_blsp_kd import BlspKdGenerationMixin
 from .kept_teacher import KeptTeacher
@@ -160,7 +161,8 @@ class BlspKdForCausalLM(BlspKdPreTrainedModel, BlspKdGenerationMixin, BlspKdList
         frame_mask, frames = join_windows(windows_per_clip, frame_mask, frames)
         return BlspKdAudioOutput(
             last_hidden_state=frames,
-            pooler_output=adapted.speech_tokens,
+            pooler_output=llm_vectors(self, adapted.speech_tokens),
+            token_states=adapted.speech_tokens,
             hidden_states=encoded.hidden_states,
             attentions=encoded.attentions,
             num_speech_tokens=adapted.num_speech_tokens,

@@ -28,6 +28,8 @@ class BlspKdAudioOutput(BaseModelOutputWithPooling):
             if requested: seconds from the start of the clip where each token begins and ends, corrected
             as `config.timestamps` says; NaN past a clip's count (CFormer only). Uncorrected, tokens end at firing
             places times `frame_duration_s`.
+        token_states (`torch.FloatTensor` of shape (N, U, D)): what the transcript is read off, with the LLM's
+            embeddings as output matrix; the speech tokens themselves, unless the adapter has another `output`.
         ctc_logits (`torch.FloatTensor` of shape (N, T', 257), *optional*), num_ctc_frames (`torch.LongTensor` of
             shape (N,), *optional*): while the distillation option `ctc` is on, see `ctc.py`.
     """
@@ -38,6 +40,7 @@ class BlspKdAudioOutput(BaseModelOutputWithPooling):
     alpha_sum: torch.FloatTensor | None = None
     firing_places: torch.FloatTensor | None = None
     token_times: torch.FloatTensor | None = None
+    token_states: torch.FloatTensor | None = None
     ctc_logits: torch.FloatTensor | None = None
     num_ctc_frames: torch.LongTensor | None = None
 

@@ -17,6 +17,7 @@ from torch import nn
 from .blockwise_attention import Blocks
 from .cif_streaming import CifStreamState, flush_stream, stream_integrate_and_fire
 from .encoder_families import window_of
+from .expected_embeddings import llm_vectors
 from .versions import CACHE_NAME
 
 # Keys and values of a layer, (1, heads, length, width) each.
@@ -126,7 +127,7 @@ class SpeechStream:
         if chunk_ms is not None:
             options = options.at_chunk(chunk_ms)
             options.check_model(model.config.speech_config, model.config.adapter_options, model.config.speech_padding)
-        self._encoder, self._adapter = model.audio_tower, model.adapter
+        self._model, self._encoder, self._adapter = model, model.audio_tower, model.adapter
         self._window = window_of(model.config.speech_config)[0]
         self._frames_per_window = self._window // 2
         # With full context all of a window is one block.
@@ -242,4 +243,4 @@ class SpeechStream:
             token = hidden_states[:, index : index + 1]
             token, contexts = _run_block(adapter.post_layers, token, contexts, 1, None)
             finished.append(token)
-        return contexts, adapter.output_proj(torch.cat(finished, dim=1))[0]
+        return contexts, llm_vectors(self._model, adapter.output_proj(torch.cat(finished, dim=1))[0])

@@ -24,6 +24,7 @@ class Subsampler(nn.Module):
     """
 
     one_to_one = False
+    output = "projection"
 
     def __init__(self, input_dim: int, output_dim: int, num_layers: int, kernel_size: int, bottleneck_dim: int):
         super().__init__()

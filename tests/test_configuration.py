@@ -21,6 +21,7 @@ AUTHORS_CFORMER = {
     "dropout": 0.0,
     "frame_stride": 1,
     "attention_window": None,
+    "output": "projection",
 }
 AUTHORS_PLORA = {"r": 16, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": "all-linear"}
 AUTHORS_DISTILLATION = {

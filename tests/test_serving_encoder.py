@@ -26,7 +26,7 @@ from processing.serving.speech_parts import with_speech
 from processing.serving.subtitles import as_srt, as_vtt, segments_of
 from tests.helpers.engine_requests import TINY_WORLD, tiny_world
 from tests.helpers.fronts import ENGINE_URL, run
-from tests.helpers.models import base_llm, make_model, make_thin_model
+from tests.helpers.models import SMALL_CFORMER, base_llm, make_model, make_thin_model
 from tests.helpers.prompts import SAMPLING_RATE, clip
 from tests.helpers.stand_in_engine import stand_in_engine
 
@@ -54,9 +54,10 @@ def assert_encodes_the_same(folder, model, processor, **options):
     return loaded
 
 
+@pytest.mark.parametrize("output", ["projection", "expected_embedding"])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_neox"])
-def test_a_checkpoint_without_its_llm_encodes_as_the_model(family, processor, tmp_path):
-    model = make_model(family, plora=True)
+def test_a_checkpoint_without_its_llm_encodes_as_the_model(family, output, processor, tmp_path):
+    model = make_model(family, plora=True, adapter={**SMALL_CFORMER, "output": output})
     model.save_pretrained(tmp_path)
     assert_encodes_the_same(tmp_path, model, processor)
     assert load_without_llm(tmp_path)[1]

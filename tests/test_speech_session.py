@@ -126,6 +126,7 @@ def test_single_samples_give_the_vectors_of_the_whole_clip(model, listener):
         ({"chunk_ms": None}, {}),
         ({"look_ahead_ms": 40}, {"adapter": {**SMALL_CFORMER, "frame_stride": 2, "num_post_layers": 2}}),
         ({}, {"adapter": {**SMALL_CFORMER, "num_pre_layers": 0, "num_post_layers": 0, "frame_stride": 4}}),
+        ({}, {"adapter": {**SMALL_CFORMER, "output": "expected_embedding"}}),
     ],
 )
 def test_vectors_are_the_same_for_every_kind_of_blocks(listener, streaming, options):

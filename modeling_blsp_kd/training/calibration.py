@@ -74,13 +74,13 @@ def calibrate_adapter(model: BlspKdForCausalLM, batches: Iterable[dict[str, torc
         shift = _shift_to_sum(logits, num_tokens)
         model.adapter.shift_alpha_logits(shift)
 
-        speech_tokens, embeddings = [], []
+        token_states, embeddings = [], []
         for batch in batches:
             audio = _audio(model, batch, num_speech_tokens=batch["num_speech_tokens"])
-            is_token = is_within(audio.num_speech_tokens, audio.pooler_output.shape[1])
-            speech_tokens.append(audio.pooler_output[is_token])
+            is_token = is_within(audio.num_speech_tokens, audio.token_states.shape[1])
+            token_states.append(audio.token_states[is_token])
             embeddings.append(model.get_input_embeddings()(batch["teacher_input_ids"][batch["teacher_is_content"]]))
-        scale = _root_mean_square(embeddings) / _root_mean_square(speech_tokens)
+        scale = _root_mean_square(embeddings) / _root_mean_square(token_states)
         model.adapter.scale_speech_tokens(scale)
     return Calibration(shift, scale)
 

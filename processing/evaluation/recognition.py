@@ -116,5 +116,5 @@ def read_off(
     """Return the token ids that each clip's speech tokens stand for, with the LLM's embeddings as output matrix."""
     audio = model.get_audio_features(input_features, input_features_mask)
     embeddings = model.get_input_embeddings().weight
-    token_ids = (audio.pooler_output.to(embeddings.dtype) @ embeddings.T).argmax(-1)
+    token_ids = (audio.token_states.to(embeddings.dtype) @ embeddings.T).argmax(-1)
     return [ids[:count] for ids, count in zip(token_ids.tolist(), audio.num_speech_tokens.tolist())]
