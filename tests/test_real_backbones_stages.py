@@ -4,11 +4,16 @@ import json
 from pathlib import Path
 
 import soundfile
+from transformers import HfArgumentParser
 
-from examples.experiments.real_backbones.make_stages import main, parse, split
-from modeling_blsp_kd.training.options import TINY_TEXT_MODEL
+from examples.experiments.real_backbones import make_stages
+from examples.experiments.real_backbones.make_stages import REPEAT, main, parse, split
+from modeling_blsp_kd.distillation_options import DistillationOptions
+from modeling_blsp_kd.training.command_line import unfold_recipe
+from modeling_blsp_kd.training.options import TINY_TEXT_MODEL, Arguments, ModelOptions
 from processing.manifests import DEFAULT_INSTRUCTION
 from processing.training_rows.mixtures import read_mixture, read_sources
+from processing.training_rows.options import DataOptions
 from tests.helpers.prompts import SAMPLING_RATE, clip
 
 KINDS = ("capital", "opposite")
@@ -67,3 +72,21 @@ def test_the_mixtures_can_be_trained_on(tmp_path):
     before = (tmp_path / "answers.jsonl").read_bytes()
     main(command)
     assert (tmp_path / "answers.jsonl").read_bytes() == before
+
+
+def test_each_stage_is_read_by_train_and_begins_where_the_one_before_ended():
+    parser, before = HfArgumentParser((ModelOptions, DataOptions, Arguments)), None
+    for stage, mixture in (
+        ("recognition", "recognition"),
+        ("distillation", "distillation"),
+        ("partial_lora", "distillation"),
+    ):
+        path = Path(make_stages.__file__).parent / "stages" / f"{stage}.yaml"
+        given = unfold_recipe([str(path), "--bf16", "false", "--use_cpu", "true"])
+        model_options, data_options, args = parser.parse_args_into_dataclasses(given)
+        losses = DistillationOptions.read(json.loads(model_options.distillation)).for_adapter(one_to_one=True)
+        assert (model_options.start_from, data_options.train_mixture) == (before, f"data/{mixture}.yaml")
+        assert (losses.response_kl > 0) == (stage != "recognition") and model_options.freeze_speech_encoder
+        assert model_options.transcription_instruction == (REPEAT if before is None else None)
+        assert bool(model_options.plora) == (stage == "partial_lora")
+        before = args.output_dir
