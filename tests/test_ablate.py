@@ -231,7 +231,7 @@ def test_the_cformer_is_read_off_by_the_embeddings():
     embeddings = model.get_input_embeddings().weight
     embeddings.data = torch.nn.functional.normalize(embeddings.data, dim=1)
     heard = ModelOutput(
-        pooler_output=embeddings[torch.tensor([[7, 9, 11], [20, 0, 0]])], num_speech_tokens=torch.tensor([3, 1])
+        token_states=embeddings[torch.tensor([[7, 9, 11], [20, 0, 0]])], num_speech_tokens=torch.tensor([3, 1])
     )
     model.get_audio_features = lambda *arguments: heard
     assert read_off(model, None, None) == [[7, 9, 11], [20]]

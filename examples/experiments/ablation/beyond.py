@@ -6,6 +6,8 @@ docs/losses.md has their formulas and sources. Leaves out: how a configuration's
 
 import json
 
+from modeling_blsp_kd.training.building import TINY_ADAPTERS
+
 from .matrix import BOTH, BY_NAME, Claim, Configuration, _trained
 
 STAGES = "ablation/train_stages.py"
@@ -28,6 +30,7 @@ def _losses(**options) -> dict:
     return {"distillation": {**BOTH, **options}}
 
 
+EXPECTED = {**TINY_ADAPTERS["cformer"], "output": "expected_embedding"}
 WARM_UP = {"response_kl": 0.0, "input_kl": 0.0, "quantity": 1.0, "transcript_ce": 1.0}
 OPTIONS = (
     _with("reverse", "reverse KL", divergence="reverse"),
@@ -40,6 +43,17 @@ OPTIONS = (
     _with("aligned_mse", "the same by MSE", layer_alignment=1.0, alignment_layers=[1, 2], alignment_distance="mse"),
     _with("ctc", "auxiliary CTC", ctc=0.5),
     _staged("warm_up", "recognition first", {"share": 0.5, "distillation": WARM_UP}, {"share": 0.5, **_losses()}),
+    Configuration(
+        "expected",
+        "BLSP-KD + expected embeddings",
+        {**_trained("cformer", BOTH), "adapter_options": json.dumps(EXPECTED)},
+    ),
+    _staged(
+        "expected_warm_up",
+        "expected embeddings, recognition first",
+        {"share": 0.5, "distillation": WARM_UP, "adapter_options": EXPECTED},
+        {"share": 0.5, **_losses()},
+    ),
     _staged(
         "on_policy",
         "own answers",
