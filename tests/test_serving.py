@@ -18,6 +18,7 @@ import httpx
 from processing import BlspKdSpeechRecognitionPipeline
 from processing.serving.model_without_llm import load_without_llm
 from tests.helpers.audio_files import encode
+from tests.helpers.engine_answers import CALLS, STRUCTURED, told, told_in_pieces, who_is_told
 from tests.helpers.engine_requests import TINY_WORLD, chats_of_all_kinds, input_audio, prompt_and_answer, tiny_world
 from tests.helpers.fronts import NAME, audio_block, chat_of, error_of, run, running_front
 from tests.helpers.prompts import clip
@@ -123,6 +124,22 @@ def test_fields_reach_the_engine_and_its_answer_comes_back_unchanged(front, engi
     run(law())
 
 
+def test_constrained_answers_and_calls_of_tools_come_back_at_once_and_in_pieces(front):
+    """The LLM is told the constraint and what was said: "victor" had the bottles."""
+    body = chat_of(audio_block(BOTTLES), text="Name the person.")
+
+    async def law():
+        async with front() as served:
+            for kind, fields in {**STRUCTURED, **CALLS}.items():
+                whole = told((await ask(served, body, **fields)).json())
+                options = {"stream": True, "stream_options": {"include_usage": True}}
+                assert told_in_pieces(pieces_of(await ask(served, body, **fields, **options))) == whole, kind
+                assert who_is_told(whole) == "victor" or kind == "one of some values", (kind, whole)
+                assert bool(whole["choices"][0]["calls"]) == (kind in CALLS)
+
+    run(law())
+
+
 def test_the_engines_refusals_pass(front):
     async def law():
         async with front() as served:
@@ -131,6 +148,11 @@ def test_the_engines_refusals_pass(front):
             assert error_of(await ask(served, chat_of(), max_tokens=0))["param"] == "max_tokens"
             streamed = await ask(served, chat_of(audio_block(BOTTLES)), temperature=-1, stream=True)
             assert "temperature must be non-negative" in error_of(streamed)["message"]
+            searched = error_of(await ask(served, chat_of(audio_block(BOTTLES)), use_beam_search=True))
+            assert (searched["code"], searched["message"]) == (501, "Embedding prompt not supported for beam search")
+            [turn] = chat_of(audio_block(BOTTLES))["messages"]
+            marked = await ask(served, {"messages": [{"role": "<prompt_embeds>", "content": "hello"}, turn]})
+            assert "Expected 1 prompt_embeds placeholder tokens" in error_of(marked)["message"]
 
     run(law())
 
@@ -268,7 +290,10 @@ BAD_CHATS = {
     "an array": (chat_of({"type": "audio", "array": [0.1], "sampling_rate": 16000}), "needs one 'audio', base64"),
     "two clips in a block": (chat_of({"type": "audio", "audio": "AAAA", "path": "a"}), "holds audio under"),
     "a template": ({**chat_of(), "chat_template": "{{ 1 }}"}, "'chat_template' is not accepted here"),
+    "another machine's cache": ({**chat_of(), "ec_transfer_params": {"a": 1}}, "'ec_transfer_params' is not accepted"),
     "vectors beside messages": ({**chat_of(), "prompt_embeds": "AAAA"}, "'prompt_embeds' is not accepted here"),
+    "log-probs of speech": ({**chat_of(audio_block(WAV)), "prompt_logprobs": 0}, "are for text alone"),
+    "an echo of speech": ({**chat_of(audio_block(WAV)), "echo": True}, "are for text alone"),
     "options of a list": ({**chat_of(), "chat_template_kwargs": []}, "'chat_template_kwargs' is wrong"),
     "an argument as option": ({**chat_of(), "chat_template_kwargs": {"tools": []}}, "tools"),
     "stream of a text": ({**chat_of(), "stream": "yes"}, "'stream' is wrong"),

@@ -402,6 +402,7 @@ def test_engines_that_do_not_fit(world, tokenizer, processor):
         (stand_in_engine(llm, tokenizer, template, prompt_embeds=False), "You must set `--enable-prompt-embeds`"),
         (stand_in_engine(llm, tokenizer, in_parts), "reads other tokens than the model: .* from position"),
         (stand_in_engine(llm, tokenizer, of_other_roles), r"tokens than the model: (\d+) instead of \1, which differ"),
+        (stand_in_engine(llm, own.tokenizer, template), "beyond its LLM's 384: it gives vectors the id 385"),
         (stand_in_engine(other_llm, tokenizer, template), "does not read vectors as it reads the text|Is it the LLM"),
         (stand_in_engine(base_llm(narrow), processor.tokenizer, template), "does not match the model's hidden_size 32"),
     ]:

@@ -150,7 +150,12 @@ def test_the_files_hold_the_template_the_lora_and_the_llm_without_it(processor, 
     assert json.loads((folder / "speech/adapter_config.json").read_text())["r"] == 4
     llm = AutoModelForCausalLM.from_pretrained(folder / "llm")
     assert all(torch.equal(values, expected[name]) for name, values in llm.state_dict().items())
-    assert AutoTokenizer.from_pretrained(folder / "llm").get_vocab() == processor.tokenizer.get_vocab()
+    # Without the placeholder, which is none of the LLM's tokens.
+    vocab = processor.tokenizer.get_vocab()
+    assert vocab.pop(processor.audio_token) == len(vocab) == model.config.get_text_config().vocab_size
+    tokenizer = AutoTokenizer.from_pretrained(folder / "llm")
+    assert tokenizer.get_vocab() == vocab
+    assert tokenizer("<|user|> the red cat")["input_ids"] == processor.tokenizer("<|user|> the red cat")["input_ids"]
     other = make_model(plora={"r": 4}, seed=1)
     other.plora.load_pretrained(folder / "speech")
     assert all(torch.equal(values, lora[name]) for name, values in other.plora.named_parameters.items())

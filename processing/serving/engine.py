@@ -17,6 +17,7 @@ from .metrics import Metrics
 CONNECT_TIMEOUT_S = 5.0
 # Refusals that are about the front, not about a client's request.
 NOT_OF_THE_CLIENT = (401, 403, 404)
+NOT_IMPLEMENTED = 501
 
 
 class Engine:
@@ -140,7 +141,8 @@ class Engine:
             request = self.client.build_request("POST", "chat/completions", content=content, headers=kind)
             response = await self.client.send(request, stream=True)
         self.metrics.engine_first_byte_s.observe(time.monotonic() - begin)
-        if response.status_code >= 500 or response.status_code in NOT_OF_THE_CLIENT:
+        is_refused = response.status_code == NOT_IMPLEMENTED  # as beam search is for speech
+        if (response.status_code >= 500 and not is_refused) or response.status_code in NOT_OF_THE_CLIENT:
             with self._explained():
                 text = (await response.aread())[:500].decode(errors="replace")
             await response.aclose()

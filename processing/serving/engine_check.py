@@ -110,7 +110,7 @@ class _Probe:
 
     def __init__(self, engine: Engine, model: BlspKdForCausalLM, processor: BlspKdProcessor):
         self.engine, self.processor = engine, processor
-        self.embeddings = model.get_input_embeddings()
+        self.embeddings, self.vocab_size = model.get_input_embeddings(), model.config.get_text_config().vocab_size
         self.chat = self._turn({"type": "audio"}), self._turn({"type": "text", "text": WORDS})
         self.rows = self._rows_in_place()
 
@@ -170,6 +170,12 @@ class _Probe:
                 f"from position {place} on (there {got[place : place + 5]} instead of {expected[place : place + 5]}). "
                 "Start it with the tokenizer of the model's LLM and with the model's own chat template, "
                 f"--chat-template MODEL/chat_template.jinja. {HOW_TO_START}"
+            )
+        if max(got) > self.vocab_size:
+            raise MisfitError(
+                f"The engine's tokenizer has tokens beyond its LLM's {self.vocab_size}: it gives vectors the id "
+                f"{max(got)}, at which a penalty on repetitions would end the engine. Write its files anew with "
+                f"`python -m processing.serving.engine_files`. {HOW_TO_START}"
             )
 
     async def _ask(self, name: str, chat: list[dict]) -> _Answer:

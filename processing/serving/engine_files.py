@@ -57,9 +57,23 @@ def write_engine_files(
         model.language_model.generation_config = model.generation_config
         model.language_model.save_pretrained(folder / "llm")
         processor.tokenizer.save_pretrained(folder / "llm")
+        if processor.audio_token_id >= model.config.get_text_config().vocab_size:
+            _remove_token(processor.audio_token, folder / "llm")
     command = ["vllm", "serve", text_model or str(folder / "llm"), "--served-model-name", "llm"]
     command += ["--enable-prompt-embeds", "--chat-template", str(folder / "chat_template.jinja")]
     return command + lora
+
+
+def _remove_token(token: str, folder: Path):
+    """Remove a token that was added to a saved tokenizer.
+
+    vLLM adds one of its own, and gives it to the penalties on repetitions. These have room for one token more than the
+    LLM's, so that a second one would end the engine.
+    """
+    for name, field in (("tokenizer.json", "added_tokens"), ("tokenizer_config.json", "extra_special_tokens")):
+        contents = json.loads((folder / name).read_text())
+        kept = [each for each in contents[field] if (each["content"] if isinstance(each, dict) else each) != token]
+        (folder / name).write_text(json.dumps({**contents, field: kept}, indent=2, ensure_ascii=False) + "\n")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -104,8 +104,10 @@ class Front:
             clips: of the messages, by their keys.
 
         Raises:
-            BadRequest: the chat template does not know an option.
+            BadRequest: the chat template does not know an option, or a field is not for speech.
         """
+        if clips and (body.get("echo") or body.get("prompt_logprobs") is not None):  # either would end vLLM
+            raise BadRequest("'echo' and 'prompt_logprobs' are for text alone: speech has no log-probabilities.")
         # Text goes to the LLM itself, so that it shares its cache with all other users of the engine.
         is_adapted = bool(clips) and self.facts.adapter is not None
         dtype = getattr(torch, self.settings.speech_dtype)

@@ -16,6 +16,7 @@ from .errors import BadRequest
 REFUSED_FIELDS = (
     "chat_template",
     "documents",
+    "ec_transfer_params",
     "kv_transfer_params",
     "media_io_kwargs",
     "mm_processor_kwargs",

@@ -1,7 +1,7 @@
 """A stand-in for vLLM's OpenAI server: its routes, content parts, answers and errors, on transformers' `generate`.
 
 `tests/real_engine/` compares it with the real engine, whose messages it repeats word for word. It answers each request
-alone. Leaves out: batching, the prefix cache, tool parsers and structured output.
+alone. Leaves out: batching, the prefix cache, and what `constrained_answers.py` leaves out.
 
     python -m tests.helpers.stand_in_engine --model LLM --chat-template FILE --enable-prompt-embeds --port 8000
 """
@@ -30,6 +30,8 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from tokenizers.decoders import DecodeStream
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor, StoppingCriteria
+
+from .constrained_answers import OnlyTexts, allowed_texts, forced_tools, message_of, reason_of, why_refused
 
 PLACEHOLDER = "<prompt_embeds>"
 LOOPS_OVER_PARTS = re.compile(r"for \w+ in \w+(\.content|\[['\"]content['\"]\])")
@@ -215,6 +217,11 @@ class Engine:
             raise Refused(str(error)) from error
         ids = self.tokenizer(rendered, add_special_tokens=False)["input_ids"]
         placeholder_id = self.tokenizer.convert_tokens_to_ids(PLACEHOLDER) if self.prompt_embeds else None
+        if embedded and ids.count(placeholder_id) != len(embedded):
+            found = f"prompt_embeds placeholder tokens in the rendered prompt, found {ids.count(placeholder_id)}"
+            raise Refused(f"Expected {len(embedded)} {found}.")
+        if embedded and body.get("use_beam_search"):
+            raise Refused("Embedding prompt not supported for beam search", status=501, kind="NotImplementedError")
         expanded, parts, waiting = [], [], iter(embedded)
         for token_id in ids:
             if token_id == placeholder_id:
@@ -242,7 +249,8 @@ class Engine:
             bias = torch.zeros(self.embed.weight.shape[0])
             for token_id, value in (body.get("logit_bias") or {}).items():
                 bias[int(token_id)] = value
-            processor = _Bias(bias)
+            processor, texts = _Bias(bias), allowed_texts(body)
+            constraints = [] if texts is None else [OnlyTexts(texts, self.tokenizer, self.eos_ids)]
             temperature = 1.0 if body.get("temperature") is None else body["temperature"]
             sampling = {"do_sample": False}
             if temperature > 0:
@@ -261,7 +269,7 @@ class Engine:
                         inputs_embeds=prompt.embeds,
                         attention_mask=torch.ones(prompt.embeds.shape[:2], dtype=torch.long),
                         max_new_tokens=min(wanted, room),
-                        logits_processor=[processor],
+                        logits_processor=[*constraints, processor],
                         stopping_criteria=[_HandOn(processor, hand_on, cancelled, self.seconds_per_token)],
                         **sampling,
                     )
@@ -370,6 +378,10 @@ def stand_in_engine(
                 raise Refused(f"max_tokens must be at least 1, got {body[name]}.", "max_tokens")
         if (body.get("temperature") or 0) < 0:
             raise Refused(f"temperature must be non-negative, got {body['temperature']}.", "temperature")
+        if (body.get("n") or 1) > 1 and body.get("temperature") == 0:
+            raise Refused(f"n must be 1 when using greedy sampling, got {body['n']}.")
+        if (reason := why_refused(body)) is not None:
+            raise Refused(reason, "tool_choice")
         prompt = engine.prompt_of(body)
         if app.state.before_answer is not None:
             await app.state.before_answer(body)
@@ -396,12 +408,13 @@ def stand_in_engine(
                         return Response(status_code=499)
             num_new += len(tokens)
             logprobs = [engine.logprobs_of(token, body) for token in tokens]
+            message = message_of("".join(token.text for token in tokens), body)
             choices.append(
                 {
                     "index": index,
-                    "message": {"role": "assistant", "content": "".join(token.text for token in tokens)},
+                    "message": {"role": "assistant", **message},
                     "logprobs": {"content": [each["content"][0] for each in logprobs]} if any(logprobs) else None,
-                    "finish_reason": finished.reason,
+                    "finish_reason": reason_of(finished.reason, body),
                     "stop_reason": finished.stop,
                     "token_ids": [token.id for token in tokens] if ids else None,
                 }
@@ -417,16 +430,21 @@ def stand_in_engine(
 
         ids, num_new, is_done = body.get("return_token_ids"), 0, False
         try:
-            for index, answer in enumerate(answers):
+            for index in range(len(answers)):
                 first = {"index": index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
                 yield event([first], **({"prompt_token_ids": prompt.ids} if ids else {}))
+            for index, answer in enumerate(answers):
+                text = ""
                 async for item in answer:
                     choice = {"index": index, "delta": {}, "logprobs": None, "finish_reason": None}
                     if isinstance(item, Finished):
-                        choice |= {"finish_reason": item.reason, "stop_reason": item.stop}
+                        choice |= {"finish_reason": reason_of(item.reason, body), "stop_reason": item.stop}
+                        if calls := message_of(text, body).get("tool_calls"):
+                            choice["delta"] = {"tool_calls": [{"index": n, **call} for n, call in enumerate(calls)]}
                     else:
-                        num_new += 1
-                        choice |= {"delta": {"content": item.text}, "logprobs": engine.logprobs_of(item, body)}
+                        num_new, text = num_new + 1, text + item.text
+                        delta = {} if forced_tools(body) else {"content": item.text}
+                        choice |= {"delta": delta, "logprobs": engine.logprobs_of(item, body)}
                         choice |= {"token_ids": [item.id]} if ids else {}
                     yield event([choice])
             if (body.get("stream_options") or {}).get("include_usage"):

@@ -33,7 +33,8 @@ def engine(environment, files, tmp_path_factory):
     log = tmp_path_factory.mktemp("vllm") / "log"
     # So little, so that prompts are read in chunks and share blocks of the prefix cache.
     small = ["--max-num-batched-tokens", 64, "--block-size", 32]
-    engine = RealEngine([*files[1], *small, "--trust-request-chat-template"], log)
+    tools = ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
+    engine = RealEngine([*files[1], *small, *tools, "--trust-request-chat-template"], log)
     try:
         engine.wait_until_ready()
         yield engine

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from processing import BlspKdProcessor
 from tests.helpers.asr_data import write_asr
 from tests.helpers.chat_families import FAMILIES
+from tests.helpers.engine_answers import CALLS, SAMPLES, STRUCTURED, is_same, told, told_in_pieces
 from tests.helpers.engine_requests import (
     as_messages,
     chats_of_all_kinds,
@@ -156,6 +157,25 @@ def test_the_stand_in_refuses_in_the_engines_words(real, stand_in, content):
     assert errors[0] == errors[1]
 
 
+UNFIT_FIELDS = {
+    "several greedy answers": {"n": 2},
+    "a call without tools": {"tool_choice": "required"},
+    "beams": {"messages": [{"role": "user", "content": SPOKEN}], "use_beam_search": True},
+    "one place of vectors too many": {
+        "messages": [{"role": "<prompt_embeds>", "content": "hi"}, {"role": "user", "content": SPOKEN}]
+    },
+    "a tool that is not there": {**CALLS["a call of one tool"], "tools": CALLS["a call of some tool"]["tools"]},
+}
+
+
+@pytest.mark.parametrize("fields", UNFIT_FIELDS.values(), ids=UNFIT_FIELDS.keys())
+def test_the_stand_in_refuses_fields_in_the_engines_words(real, stand_in, fields):
+    fields = {"messages": [{"role": "user", "content": "hi"}], **fields}
+    first, second = (chat(client, **fields) for client in (real, stand_in))
+    assert first.status_code == second.status_code >= 400
+    assert first.json()["error"] == second.json()["error"]
+
+
 def test_the_stand_in_refuses_other_models(real, stand_in):
     answers = [chat(client, [{"role": "user", "content": "hi"}], model="other") for client in (real, stand_in)]
     assert [answer.status_code for answer in answers] == [404, 404]
@@ -165,7 +185,7 @@ def test_the_stand_in_refuses_other_models(real, stand_in):
 def shape_of(value):
     """The names and types in an answer of the stand-in, which the engine's must have."""
     if isinstance(value, dict):
-        return {name: shape_of(each) for name, each in value.items()}
+        return {name: type(each) if name in ("id", "created") else shape_of(each) for name, each in value.items()}
     if isinstance(value, list):
         return [shape_of(each) for each in value]
     return type(value) if value is None or isinstance(value, (bool, float)) else value
@@ -186,6 +206,8 @@ OPTIONS = {
     "cut": {"max_tokens": 2},
     "biased": {"logit_bias": {"372": -100.0}},
     "through partial LoRA": {"model": "speech"},
+    **STRUCTURED,
+    **CALLS,
 }
 
 
@@ -193,16 +215,24 @@ OPTIONS = {
 def test_the_stand_in_answers_as_the_engine(real, stand_in, models, options):
     for _, each in chats_of_all_kinds(5):
         messages = as_messages(*models["llm"], each)
-        ours, theirs = (chat(client, messages, **options).json() for client in (stand_in, real))
-        drop = ("id", "created")
-        assert within(shape_of({name: ours[name] for name in ours if name not in drop}), shape_of(theirs))
-        texts = [
-            "".join(
-                piece["choices"][0]["delta"].get("content") or "" for piece in in_pieces(client, messages, **options)
-            )
-            for client in (stand_in, real)
-        ]
-        assert texts == [answer["choices"][0]["message"]["content"] for answer in (ours, theirs)]
+        ours, theirs = answers_of(stand_in, messages, options), answers_of(real, messages, options)
+        assert within(shape_of(ours), shape_of(theirs))
+
+
+def answers_of(client, messages, options) -> dict:
+    """What a client is answered at once, which must be the same in pieces."""
+    answer = chat(client, messages, **options).json()
+    pieces = told_in_pieces(in_pieces(client, messages, **options, stream_options={"include_usage": True}))
+    assert is_same(pieces, told(answer)), (pieces, answer)
+    return answer
+
+
+def test_both_sample_as_many_answers_as_they_are_asked_for(real, stand_in):
+    """Each draws from another generator, which the seed repeats."""
+    for client in (real, stand_in):
+        answer = answers_of(client, [{"role": "user", "content": "hi"}], SAMPLES)
+        assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2]
+        assert len({choice["message"]["content"] for choice in answer["choices"]}) > 1
 
 
 def test_the_stand_in_lists_its_models_as_the_engine(real, stand_in):
