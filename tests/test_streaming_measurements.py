@@ -5,8 +5,11 @@ import sys
 
 import pytest
 import torch
+from transformers import HfArgumentParser
 
 from examples.experiments import measure_streaming
+from modeling_blsp_kd.training.options import TINY_WORLD, Arguments, ModelOptions
+from processing.training_rows.options import DataOptions
 from tests.benchmarks import listening
 from tests.helpers.audio_files import encode
 from tests.helpers.prompts import clip
@@ -70,3 +73,21 @@ def test_each_chunk_is_measured_beside_whole_clips(tmp_path, monkeypatch, listen
         assert list(found["by_chunk"]) == ["160 ms", "full context"] and list(found["end_of_speech"]) == ["300"]
         assert all(0 <= each["exact_token_count"] <= 1 for each in found["by_chunk"].values())
     assert (tmp_path / "results.md").read_text().count("\n| streaming, ") == 2
+
+
+@pytest.mark.parametrize("given, start_from", [([], [str(TINY_WORLD / "model")]), (["--start_from", ""], [])])
+def test_training_begins_with_the_shipped_model_or_anew(monkeypatch, tmp_path, given, start_from):
+    commands = []
+
+    def run(command, **_):
+        commands.append(command)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(measure_streaming.subprocess, "run", run)
+    monkeypatch.setattr(sys, "argv", ["measure_streaming", "--output", str(tmp_path), *given])
+    with pytest.raises(KeyboardInterrupt):
+        measure_streaming.main()
+    [[_, _, *words]] = commands
+    options, _, _ = HfArgumentParser((ModelOptions, DataOptions, Arguments)).parse_args_into_dataclasses(words)
+    assert [path for path in [options.start_from] if path] == start_from
+    assert json.loads(options.speech_streaming) == {"chunk_ms": 640}

@@ -2,11 +2,12 @@
 
     python -m examples.experiments.measure_streaming --seeds 1 2 3
 
-`train.py` trains each seed on the data and for the steps of the default run; other options are passed on to it. A run
-that was stopped goes on, and one that is complete is only measured. Reported for each chunk: the share of right answers
-of seen and of held-out voices, and of clips in which as many tokens fire as the transcript has, beside a model of whole
-clips (the shipped one, or `--offline`). Clips are read in chunks at once, which gives the vectors and answers of a
-session (`tests/test_speech_session.py`).
+`train.py` trains each seed on the data and for the steps of the default run, from the shipped model of whole clips
+(`--start_from`; "" begins anew); other options are passed on to it. A run that was stopped goes on, and one that is
+complete is only measured. Reported for each chunk: the share of right answers of seen and of held-out voices, and of
+clips in which as many tokens fire as the transcript has, beside a model of whole clips (the shipped one, or
+`--offline`). Clips are read in chunks at once, which gives the vectors and answers of a session
+(`tests/test_speech_session.py`).
 
 For the end of speech, a session hears clips and noise after each: reported are how long after a clip its end was told,
 and how often that came before the clip was over.
@@ -39,6 +40,9 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="one model each")
     parser.add_argument("--output", type=Path, default=Path("outputs/streaming"), help="folder of models and results")
     parser.add_argument("--offline", default=ROOT / "examples/tiny_world/model", help="model of whole clips to compare")
+    parser.add_argument(
+        "--start_from", default=ROOT / "examples/tiny_world/model", help="model of whole clips; or none"
+    )
     parser.add_argument("--chunks_ms", type=int, nargs="+", default=[320, 640, 1280, 0], help="0: full context")
     parser.add_argument("--silences_ms", type=int, nargs="+", default=[300, 500, 700], help="of the rule")
     parser.add_argument("--num_ends", type=int, default=240, help="clips whose end is to be told")
@@ -78,6 +82,7 @@ def train(seed: int, options: argparse.Namespace, for_training: list[str]) -> Pa
     command = [sys.executable, ROOT / "examples/train.py", "--speech_streaming", '{"chunk_ms": 640}', "--seed", seed]
     command += ["--output_dir", folder, "--cache_dir", options.cache_dir, "--resume_from_checkpoint", "true"]
     command += ["--num_utterances", options.num_utterances, "--num_eval_utterances", options.num_eval_utterances]
+    command += ["--start_from", options.start_from] if options.start_from else []
     subprocess.run([*map(str, command), *for_training], check=True, env={"PYTHONPATH": str(ROOT), **os.environ})
     return folder
 
