@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from processing.serving.engine_files import write_engine_files
+from processing.serving.engine_files import _remove_token, write_engine_files
 from processing.serving.vllm_plugin import (
     MARK,
     _at_embedded_positions,
@@ -170,3 +170,13 @@ def test_an_llm_of_the_hub_is_named_instead_of_written(processor, tmp_path):
 def test_a_rank_that_vllm_does_not_take_is_refused(processor, tmp_path):
     with pytest.raises(ValueError, match="up to rank 512, but this model's partial LoRA has rank 600"):
         write_engine_files(make_model(plora={"r": 600}), processor, tmp_path)
+
+
+@pytest.mark.parametrize("of_config", [{}, {"extra_special_tokens": {"image_token": "<image>"}}])
+def test_the_placeholder_leaves_and_other_tokens_stay(tmp_path, of_config):
+    tokens = [{"id": 7, "content": "<|audio|>"}, {"id": 8, "content": "<image>"}]
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": tokens}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(of_config))
+    _remove_token("<|audio|>", tmp_path)
+    assert json.loads((tmp_path / "tokenizer.json").read_text()) == {"added_tokens": tokens[1:]}
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text()) == of_config

@@ -72,8 +72,11 @@ def _remove_token(token: str, folder: Path):
     """
     for name, field in (("tokenizer.json", "added_tokens"), ("tokenizer_config.json", "extra_special_tokens")):
         contents = json.loads((folder / name).read_text())
-        kept = [each for each in contents[field] if (each["content"] if isinstance(each, dict) else each) != token]
-        (folder / name).write_text(json.dumps({**contents, field: kept}, indent=2, ensure_ascii=False) + "\n")
+        if isinstance(tokens := contents.get(field), list):  # some tokenizers have none, or a dict of other tokens
+            contents[field] = [
+                each for each in tokens if (each["content"] if isinstance(each, dict) else each) != token
+            ]
+            (folder / name).write_text(json.dumps(contents, indent=2, ensure_ascii=False) + "\n")
 
 
 def main(arguments: list[str] | None = None) -> None:
