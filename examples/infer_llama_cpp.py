@@ -16,6 +16,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from modeling_blsp_kd.devices import usable_cores
 from processing import BlspKdProcessor
 from processing.serving.model_without_llm import load_without_llm
 from processing.spoken_inputs import user_turn
@@ -127,7 +128,7 @@ def main():
     parser.add_argument("--audio", required=True, help="audio file, of any format in docs/audio_inputs.md")
     parser.add_argument("--instruction", default="Repeat the words.", help="what to do with what is said")
     parser.add_argument("--max_new_tokens", type=int, default=64, help="longest answer")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of llama.cpp")
+    parser.add_argument("--threads", type=int, default=usable_cores(), help="of llama.cpp")
     options = parser.parse_args()
     if importlib.util.find_spec("llama_cpp") is None:
         parser.error("llama.cpp is missing. Install it: pip install llama-cpp-python")

@@ -32,6 +32,7 @@ import torch
 from transformers import HfArgumentParser, set_seed
 
 from modeling_blsp_kd import BlspKdTrainer
+from modeling_blsp_kd.devices import usable_cores
 from modeling_blsp_kd.training.building import check_options, make_trainer
 from modeling_blsp_kd.training.command_line import HelpFormatter, unfold_recipe
 from modeling_blsp_kd.training.options import Arguments, ModelOptions, where_to_resume
@@ -58,7 +59,7 @@ def main():
     if args.device.type == "cpu" and (is_launched or "OMP_NUM_THREADS" not in os.environ):
         # `accelerate launch` allows one thread per process, and would leave the other cores idle. What a user sets
         # for a single process stands.
-        torch.set_num_threads(max(1, os.cpu_count() // args.world_size))
+        torch.set_num_threads(max(1, usable_cores() // args.world_size))
     check_options(model_options, data_options, args)
     start = time.time()
     stages_before = stages_of(model_options.start_from) if model_options.start_from else []

@@ -1,4 +1,4 @@
-"""Handle differences between devices: which compute float64, and which dtype is fast.
+"""Handle differences between devices: which compute float64, which dtype is fast, how many cores a process has.
 
 Apple's MPS and some Intel GPUs have no float64. For them, the few functions that need it run on the CPU, so that their
 results are the same on every device; their inputs and outputs are small. For operations that a device lacks, PyTorch
@@ -7,6 +7,7 @@ has its own fallback (PYTORCH_ENABLE_MPS_FALLBACK).
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable
 
 import torch
@@ -45,6 +46,13 @@ def fast_dtype(dtype: torch.dtype | str | None = None, device: torch.device | No
         'dtype to overrule this; "auto" is what a model is stored in.'
     )
     return "float32"
+
+
+def usable_cores() -> int:
+    """Return the number of CPU cores that this process may use, of which `taskset` and containers may take some."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def computes_in_float64(function: Callable) -> Callable:

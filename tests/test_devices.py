@@ -37,6 +37,27 @@ def test_a_device_without_float64_does_all_that_the_cpu_does():
     assert checks.returncode == 0, checks.stdout[-5000:]
 
 
+# -- the cores of this process -----------------------------------------------------------------------------------------
+
+
+def test_a_process_that_may_use_one_core_counts_one():
+    if not hasattr(os, "sched_setaffinity"):
+        pytest.skip("this system cannot take cores from a process")
+    counted = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))});"
+            "from modeling_blsp_kd.devices import usable_cores; print(usable_cores())",
+        ],
+        cwd=TESTS.parent,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert counted.stdout.split() == ["1"]
+
+
 # -- the dtype that is chosen for a device ----------------------------------------------------------------------------
 
 

@@ -6,7 +6,6 @@ Leaves out: noise, echo, human speech.
 
 import hashlib
 import json
-import os
 import random
 import subprocess
 import sys
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import IO, cast
 
 from tqdm import tqdm
+
+from modeling_blsp_kd.devices import usable_cores
 
 from . import espeak
 
@@ -110,7 +111,7 @@ def _run_workers(jobs, num_workers):
     """Return the words of clips; a clip is written if its job has a path."""
     if not jobs:
         return []
-    num_workers = min(num_workers or min(os.cpu_count() or 1, 8), len(jobs))
+    num_workers = min(num_workers or min(usable_cores(), 8), len(jobs))
     words: list = [None] * len(jobs)
     progress = tqdm(total=len(jobs), desc="synthesising speech", mininterval=1)
 

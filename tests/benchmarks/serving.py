@@ -38,6 +38,7 @@ from transformers import (
 )
 
 from modeling_blsp_kd import BlspKdForCausalLM
+from modeling_blsp_kd.devices import usable_cores
 from modeling_blsp_kd.speech_encoder import TrueLengthWhisperEncoder
 from processing import BlspKdProcessor
 from processing.serving.engine_files import write_engine_files
@@ -298,7 +299,7 @@ def main():
 
     torch.set_num_threads(1)
     where = machine(torch.device("cpu"), torch.float32, "wall")
-    where["usable_cores"] = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    where["usable_cores"] = usable_cores()
     where["versions"] = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "uvicorn")}
     where["engine"] = PACKAGES[0] if options.engine == "vllm" else options.engine
     options.output.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,6 @@ out: what a step costs beside its floor (`training_step.py`).
 # ruff: noqa: T201 (a command talks to the terminal)
 import argparse
 import json
-import os
 import statistics
 import time
 from collections import defaultdict
@@ -21,6 +20,7 @@ import torch
 from transformers import TrainerCallback, set_seed
 
 from examples.train import with_tiny_world
+from modeling_blsp_kd.devices import usable_cores
 from modeling_blsp_kd.training.building import make_trainer
 from modeling_blsp_kd.training.options import Arguments, ModelOptions
 from processing.training_rows.options import DataOptions
@@ -88,7 +88,7 @@ def main():
     )
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--num_utterances", type=int, default=960, help="of the tiny world")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--threads", type=int, default=usable_cores())
     parser.add_argument(
         "--dataloader_num_workers",
         type=int,

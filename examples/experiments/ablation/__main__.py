@@ -19,12 +19,13 @@ then give the rows to evaluate on with `--rows_manifest`.
 
 import argparse
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
+
+from modeling_blsp_kd.devices import usable_cores
 
 from . import beyond, matrix
 from .analysis import analyse
@@ -87,7 +88,7 @@ def main():
         results_dir=options.results_dir or results_dir,
         cache_dir=options.cache_dir,
         train_options=train_options,
-        threads=max(1, os.cpu_count() // options.workers),
+        threads=max(1, usable_cores() // options.workers),
         baseline=beyond.BASELINE if options.matrix == "beyond" else None,
     )
     own = {part for each in configurations for part in train_command(each, 1, replace(plan, train_options=[]), Path())}
