@@ -6,7 +6,7 @@ Defaults follow the authors' public code. Leaves out: the adapters themselves (`
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
-from .config_options import Options, is_count, is_positive_count, is_share, require
+from .config_options import Options, is_count, is_positive, is_positive_count, is_share, require
 from .encoder_families import ENCODER_FAMILIES
 from .expected_embeddings import OUTPUTS
 
@@ -28,6 +28,7 @@ class CFormerOptions(Options):
             length of a clip, not with its square. Omitted: they attend to the whole clip (at most 30 s).
         output (`str`): what the LLM reads: `"projection"`, the last layer's output in the LLM's width, or
             `"expected_embedding"`, the LLM's token embeddings averaged by softmax, see `expected_embeddings.py`.
+        output_temperature (`float`): of this softmax, above 0. The lower, the more the most probable token counts.
     """
 
     where: ClassVar[str] = "the cformer adapter"
@@ -42,6 +43,7 @@ class CFormerOptions(Options):
     frame_stride: int = 1
     attention_window: int | None = None
     output: str = "projection"
+    output_temperature: float = 1.0
 
     def __post_init__(self):
         self.check(
@@ -52,6 +54,7 @@ class CFormerOptions(Options):
         self.check(is_positive_count, "must be None or an integer of at least 1", "attention_window", or_none=True)
         self.check(is_share, "must lie in [0, 1)", "dropout")
         self.check(lambda value: value in OUTPUTS, f"must be one of {OUTPUTS}", "output")
+        self.check(is_positive, "must be above 0", "output_temperature")
 
     @property
     def reads_encoder(self) -> bool:

@@ -113,6 +113,7 @@ class CFormer(nn.Module):
             within; stretches shift by half from layer to layer. None: they attend to all.
         attn_implementation (`str`): attention of these layers, as in transformers.
         output (`str`): what becomes of the speech tokens outside of this module, see `expected_embeddings.py`.
+        output_temperature (`float`): of the softmax of expected embeddings.
         has_ctc_head (`bool`): tell the characters of the transcript from the frames before CIF, see `ctc.py`.
     """
 
@@ -131,11 +132,13 @@ class CFormer(nn.Module):
         frame_stride: int = 1,
         attention_window: int | None = None,
         output: str = "projection",
+        output_temperature: float = 1.0,
         has_ctc_head: bool = False,
     ):
         super().__init__()
         self.frame_stacking = FrameStacking(input_dim, frame_stride) if frame_stride > 1 else None
-        self.attention_window, self.output = attention_window, output
+        self.attention_window = attention_window
+        self.output, self.output_temperature = output, output_temperature
         self.layer_config = WhisperConfig(
             d_model=input_dim,
             encoder_attention_heads=num_attention_heads,

@@ -63,6 +63,10 @@ def is_not_negative(value: Any) -> bool:
     return _is_number(value) and value >= 0
 
 
+def is_positive(value: Any) -> bool:
+    return _is_number(value) and value > 0
+
+
 def is_positive_count(value: Any) -> bool:
     return is_count(value, 1)
 

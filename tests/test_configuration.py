@@ -22,6 +22,7 @@ AUTHORS_CFORMER = {
     "frame_stride": 1,
     "attention_window": None,
     "output": "projection",
+    "output_temperature": 1.0,
 }
 AUTHORS_PLORA = {"r": 16, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": "all-linear"}
 AUTHORS_DISTILLATION = {

@@ -10,26 +10,27 @@ from tests.helpers.models import SMALL_CFORMER, make_config, make_model
 
 pytestmark = pytest.mark.numerical
 
-EXPECTED = {**SMALL_CFORMER, "output": "expected_embedding"}
+EXPECTED = {**SMALL_CFORMER, "output": "expected_embedding", "output_temperature": 0.5}
 
 
-def literal_average(states, weight):
+def literal_average(states, weight, temperature=1.0):
     """For each state the sum over the vocabulary of probability times embedding, in float64."""
     averages = []
     for state in states.double():
-        logits = torch.stack([state @ row for row in weight.double()])
+        logits = torch.stack([state @ row / temperature for row in weight.double()])
         averages.append(sum(p * row for p, row in zip(torch.exp(logits - logits.logsumexp(0)), weight.double())))
     return torch.stack(averages)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.25])
 @pytest.mark.parametrize("rows_at_once", [1, 2, 100])
-def test_averages_and_gradients_are_the_literal_ones(monkeypatch, rows_at_once):
+def test_averages_and_gradients_are_the_literal_ones(monkeypatch, rows_at_once, temperature):
     monkeypatch.setattr(expected_embeddings, "MOST_LOGITS", 20 * rows_at_once)
     torch.manual_seed(0)
     embeddings = nn.Embedding(20, 6)
     states = torch.randn(1, 5, 6, requires_grad=True)
-    given = expected_embeddings.expected_embeddings(states, embeddings)
-    expected = literal_average(states[0], embeddings.weight)
+    given = expected_embeddings.expected_embeddings(states, embeddings, temperature)
+    expected = literal_average(states[0], embeddings.weight, temperature)
     torch.testing.assert_close(given[0], expected.float())
     direction = torch.randn(5, 6, dtype=torch.float64)
     [actual] = torch.autograd.grad((given[0].double() * direction).sum(), states, retain_graph=True)
@@ -68,7 +69,7 @@ def test_only_what_the_llm_reads_is_averaged(collator, rows):
         assert torch.equal(of_averaged.token_states, of_plain.token_states)
         weight = averaged.get_input_embeddings().weight
         for states, vectors in zip(of_averaged.token_states, of_averaged.pooler_output):
-            torch.testing.assert_close(vectors, literal_average(states, weight).float())
+            torch.testing.assert_close(vectors, literal_average(states, weight, temperature=0.5).float())
     parts = [model.train()(**batch).loss_parts["transcript_ce"] for model in (plain, averaged)]
     assert torch.equal(*parts)
 
@@ -83,7 +84,11 @@ def test_the_adapter_is_trained_through_the_average(collator, rows):
 
 def test_the_option_is_stored_and_others_are_refused(tmp_path):
     make_config(adapter=EXPECTED).save_pretrained(tmp_path)
-    assert BlspKdConfig.from_pretrained(tmp_path).adapter["output"] == "expected_embedding"
-    assert make_config().adapter["output"] == "projection"
+    stored = BlspKdConfig.from_pretrained(tmp_path).adapter
+    assert (stored["output"], stored["output_temperature"]) == ("expected_embedding", 0.5)
+    assert (make_config().adapter["output"], make_config().adapter["output_temperature"]) == ("projection", 1.0)
     with pytest.raises(ValueError, match="output must be one of .'projection', 'expected_embedding'.*got 'mean'"):
         make_config(adapter={**SMALL_CFORMER, "output": "mean"})
+    for temperature in (0, -1.0, "low", float("nan"), True):
+        with pytest.raises(ValueError, match=f"output_temperature must be above 0.*got {temperature!r}"):
+            make_config(adapter={**EXPECTED, "output_temperature": temperature})
