@@ -61,7 +61,7 @@ ENGINES = {
 }
 SHORT = {
     "DDP": ["uneven last batches"],
-    "FSDP2": ["training", "tied head, frozen encoder", "no audio on one process"],
+    "FSDP2": ["training", "tied head, frozen encoder", "no audio on one process", "own answers"],
 }
 EXAMPLE = "train.py"
 EXAMPLE_STEPS = 3

@@ -19,6 +19,7 @@ from accelerate.utils import DistributedType
 from transformers import PrinterCallback, TrainingArguments
 
 from modeling_blsp_kd import BlspKdForCausalLM, BlspKdTrainer
+from modeling_blsp_kd.training.on_policy import OnPolicyOptions
 from processing import BlspKdDataCollator
 from tests.helpers.models import make_model
 from tests.helpers.prompts import make_processor, spoken_prompts
@@ -37,6 +38,8 @@ class Case:
         start (`str`): checkpoint of `make_start`.
         text_only (`frozenset[int]`): rows without audio.
         resume_at (`int`, *optional*): train anew from this step's checkpoint, and keep that run.
+        own_answers (`OnPolicyOptions`, *optional*): the student answers a share of the rows. Many of its tokens end an
+            answer, so that the processes are done at different times.
         options (`dict`): for TrainingArguments.
     """
 
@@ -45,6 +48,7 @@ class Case:
     start: str = "full"
     text_only: frozenset[int] = frozenset()
     resume_at: int | None = None
+    own_answers: OnPolicyOptions | None = None
     options: dict = field(default_factory=dict)
 
 
@@ -53,6 +57,7 @@ CASES = {
     "training": Case(num_rows=16, options={"gradient_accumulation_steps": 2}),
     "tied head, frozen encoder": Case(num_rows=12, start="tied", options={"activation_checkpointing": False}),
     "thin save, resumed": Case(num_rows=16, start="thin", resume_at=2),
+    "own answers": Case(num_rows=12, own_answers=OnPolicyOptions(share=0.6, temperature=0.0, max_new_tokens=6)),
     "no audio on one process": Case(num_rows=12, text_only=frozenset({2, 3, 6, 7, 10, 11})),
     # The second process has one row in the last batch of training, and none in that of evaluation.
     "uneven last batches": Case(num_rows=7, num_eval_rows=5, options={"eval_strategy": "epoch", "num_train_epochs": 2}),
@@ -117,13 +122,17 @@ def run(name: str, folder: Path):
                 **case.options,
             },
         )
+        model = BlspKdForCausalLM.from_pretrained(folder.parents[1] / "start" / case.start)
+        if case.own_answers is not None:
+            model.generation_config.eos_token_id = list(range(0, model.config.get_text_config().vocab_size, 3))
         trainer = BlspKdTrainer(
-            model=BlspKdForCausalLM.from_pretrained(folder.parents[1] / "start" / case.start),
+            model=model,
             args=args,
             train_dataset=rows[: case.num_rows],
             eval_dataset=rows[: case.num_eval_rows],
             data_collator=BlspKdDataCollator(processor),
             processing_class=processor,
+            on_policy=case.own_answers,
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=resume_from)
