@@ -101,6 +101,18 @@ def test_claims_need_a_warm_up_and_pairs(tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
+def test_a_table_of_claims_has_a_cell_for_each_score_of_each_run(tmp_path):
+    options = SimpleNamespace(output=tmp_path, steps=7, claims=["loss"], seeds=[1, 2])
+    scores = {f"{part} {name}": SCORE for part, _, name, _ in claims.SHOWN}
+    claims.write(
+        {f"{name}-{seed}": {"train_seconds": 5, "scores": scores} for name in CLAIMS["loss"] for seed in (1, 2)},
+        options,
+    )
+    lines = [line for line in (tmp_path / "claims.md").read_text().splitlines() if line.startswith("|")]
+    assert len(lines) == 2 + 4 and {line.count("|") for line in lines} == {len(claims.SHOWN) + 3}
+    assert {part for part, *_ in claims.SHOWN} == set(claims.PARTS)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [(["--parts", "telepathy"], "no parts telepathy"), (["--parts", "text_only"], "compares with --text_model")],

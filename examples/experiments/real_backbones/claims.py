@@ -28,13 +28,15 @@ from modeling_blsp_kd.training.options import OF_A_MODEL
 
 EXAMPLES = Path(__file__).parents[2]
 EVALUATE_ALL = f"{__package__}.evaluate_all"
-PARTS = ("repeat_people", "repeat_synthesizer", "questions")
+PARTS = ("repeat_people", "repeat_synthesizer", "questions", "continue_people")
 # What the table shows: part, task, score, factor.
 SHOWN = (
     ("repeat_people", "transcripts", "wer", 100),
     ("repeat_synthesizer", "transcripts", "wer", 100),
     ("questions", "answers", "contained", 1),
     ("questions", "answers", "contained_share_of_text", 1),
+    # Of teacher and student on the same tokens: it tells trainings apart that are too short to answer.
+    ("continue_people", "alignment", "response_kl", 1),
 )
 
 
@@ -156,7 +158,7 @@ def write(runs: dict[str, dict], options) -> None:
             f"## {claim}",
             "",
             "| run | seconds since the last resume | " + " | ".join(columns) + " |",
-            "|---|" + "--:|" * 5,
+            "|---|--:|" + "--:|" * len(columns),
         ]
         for run in (f"{name}-{seed}" for name in CLAIMS[claim] for seed in options.seeds):
             if run in runs:
