@@ -55,6 +55,12 @@ OPTIONS = (
         {"share": 0.5, **_losses()},
     ),
     _staged(
+        "sharp_warm_up",
+        "sharp expected embeddings, recognition first",
+        {"share": 0.5, "distillation": WARM_UP, "adapter_options": {**EXPECTED, "output_temperature": 0.25}},
+        {"share": 0.5, **_losses()},
+    ),
+    _staged(
         "on_policy",
         "own answers",
         {"share": 0.7},
