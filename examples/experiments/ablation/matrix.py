@@ -35,6 +35,11 @@ class Configuration:
     systems: tuple[str, ...] = ("speech",)
     has_seeds: bool = True
 
+    @property
+    def keeps_llm(self) -> bool:
+        """Return whether it leaves a model that listens, around the LLM of its teacher: only then is there alignment."""
+        return self.script not in (GLOBAL_LORA, RECOGNIZER, UNTRAINED)
+
 
 def _trained(adapter: str, losses: dict, frozen=True, plora=False) -> dict[str, str]:
     return {
