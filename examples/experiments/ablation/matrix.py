@@ -37,7 +37,7 @@ class Configuration:
 
     @property
     def keeps_llm(self) -> bool:
-        """Return whether it leaves a model that listens, around the LLM of its teacher: only then is there alignment."""
+        """Return whether it leaves a model that listens, around the LLM of its teacher: else alignment is undefined."""
         return self.script not in (GLOBAL_LORA, RECOGNIZER, UNTRAINED)
 
 
