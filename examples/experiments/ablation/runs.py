@@ -89,7 +89,7 @@ def run(configuration: Configuration, seed: int, plan: Plan) -> dict:
 
 
 def _seconds_of_training(configuration: Configuration, plan: Plan, folder: Path) -> float:
-    """Return the processor's seconds, which other load hardly changes; with an accelerator, those that passed."""
+    """Return the processor's seconds, without waiting for other load; with an accelerator, those that passed."""
     before = os.times()
     _call(train_command(configuration, 1, plan, folder / "model"), folder / "log.txt", plan.threads)
     after = os.times()
